@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +15,14 @@ from kdpipe.datasets import as_image_set
 from kdpipe.runs import isolated
 from kdpipe.stages.compress.artifacts.load import rebuild
 from kdpipe.stages.config import whole_number
+from kdpipe.stages.context import VIEW_SIZE
 from kdpipe.stages.errors import ModelError
+from kdpipe.stages.given_teacher import has_new_head
 from kdpipe.stages.models.build import OBJECT, GivenModel, ModelConfig, build_model
 from kdpipe.stages.models.bundle import ModelBundle
 from kdpipe.stages.models.clone import unwrap
 from kdpipe.stages.models.normalization import Normalization
+from kdpipe.stages.models.weights import weights_sha256
 
 INFO = "_kdpipe_info"
 
@@ -34,6 +37,8 @@ class ModelInfo:
         normalize: The input scaling of its training, None before it.
         starts_from: The identity of the network before its training.
         trained_sha256: The digest of its weights after its training.
+        resized_from: The (H, W) of views that were resized for it, with the side they were resized to.
+        drawn_sha256: The digest of its weights when it was built, if its classifier was new.
     """
 
     config: ModelConfig | None = None
@@ -41,6 +46,8 @@ class ModelInfo:
     normalize: Normalization | None = None
     starts_from: dict[str, Any] | None = None
     trained_sha256: str | None = None
+    resized_from: dict[tuple[int, int] | None, int] = field(default_factory=dict)
+    drawn_sha256: str | None = None
 
 
 def info_of(model: nn.Module) -> ModelInfo:
@@ -56,7 +63,14 @@ def remember(model: nn.Module, info: ModelInfo) -> None:
 
 def remembering(bundle: ModelBundle) -> ModelBundle:
     """Return a loaded network that remembers its input scaling."""
-    known = replace(info_of(bundle.model), normalize=bundle.normalize, starts_from=None, trained_sha256=None)
+    views, sides = bundle.architecture.get(VIEW_SIZE), bundle.architecture["image_size"]
+    known = replace(
+        info_of(bundle.model),
+        normalize=bundle.normalize,
+        starts_from=None,
+        trained_sha256=None,
+        resized_from={tuple(views): sides[0]} if views else {},
+    )
     remember(bundle.model, known)
     return bundle
 
@@ -141,7 +155,8 @@ def create_model(
         seed=seed,
         notify=lambda notice: warnings.warn(notice, stacklevel=5),
     )
-    remember(model, ModelInfo(config, str(model)))
+    drawn = weights_sha256(model) if has_new_head(config, images.num_classes) else None
+    remember(model, ModelInfo(config, str(model), drawn_sha256=drawn))
     return model
 
 

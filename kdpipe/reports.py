@@ -62,6 +62,8 @@ def evaluate(
             f"the input scaling of this {type(network).__name__} is unknown: give normalize=, such as loader.normalize."
         )
     context = run_options.context(test_set, None, Views(num_views=1))
+    if (size := info_of(network).resized_from.get(test_set.image_size)) is not None:
+        context = context.resized(size)  # as in its training
     return evaluate_in_depth(network.to(context.device), context.evaluation(scaling), context.device)
 
 

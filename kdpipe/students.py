@@ -36,7 +36,7 @@ from kdpipe.stages.errors import RecipeError
 from kdpipe.stages.losses.logits.kd import KD
 from kdpipe.stages.losses.schedules import Scheduled
 from kdpipe.stages.runtime.events import RunMonitor
-from kdpipe.stages.targets.open import local_store_path
+from kdpipe.stages.targets.open import local_store_path, trust_links
 from kdpipe.stages.train_student.student import student_fingerprint
 from kdpipe.stages.training.optim import TrainConfig
 from kdpipe.stages.views.config import Views
@@ -96,8 +96,8 @@ def train_student(
             of another network; by default the statistics of the training images.
         views: Views for a student without a store; with one they are the store's.
         seed: Decides initial weights of a network given by name, order of the samples, and dropout.
-        options: Further keys of a recipe's `student` section: `label_smoothing`, `export`, `missing_targets`,
-            `teachers`, `target_loading`, ...
+        options: Further keys of a recipe's `student` section: `image_size`, `label_smoothing`, `export`,
+            `missing_targets`, `teachers`, `target_loading`, ...
         run: The run folder; by default one in `runs/`, named after a digest of all inputs.
         device: auto, cpu, cuda, cuda:N, or a torch.device.
         num_workers: Processes that decode images that are not in memory.
@@ -128,6 +128,8 @@ def train_student(
         std=scaling.std if scaling else None,
         **further,
     )
+    if config.target_loading.follow_links:
+        trust_links(places)
     job = StudentJob(
         config=config,
         seed=seed,

@@ -19,8 +19,11 @@ from kdpipe.results import CompressedResult, Result, TeacherResult
 from kdpipe.runs import CallbackLike, isolated
 from kdpipe.stages.cache_teacher.plan import CacheConfig
 from kdpipe.stages.config import whole_number
-from kdpipe.stages.context import StageContext, model_normalization, test_context
+from kdpipe.stages.context import StageContext, test_context
 from kdpipe.stages.errors import ModelError, RecipeError
+from kdpipe.stages.evaluation.metrics import evaluate_in_depth
+from kdpipe.stages.given_teacher import known_scaling, require_accuracy
+from kdpipe.stages.models.build import ModelConfig
 from kdpipe.stages.models.bundle import ModelBundle
 from kdpipe.stages.models.clone import unwrap
 from kdpipe.stages.models.normalization import Normalization, Numbers
@@ -50,6 +53,7 @@ def train_teacher(
     num_workers: int | None = None,
     progress: bool = True,
     callbacks: CallbackLike | Sequence[CallbackLike] | None = None,
+    expected_accuracy: float | None = None,
     **train: Any,
 ) -> TeacherResult:
     """Train a teacher in place, or load the result of a finished training with equal inputs.
@@ -70,6 +74,7 @@ def train_teacher(
         num_workers: Processes that decode images that are not in memory.
         progress: Whether to print progress to stderr.
         callbacks: What observes the trainings: `Callback` objects, or names such as "csv" and "wandb".
+        expected_accuracy: The lowest accuracy on the test images, in percent, with which the teacher is accepted.
         **train: Keys of a recipe's `train` section: `epochs`, `batch_size`, `lr`, `optimizer`, `schedule`, ...
 
     Raises:
@@ -85,6 +90,7 @@ def train_teacher(
         train=TrainConfig(**train),
         mean=scaling.mean if scaling else None,
         std=scaling.std if scaling else None,
+        expected_accuracy=expected_accuracy,
     )
     context = run_options.context(train_set, test_set, as_views(views))
     teacher = build_teacher(config, seed, context)
@@ -124,6 +130,7 @@ def cache_teacher(
     normalize: Scaling | None = None,
     mean: Numbers | None = None,
     std: Numbers | None = None,
+    expected_accuracy: float | None = None,
     device: str | torch.device = "auto",
     num_workers: int | None = None,
     progress: bool = True,
@@ -144,9 +151,13 @@ def cache_teacher(
         features: Layers whose outputs are stored, by module path: `stage2` for the map, `stage2:pooled`,
             `stage2:attention` or `stage2:gram` for a statistic of it.
         normalize: The teacher's input scaling: (mean, std), each a number or one for each channel, for pixels in
-            [0, 1]; that of its training if kdpipe trained or loaded it. Required for other networks.
+            [0, 1]; that of its training if kdpipe trained or loaded it, or if its weights state it. Required for other
+            networks.
         mean: The mean of the input scaling, in place of `normalize`.
         std: Its standard deviation.
+        expected_accuracy: The accuracy on the test images that the network is known to have, in percent. A lower one is
+            refused. Without it, a network that kdpipe did not train is refused at chance, or where another usual input
+            scaling or order of the classes would raise its accuracy on the test images clearly.
         device: auto, cpu, cuda, cuda:N, or a torch.device.
         num_workers: Processes that decode images that are not in memory.
         progress: Whether to print progress to stderr.
@@ -157,7 +168,7 @@ def cache_teacher(
 
     Raises:
         FingerprintMismatch: The store was made from another teacher, other images or other views.
-        KdpipeError: An input does not fit, or the teacher's outputs are not finite.
+        KdpipeError: An input does not fit, the teacher's outputs are not finite, or its accuracy is too low.
     """
     if is_url(path):
         raise RecipeError(f"{path} is a URL: name a folder, and upload the store when it is complete.")
@@ -169,6 +180,11 @@ def cache_teacher(
     context = run_options.context(train_set, test_set, views, store=path if path.exists() else None)
     bundle = _bundle(network, context, as_scaling(normalize, mean, std, train_set.in_channels))
     with run_options.open(path.parent, context, is_shared=True) as opened:
+        if test_set is not None and not path.exists() and (expected_accuracy is not None or not _is_known(network)):
+            teacher_config = TeacherConfig(model=ModelConfig(name="teacher"), expected_accuracy=expected_accuracy)
+            evaluation = opened.evaluation(bundle.normalize)
+            report = evaluate_in_depth(bundle.model, evaluation, opened.device)
+            require_accuracy(teacher_config, bundle, report, evaluation)
         shard = opened.process_group.work_shard
         steps.cache_teacher(config, path, bundle, wanted, opened, work_shard=shard)
         if test_set is not None:
@@ -204,16 +220,24 @@ def _bundle(teacher: nn.Module | ModelBundle, context: StageContext, scaling: No
             faults = "; ".join(f"{key} {own}, wanted {other}" for key, own, other in found)
             raise ModelError(f"the teacher does not fit data set {context.train_set.name}: it has {faults}.")
         return replace(teacher, model=teacher.model.to(context.device).eval(), normalize=scaling or teacher.normalize)
-    config, known = given_model(teacher), scaling or info_of(teacher).normalize
-    if known is None and config.weights is None:
+    config, info = given_model(teacher), info_of(teacher)
+    if not (known := scaling or info.normalize):
+        known = known_scaling(config, teacher, context)
+    if known is None:
         raise ModelError(
             f"the input normalization of this {type(teacher).__name__} is unknown, and with a wrong one its accuracy "
             "would drop silently: give normalize=(mean, std) of its training, for pixels in [0, 1]."
         )
     built = context.build_model(config, 0)  # raises ModelError if images or classes do not fit
+    if info.drawn_sha256 is not None and info.drawn_sha256 == weights_sha256(teacher):
+        raise ModelError("the teacher's classifier is new and random, as its weights are of other classes: train it.")
     network = teacher if type(built) is type(teacher) else built  # the copy returns its main logits alone
-    return ModelBundle(
-        network.to(context.device).eval(),
-        context.architecture(config),
-        known or model_normalization(context.train_set, config.weights, None, None),
-    )
+    return ModelBundle(network.to(context.device).eval(), context.architecture(config), known)
+
+
+def _is_known(teacher: nn.Module | ModelBundle) -> bool:
+    """Return whether kdpipe trained or loaded a network, and its weights are still those."""
+    if isinstance(teacher, ModelBundle):
+        return True
+    trained = info_of(teacher).trained_sha256
+    return trained is not None and trained == weights_sha256(teacher)

@@ -16,7 +16,7 @@ import typer
 from kdpipe.pipeline.session.guard import guarded
 from kdpipe.pipeline.session.options import CommonOptions, JobOptions
 from kdpipe.pipeline.session.signals import handle_signals
-from kdpipe.pipeline.terminal.output import print_json, print_warning
+from kdpipe.pipeline.terminal.output import print_debug, print_json, print_warning
 
 if TYPE_CHECKING:
     from kdpipe.pipeline.recipe.load import Recipe
@@ -61,6 +61,7 @@ def run_job(
     part: str | None = None,
     count: int = 1,
     only: Step | None = None,
+    page: bool = False,
 ) -> None:
     """Run a command under signals, lock and progress, then print its results to stdout.
 
@@ -71,6 +72,7 @@ def run_job(
         part: Part of the units to compute, as "I/N", in `cache-teacher`.
         count: Number of generations, in `generations`.
         only: The single step to do, in `compress`.
+        page: Whether to write the HTML page too, in `run`.
     """
     # Signals first: a job stopped while torch loads must exit with 75 too.
     with guarded(), handle_signals(options.max_duration) as should_stop:
@@ -106,7 +108,9 @@ def run_job(
                     with shown.phase(command), redirect_stdout(sys.stderr):
                         results = work(shown)
                     shown.write_recipe()
-                if process_group.is_main and (code := _print_results(command, run, results, options.as_json)):
+                if process_group.is_main and (
+                    code := _print_results(command, run, results, options.as_json, page=page)
+                ):
                     raise typer.Exit(code)
 
 
@@ -210,7 +214,7 @@ def _work(command: str, count: int, only: Step | None) -> Callable[[Run], dict[s
     return functions[command]
 
 
-def _print_results(command: str, run: Run, results: dict[str, Any], as_json: bool) -> int:
+def _print_results(command: str, run: Run, results: dict[str, Any], as_json: bool, *, page: bool = False) -> int:
     """Print the results to stdout; return the exit status."""
     from kdpipe.pipeline.commands.compare import print_compare
     from kdpipe.pipeline.commands.generations import print_generations
@@ -222,7 +226,12 @@ def _print_results(command: str, run: Run, results: dict[str, Any], as_json: boo
     if command in ("run", "compress"):
         write_pareto_plot(run.folder)
     if command == "run":
-        return print_reports([run.folder], as_json)
+        path = run.folder / "report.html" if page else None
+        if path is not None:
+            from kdpipe.pipeline.report.html.write import write_page
+
+            write_page([run.folder], path, print_debug)
+        return print_reports([run.folder], as_json, page=path)
     if as_json:
         print_json({"command": command, "run": str(run.folder), **results})
     elif command == "compare":

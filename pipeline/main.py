@@ -18,10 +18,16 @@ from kdpipe.pipeline.session.options import AsJson, CommonOptions, JobOptions, Q
 from kdpipe.pipeline.session.paths import output_path, require_file, require_writable
 from kdpipe.pipeline.store_app import store_app
 from kdpipe.pipeline.terminal.output import Verbosity, print_info, print_line, print_result, printable, set_verbosity
+from kdpipe.pipeline.terminal.streams import STDOUT
 
 EXIT_CODES = (
     "Exit status: 0 done; 1 failed; 2 usage or recipe; 3 done in part; 11 locked by another job; "
     "12 fingerprint mismatch; 75 stopped early, run the same command again; 130 aborted by a second Ctrl-C."
+)
+
+DEMO = (
+    "all stages on the digits data set, about 2 minutes on two cores, without a download: train a teacher and cache "
+    "its outputs; train a small student alone, and distilled from the cache; prune and quantize the distilled one."
 )
 
 app = typer.Typer(
@@ -86,8 +92,10 @@ def _add_job(command: str, help_text: str) -> None:
 @app.command()
 @with_options
 def demo(options: JobOptions) -> None:
-    """Run all stages on the digits data set (~2 minutes). No download; prints the results."""
-    run_job("run", _builtin_recipe("digits.toml"), options)
+    """Run all stages on the digits data set (~2 minutes). No download; prints the result, and writes a page of it."""
+    if not options.as_json:
+        print_info(DEMO)
+    run_job("run", _builtin_recipe("digits.toml"), options, page=True)
 
 
 _add_job("train-teacher", "Train the teacher, or load its weights. The recipe decides.")
@@ -222,7 +230,8 @@ def report(
         ),
     ] = None,
     *,
-    no_html: Annotated[bool, typer.Option("--no-html", help="Only print the tables.")] = False,
+    full: Annotated[bool, typer.Option("--full", help="Print all tables, and every network's file.")] = False,
+    no_html: Annotated[bool, typer.Option("--no-html", help="Write no page.")] = False,
     as_json: Annotated[
         bool, typer.Option("--json", help="Print one JSON document; write a page only with --html.")
     ] = False,
@@ -234,7 +243,7 @@ def report(
         from kdpipe.pipeline.report.report import page_path, print_reports
 
         page = page_path(runs, html) if html is not None or not (no_html or as_json) else None
-        code = print_reports(runs, as_json)
+        code = print_reports(runs, as_json, full=full, page=page)
         if page is not None:
             from kdpipe.pipeline.report.html.write import write_page
 
@@ -348,7 +357,12 @@ def main() -> None:
     os.environ.setdefault("PYDANTIC_DISABLE_PLUGINS", "__all__")  # searching for them takes a tenth of a short command
     set_verbosity(Verbosity.NORMAL)
     try:
-        app()
-    except OSError as error:  # while printing help, which `guarded` does not cover: a full disk, a broken pipe
-        print_line(f"error: {error.strerror or error}: {error.filename or 'standard output'}.")
+        try:
+            app()
+        finally:  # here, where its errors can be reported, and not when Python ends
+            if sys.stdout is not None:
+                sys.stdout.flush()
+    except OSError as error:  # while printing, which `guarded` does not cover: a full disk, or nobody reads any more
+        if not isinstance(error, BrokenPipeError):
+            print_line(f"error: {error.strerror or error}: {error.filename or STDOUT}.")
         sys.exit(1)

@@ -15,11 +15,13 @@ import torch
 from numpy.typing import NDArray
 
 from kdpipe.pipeline.recipe.load import Recipe, all_losses, read_run_recipe, recipe_json, write_run_recipe
+from kdpipe.stages.cache_teacher.plan import plan_store, samples_in_row_order
 from kdpipe.stages.context import StageContext, require_fitting_test_images, test_image_size
 from kdpipe.stages.data.config import DataConfig
 from kdpipe.stages.data.image_set import ImageSet
 from kdpipe.stages.data.load import load_dataset
 from kdpipe.stages.data.loader.mix_partners import load_partner_pool, read_partner_pool
+from kdpipe.stages.distillation.compatibility import temperatures_of
 from kdpipe.stages.distillation.spec import DistillationSpec
 from kdpipe.stages.distillation.stores import open_distillation
 from kdpipe.stages.distillation.student_config import StudentConfig
@@ -36,11 +38,12 @@ from kdpipe.stages.runtime.gpu.device import select_device
 from kdpipe.stages.runtime.launcher import ALL, WorkShard
 from kdpipe.stages.runtime.memory import disable_malloc_trim
 from kdpipe.stages.targets.feature_spec import FeatureSpec, parse_feature, source_shapes
-from kdpipe.stages.targets.open import local_store_path, test_store_path
+from kdpipe.stages.targets.open import local_store_path, test_store_path, trust_links
 from kdpipe.stages.targets.resolve import smallest_feature
+from kdpipe.stages.targets.tail_mass import TailMass, measure_tails
 from kdpipe.stages.teacher import require_same_training, teacher_identity, untrained_teacher
 from kdpipe.stages.train_student.preflight import dry_run_losses
-from kdpipe.store import StoreError, is_url, make_folders, read_store_manifest
+from kdpipe.store import StoreError, TopK, is_url, make_folders, read_store_manifest
 
 
 @dataclass(frozen=True)
@@ -111,6 +114,7 @@ class Run:
             num_workers=data.num_workers,
             unreadable=data.unreadable,
             get_teacher_logits=self._get_teacher_logits,
+            load_test=partial(self._load, data, "test"),
             process_group=self.process_group,
         )
         require_fitting_test_images(context)
@@ -178,12 +182,22 @@ class Run:
     @property
     def stores(self) -> list[Path | str]:
         """The stores that students learn from: folders, or URLs."""
-        named = self.recipe.student.stores
-        return [where if is_url(where) else Path(where).absolute() for where in named] or [self.store]
+        student = self.recipe.student
+        found = [where if is_url(where) else Path(where).absolute() for where in student.stores] or [self.store]
+        if student.target_loading.follow_links:
+            trust_links(found)
+        return found
 
     def check_losses_fit(self) -> dict[FeatureSpec, list[str]]:
-        """Check that all losses fit student and teacher, before the teacher is trained; return what they require."""
-        return self.required_features(untrained_teacher(self.recipe.teacher, self.recipe.seed, self.context))
+        """Check that all losses fit student and teacher, and the store its format, before the teacher is trained.
+
+        Returns:
+            The required features, as `required_features`.
+        """
+        teacher = untrained_teacher(self.recipe.teacher, self.recipe.seed, self.context)
+        required = self.required_features(teacher)
+        plan_store(self.recipe.cache, teacher, list(required), samples_in_row_order(self.context), self.context)
+        return required
 
     def required_features(self, teacher: ModelBundle) -> dict[FeatureSpec, list[str]]:
         """Return the teacher features to cache, in the smallest sufficient form, each with the keys that require it.
@@ -207,6 +221,18 @@ class Run:
                     smaller = smallest_feature(feature, available[feature.source])
                     reasons.setdefault(smaller, []).append(f"{where}.{number} ({loss.loss})")
         return reasons
+
+    def tail_masses(self, top_k: TopK | None, tail: NDArray[Any]) -> list[TailMass]:
+        """Return what the temperatures of the losses leave to classes that a store lacks, from tails [n, G]."""
+        if top_k is None or self.store not in self.stores:
+            return []
+        number = self.stores.index(self.store)
+        temperatures = [
+            one
+            for where, losses in all_losses(self.recipe).items()
+            for one in temperatures_of(losses, self.recipe.student.teachers, number, where)
+        ]
+        return list(measure_tails(temperatures, top_k, tail))
 
     @cached_property
     def distillation(self) -> DistillationSpec:

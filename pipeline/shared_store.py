@@ -80,11 +80,10 @@ def warn_of_neighbor(run: Run, features: Sequence[FeatureSpec]) -> None:
             own = {**stored.identity.teacher, **teacher_identity(recipe.teacher, beside)}
             has_all = {spec.name for spec in planned.arrays} <= {spec.name for spec in stored.arrays}
             if replace(planned.identity, teacher=own) == stored.identity and has_all and stored.finished:
-                shown = path.parent.relative_to(run.folder.parent)
                 run.monitor.warn(
                     "cache-teacher",
                     f"{path} already has the outputs of this teacher for these views: stop, and add --set "
-                    f"cache.store={path} to use them instead of computing them again ({shown} stays as it is).",
+                    f"cache.store={path} to use them instead of computing them again ({path.parent.name} stays as it is).",
                 )
                 return
 

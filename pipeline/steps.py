@@ -13,7 +13,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from kdpipe.pipeline.recipe.load import faults_of_trainings
+from kdpipe.pipeline.preflight import preflight, require_export, try_student, try_teacher
+from kdpipe.pipeline.recipe.load import faults_of_trainings, trainings_of
 from kdpipe.pipeline.run import Run
 from kdpipe.pipeline.shared_store import needs_teacher, warn_of_neighbor
 from kdpipe.stages.cache_teacher.cache import fill_store
@@ -30,6 +31,7 @@ from kdpipe.stages.compress.artifacts.write import artifact_folder
 from kdpipe.stages.compress.compress import STEPS, CompressConfig, Step, compress, compressed_root, dry_run, is_done
 from kdpipe.stages.compress.fine_tune import build_fine_tuning
 from kdpipe.stages.context import StageContext, test_context
+from kdpipe.stages.distillation.adapters import save_adapters
 from kdpipe.stages.distillation.spec import DistillationSpec
 from kdpipe.stages.distillation.student_config import ALONE, DISTILLED, StudentConfig, student_folder, view_warning
 from kdpipe.stages.distillation.task_builder import build_student, build_task
@@ -42,6 +44,7 @@ from kdpipe.stages.runtime.cpu import lower_priority
 from kdpipe.stages.runtime.events import ProgressEvent
 from kdpipe.stages.runtime.launcher import ALL, WorkShard
 from kdpipe.stages.targets.feature_spec import FeatureSpec
+from kdpipe.stages.targets.tail_mass import report_tail, tail_of
 from kdpipe.stages.teacher import (
     TeacherConfig,
     build_teacher,
@@ -52,11 +55,12 @@ from kdpipe.stages.teacher import (
     teacher_folder,
 )
 from kdpipe.stages.train_student.student import StudentRun, student_fingerprint, train_hint_stages
-from kdpipe.stages.training.finalize import begin_job, finalize
+from kdpipe.stages.training.class_balance import class_weights
+from kdpipe.stages.training.finalize import add_onnx, begin_job, finalize
 from kdpipe.stages.training.job import TrainJob
 from kdpipe.stages.training.loop import train
 from kdpipe.stages.training.task import TrainingTask
-from kdpipe.store import ensure_store
+from kdpipe.store import ensure_store, open_store
 
 # --- Stage 0: train a teacher, or take a trained one
 
@@ -81,6 +85,7 @@ def train_teacher(config: TeacherConfig, seed: int, context: StageContext) -> di
 
     teacher = build_teacher(config, seed, context)
     require_given(config, teacher, context)
+    try_teacher(config, teacher, context)
     if (done := begin_job(job_dir, teacher_fingerprint(config, seed, teacher, context), process_group)) is not None:
         return done
 
@@ -102,9 +107,21 @@ def train_teacher(config: TeacherConfig, seed: int, context: StageContext) -> di
             process_group=process_group,
         )
         history = train(job, context.device, context.monitor)
-    require = partial(require_accuracy, config, teacher, test=test)
-    # evaluate, export to ONNX, save
-    return finalize(job_dir, teacher, history, test, process_group=process_group, require=require)
+    return finalize(  # evaluate, export to ONNX, save
+        job_dir,
+        teacher,
+        history,
+        test,
+        process_group=process_group,
+        with_onnx=config.export,
+        on_no_export=partial(_warn_of_no_export, context),
+        require=partial(require_accuracy, config, teacher, test=test),
+    )
+
+
+def _warn_of_no_export(context: StageContext, reason: str) -> None:
+    text = f"there is no ONNX file of the teacher, only its size and latency in the report need one: {reason}"
+    context.monitor.warn("train-teacher", text)
 
 
 # --- Stage 1: run the teacher over every view, and cache its outputs
@@ -124,8 +141,13 @@ def run_cache_teacher(run: Run, *, hint: bool = True) -> dict[str, Any]:
     test_config, test_store, test_images = replace(recipe.cache, top_k=None), run.test_store, test_context(context)
     samples = samples_in_row_order(test_images)  # errors of the test store must come before the long work
     missing_bytes(test_store, plan_store(test_config, teacher, [], samples, test_images), samples)
+    store = cache_teacher(recipe.cache, run.store, teacher, features, context, work_shard=run.work_shard)
+    if recipe.cache.top_k and not store["num_units_missing"]:
+        stored = open_store(run.store)
+        for found in run.tail_masses(stored.manifest.top_k, tail_of(stored)):
+            report_tail(found, "cache-teacher", run.monitor)
     return {
-        "store": cache_teacher(recipe.cache, run.store, teacher, features, context, work_shard=run.work_shard),
+        "store": store,
         "test_store": cache_teacher(test_config, test_store, teacher, [], test_images, work_shard=run.work_shard),
     }
 
@@ -197,16 +219,21 @@ def train_student(
         context: The data and views.
         student_run: The student's folder and name; by default those of `kdpipe train-student`.
     """
+    context = context.resized(config.image_size)
     kind, process_group = ALONE if spec is None else DISTILLED, context.process_group
     student_run = student_run or StudentRun(student_folder(context.run_dir, kind, seed), f"{kind} student, seed {seed}")
     process_group.require_shares(config.train.batch_size, context.train_set.num_samples)
 
     student = build_student(config, seed, context, spec.losses if spec else ())
+    with_onnx, test = student_run.with_onnx and config.export, context.evaluation(student.normalize)
+    try_student(replace(config, export=with_onnx), student, student_run.job_dir, context)
     fingerprint = student_fingerprint(config, seed, spec, student, context)
     if (done := begin_job(student_run.job_dir, fingerprint, process_group)) is not None:
+        if with_onnx and done["onnx_bytes"] is None:  # it was trained with student.export = false
+            done = process_group.on_main(partial(add_onnx, student_run.job_dir, student, done, test))
         return done
 
-    main, test = spec.without_hint_losses if spec else None, context.evaluation(student.normalize)
+    main = spec.without_hint_losses if spec else None
     job = TrainJob(
         stage="train-student",
         name=student_run.name,
@@ -223,9 +250,10 @@ def train_student(
         build = partial(_build_hint_task, student, spec, context)
         train_hint_stages(job, student, spec.losses, build, device=context.device, monitor=context.monitor)
     history = train(job, context.device, context.monitor)
+    more = process_group.on_main(partial(save_adapters, student_run.job_dir, job.task.distillation))
     # evaluate, export to ONNX, save
     return finalize(
-        student_run.job_dir, student, history, test, process_group=process_group, with_onnx=student_run.with_onnx
+        student_run.job_dir, student, history, test, process_group=process_group, with_onnx=with_onnx, more=more
     )
 
 
@@ -237,8 +265,8 @@ def _build_hint_task(
 
 def try_distillation(run: Run, spec: DistillationSpec, config: StudentConfig) -> TrainingTask:
     """Build a first training task, so that errors and warnings come before any training."""
-    seed = config.seeds[0]
-    task = build_task(build_student(config, seed, run.context, spec.losses), spec, seed, run.context)
+    seed, context = config.seeds[0], run.context.resized(config.image_size)
+    task = build_task(build_student(config, seed, context, spec.losses), spec, seed, context)
     if task.targets and task.targets.num_without_targets:
         count = f"{task.targets.num_without_targets:,} of {task.num_samples:,} samples have no targets"
         run.monitor.warn("train-student", f"{count}: they are trained on their labels alone.")
@@ -265,6 +293,7 @@ def run_compress(run: Run, only: Step | None = None) -> dict[str, Any]:
         raise RecipeError(f"--only {only}: compress.steps is {list(config.steps)}; add the step to the recipe.")
     if config.steps:
         require_losses(run)
+    require_export(student)
     if not is_done(config, student, context.run_dir):
         dry_run(config, student, context)
     lower_priority(config.niceness)
@@ -292,6 +321,7 @@ def compress_student(
     Returns:
         The figures of each network, and the card of the exported artifacts, None if `steps` lacks "export".
     """
+    require_export(student)
     root = root or compressed_root(context.run_dir, config)
     fine_tuning = build_fine_tuning(student, seed, spec, context, root)  # student, task, test images
     figures = compress(config, fine_tuning, only=steps)  # prune, fine-tune, quantize, fine-tune, evaluate
@@ -317,16 +347,24 @@ def run_all(run: Run) -> dict[str, Any]:
     """Run every stage; each skips finished work. No teacher is trained for stores that are there already."""
     for fault in faults_of_trainings(run.recipe, imports=True):
         raise RecipeError(fault)
-    dry_run(run.recipe.compress, run.recipe.student, run.context)
+    for training in trainings_of(run.recipe).values():
+        class_weights(training, run.context.train_set.labels, run.context.train_set.num_classes)
     require_losses(run)
     features = list(run.check_losses_fit())
-    stages = {**STAGES, "cache-teacher": partial(run_cache_teacher, hint=False)}
+    preflight(run)
+    stages: dict[str, Callable[[Run], dict[str, Any]]] = {
+        **STAGES,
+        "cache-teacher": partial(run_cache_teacher, hint=False),
+    }
     if needs_teacher(run, features):
         warn_of_neighbor(run, features)
     else:
         stages = {name: stages[name] for name in ("train-student", "compress")}
     results: dict[str, Any] = {}
     for name, stage in stages.items():
+        if name == "compress" and not run.recipe.student.export:
+            run.monitor.warn(name, "student.export = false: nothing is compressed.")
+            continue
         with run.phase(name):
             results |= stage(run)
     return results

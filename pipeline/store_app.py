@@ -23,15 +23,24 @@ Recompute = Annotated[
 ]
 RecipeOption = Annotated[Path | None, typer.Option("--recipe", metavar="RECIPE", help="The recipe of the teacher.")]
 Seed = Annotated[int, typer.Option("--seed", min=0, help="Chooses the samples to recompute.")]
+FollowLinks = Annotated[bool, typer.Option("--follow-links", help="Follow links that lead out of the store.")]
 Keep = Annotated[int, typer.Option("--keep", metavar="N", help="Number of views to keep.")]
 
 
+def _trust(path: Path, follow_links: bool) -> None:
+    if follow_links:
+        from kdpipe.store.fs import safe_read
+
+        safe_read.follow_links(path)
+
+
 @store_app.command("info")
-def store_info(path: StorePath, as_json: AsJson = False) -> None:
+def store_info(path: StorePath, *, follow_links: FollowLinks = False, as_json: AsJson = False) -> None:
     """Describe a store. Teacher, data, views, arrays, missing units, running jobs and encoding error."""
     with guarded():
         from kdpipe.pipeline.commands.store.info import print_store_info, read_store_info
 
+        _trust(path, follow_links)
         info = read_store_info(path)
         print_result(as_json, info, lambda: print_store_info(info))
 
@@ -45,6 +54,7 @@ def store_verify(
     run: RunDir = None,
     *,
     seed: Seed = 0,
+    follow_links: FollowLinks = False,
     as_json: AsJson = False,
 ) -> None:
     """Read and check every byte of a store. Exit status 1 if anything is damaged, 3 if units are only missing."""
@@ -59,6 +69,7 @@ def store_verify(
             from kdpipe.pipeline.recipe.load import load_recipe
 
             load_recipe(recipe, set_ or (), os.environ)  # refuse it first: checking every byte may take hours
+        _trust(path, follow_links)
         verdict = verify.verify(path, as_json)
         recomputed = None
         if recompute is not None and recipe is not None and not verdict.damaged:
@@ -117,6 +128,7 @@ def store_transcode(
         str | None, typer.Option(metavar="CODEC", help="zstd or blosc: compress the chunks; none: decompress them.")
     ] = None,
     level: Annotated[int | None, typer.Option(help="Compression level, 1 to 9 [default: 5].")] = None,
+    follow_links: FollowLinks = False,
     keep_bits: Annotated[
         int | None, typer.Option("--keep-bits", metavar="BITS", help="Round mantissas to this many bits first.")
     ] = None,
@@ -143,6 +155,7 @@ def store_transcode(
             codec=parse_codec(archive, level),
             keep_bits=keep_bits,
         )
+        _trust(Path(source), follow_links)
         figures = run_transcode(source, target, change, as_json)
         document = {"source": source, "target": str(target), **figures}
         print_result(as_json, document, lambda: print_transcoded(source, target, figures))

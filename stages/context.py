@@ -23,6 +23,9 @@ from kdpipe.stages.views.config import Views
 from kdpipe.stages.views.renderer import Renderer
 from kdpipe.store import Samples
 
+VIEW_SIZE = "view_size"
+"""Key of an architecture record: (H, W) of the views, if a network gets them resized."""
+
 IMAGENET = Normalization((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 
 
@@ -46,6 +49,8 @@ class StageContext:
         unreadable: As in the recipe's `data` section.
         get_teacher_logits: Returns what reads the teachers' logits of test images, if they are available.
         process_group: The processes that train together; the first of them writes.
+        load_test: Loads the test images in another size; by default `test_set` is resized.
+        input_size: Side of the square to which a network's images are resized; None leaves the views' size.
     """
 
     run_dir: Path
@@ -59,11 +64,36 @@ class StageContext:
     unreadable: Literal["stop", "drop"] = "stop"
     get_teacher_logits: Callable[[], LogitsAt | None] = _no_logits  # named, so that loaders can be pickled
     process_group: ProcessGroup = SINGLE
+    load_test: Callable[[int], ImageSet] | None = None
+    input_size: int | None = None
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
         """The networks' input shape, (C, H, W)."""
-        return self.renderer.shape
+        shape = self.renderer.shape
+        return shape if self.input_size is None else (shape[0], self.input_size, self.input_size)
+
+    def resized(self, size: int | None) -> StageContext:
+        """Return the context of a network that gets the same images resized to a square; one and the same each time.
+
+        The teacher's views are resized, not rendered in another size: boxes, flips, colors and mixtures are so the
+        same by construction, whatever the operations are.
+
+        Raises:
+            RecipeError: The views are not square.
+        """
+        if size is None or (size, size) == self.image_shape[1:]:
+            return self
+        _, height, width = self.renderer.shape
+        if height != width:
+            raise RecipeError(
+                f"student.image_size = {size} needs square views, and these are of {height} x {width} pixels."
+            )
+        return self._resized.setdefault(size, replace(self, input_size=size))
+
+    @cached_property
+    def _resized(self) -> dict[int, StageContext]:
+        return {}
 
     @cached_property
     def renderer(self) -> Renderer:
@@ -78,13 +108,26 @@ class StageContext:
     def train_loader(self) -> ImageLoader:
         """The training images in their views."""
         return ImageLoader(
-            self.train_set, self.device, self.renderer, self.mix_partners, self.num_workers, self._on_unreadable
+            self.train_set,
+            self.device,
+            self.renderer,
+            self.mix_partners,
+            self.num_workers,
+            self._on_unreadable,
+            self.input_size,
         )
 
     @cached_property
     def test_loader(self) -> ImageLoader:
         """The test images, without views."""
-        return ImageLoader(self.test_set, self.device, num_workers=self.num_workers, on_failure=self._on_unreadable)
+        test_set, size = self.test_set, self.input_size
+        if size is not None and self.load_test is not None:
+            test_set = self.load_test(size)
+            if not torch.equal(test_set.sample_ids, self.test_set.sample_ids):
+                raise DataError(f"the test images of {test_set.name} changed while the job ran: start it again.")
+        return ImageLoader(
+            test_set, self.device, num_workers=self.num_workers, on_failure=self._on_unreadable, size=size
+        )
 
     def evaluation(self, normalize: Normalization) -> Evaluation:
         """Return the evaluation on the test images for a model with this input scaling."""
@@ -102,7 +145,8 @@ class StageContext:
     def architecture(self, config: ModelConfig) -> dict[str, Any]:
         """Return the record from which a network for these images and classes can be rebuilt."""
         train_set = self.train_set
-        return architecture(config, train_set.num_classes, train_set.in_channels, self.image_shape[1:])
+        record = architecture(config, train_set.num_classes, train_set.in_channels, self.image_shape[1:])
+        return record if self.input_size is None else {**record, VIEW_SIZE: list(self.renderer.shape[1:])}
 
     def build_model(self, config: ModelConfig, seed: int) -> nn.Module:
         """Build a network for these images and classes, initialized with `seed`."""

@@ -30,6 +30,10 @@ class UnknownModelError(ModelError, RecipeError):
     """The recipe names a network, or an argument of one, that does not exist."""
 
 
+class NotLogitsError(ModelError, RecipeError):
+    """A network returns probabilities where logits are wanted."""
+
+
 class UnknownDataError(DataError, RecipeError):
     """The recipe names a data set that does not exist."""
 

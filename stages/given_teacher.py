@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from torch import nn
+
 from kdpipe.stages.context import IMAGENET, StageContext
-from kdpipe.stages.errors import RecipeError
+from kdpipe.stages.errors import NotLogitsError, RecipeError
 from kdpipe.stages.evaluation.evaluate import Evaluation
 from kdpipe.stages.evaluation.metrics import EvalReport
 from kdpipe.stages.evaluation.trials import try_class_order, try_scalings
 from kdpipe.stages.models.build import PUBLISHED, ModelConfig
 from kdpipe.stages.models.bundle import ModelBundle
+from kdpipe.stages.models.normalization import Normalization
 from kdpipe.stages.models.torchvision import published_categories
 from kdpipe.stages.numerics import PROBABILITIES
 from kdpipe.stages.teacher import TeacherConfig, stated_by_weights
@@ -30,36 +33,47 @@ def require_given(config: TeacherConfig, teacher: ModelBundle, context: StageCon
     """
     if config.train is not None:
         return
-    _require_trained_head(config.model, context)
-    stated, weights = stated_by_weights(config, teacher.model, context), config.model.weights
-    of = f"the weights {weights}" if weights else f"the network {config.model.name}"
-    if config.mean is not None:
-        for where, other in stated.items():
-            if other != teacher.normalize:
-                sentence = f"the teacher's input scaling is the recipe's, {teacher.normalize}; {where} states {other}."
-                context.monitor.warn("train-teacher", sentence)
-    elif len(set(stated.values())) > 1:
-        found = "; ".join(f"{where}: {scaling}" for where, scaling in stated.items())
-        raise RecipeError(f"{of} state two input scalings ({found}): set teacher.mean and teacher.std.")
-    elif not stated:
+    if has_new_head(config.model, context.train_set.num_classes):
         raise RecipeError(
-            f"the input scaling of {of} is not known, and a wrong one lowers the accuracy without a word: set "
-            "teacher.mean and teacher.std to those of its training, for pixels in [0, 1]; ImageNet's are "
+            f"the classifier of {_named(config.model)} is new and random, as they are of other classes than the data: "
+            "train the teacher ([teacher.train])."
+        )
+    if config.mean is None and known_scaling(config.model, teacher.model, context) is None:
+        raise RecipeError(
+            f"the input scaling of {_named(config.model)} is not known, and a wrong one lowers the accuracy without a "
+            "word: set teacher.mean and teacher.std to those of its training, for pixels in [0, 1]; ImageNet's are "
             f"{IMAGENET}."
         )
+    for where, other in stated_by_weights(config.model, teacher.model, context).items():
+        if other != teacher.normalize:
+            sentence = f"the teacher's input scaling is the recipe's, {teacher.normalize}; {where} states {other}."
+            context.monitor.warn("train-teacher", sentence)
 
 
-def _require_trained_head(config: ModelConfig, context: StageContext) -> None:
+def known_scaling(config: ModelConfig, model: nn.Module, context: StageContext) -> Normalization | None:
+    """Return the input scaling that a network or its weights state; None if they state none.
+
+    Raises RecipeError if they state two.
+    """
+    stated = stated_by_weights(config, model, context)
+    if len(set(stated.values())) > 1:
+        found = "; ".join(f"{where}: {scaling}" for where, scaling in stated.items())
+        raise RecipeError(f"{_named(config)} state two input scalings ({found}): set teacher.mean and teacher.std.")
+    return next(iter(stated.values()), None)
+
+
+def has_new_head(config: ModelConfig, num_classes: int) -> bool:
+    """Return whether a network gets a new, random classifier: its weights are of other classes than the data."""
     if config.fresh_head:
-        raise RecipeError("teacher.model.fresh_head = true makes a new, random classifier: train it ([teacher.train]).")
-    if config.weights != PUBLISHED:
-        return
-    published, wanted = len(published_categories(config.name)), context.train_set.num_classes
-    if published != wanted:
-        raise RecipeError(
-            f"the published weights of {config.name} are of {published:,} classes and the data has {wanted:,}: the "
-            "teacher's classifier would be new and random, so train it ([teacher.train])."
-        )
+        return True
+    return config.weights == PUBLISHED and len(published_categories(config.name)) != num_classes
+
+
+def _named(config: ModelConfig) -> str:
+    """Return what brings the weights, for messages."""
+    if config.weights == PUBLISHED:
+        return f"the published weights of {config.name}"
+    return f"the weights {config.weights}" if config.weights else f"the network {config.name}"
 
 
 def require_accuracy(config: TeacherConfig, teacher: ModelBundle, report: EvalReport, test: Evaluation) -> None:
@@ -72,7 +86,7 @@ def require_accuracy(config: TeacherConfig, teacher: ModelBundle, report: EvalRe
         RecipeError: It is too low; the message says what was found.
     """
     if report.outputs == PROBABILITIES:
-        raise RecipeError(
+        raise NotLogitsError(
             "the teacher's outputs are probabilities (each row adds up to 1), and stores hold logits: return what goes "
             "into its softmax."
         )

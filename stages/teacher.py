@@ -38,6 +38,7 @@ class TeacherConfig:
         std: The input's standard deviation for each channel.
         expected_accuracy: The accuracy on the test images that the teacher is known to have, in percent. A lower one is
             refused, and given weights that reach it are not examined further.
+        export: Whether to write an ONNX file where that is possible. Only its size and latency in the report need it.
     """
 
     model: ModelConfig
@@ -45,6 +46,7 @@ class TeacherConfig:
     mean: tuple[float, ...] | None = None
     std: tuple[float, ...] | None = None
     expected_accuracy: Annotated[float, Field(ge=0, le=100)] | None = None
+    export: bool = True
 
 
 def teacher_folder(run: Path) -> JobDir:
@@ -137,13 +139,13 @@ def build_teacher(config: TeacherConfig, seed: int, context: StageContext) -> Mo
     model = context.build_model(config.model, seed)
     normalize = model_normalization(context.train_set, config.model.weights, config.mean, config.std)
     if config.train is None and config.mean is None:
-        normalize = next(iter(stated_by_weights(config, model, context).values()), normalize)
+        normalize = next(iter(stated_by_weights(config.model, model, context).values()), normalize)
     return ModelBundle(model, context.architecture(config.model), normalize)
 
 
-def stated_by_weights(config: TeacherConfig, model: nn.Module, context: StageContext) -> dict[str, Normalization]:
+def stated_by_weights(config: ModelConfig, model: nn.Module, context: StageContext) -> dict[str, Normalization]:
     """Return the input scalings that the teacher and its weights come with, by the place where each is stated."""
-    weights = config.model.weights
+    weights = config.weights
     if weights == PUBLISHED:
         return {"torchvision": IMAGENET} if context.train_set.in_channels == len(IMAGENET.mean) else {}
     return stated_scalings(model, weights_path(weights) if weights else None, context.train_set.in_channels)

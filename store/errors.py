@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -27,6 +28,10 @@ class StoreError(KdpipeError):
 
 MAX_SHOWN, MAX_VALUE_LENGTH = 4, 80
 """Differences that a message shows, and letters of each of their values."""
+
+
+class LinkedStoreError(StoreError):
+    """A store with links that lead out of it, which are followed only where the user asks for it."""
 
 
 class FingerprintMismatch(KdpipeError):
@@ -82,6 +87,22 @@ def did_you_mean(name: str, known: Iterable[str], *, limit: int = 1, otherwise: 
     if near := get_close_matches(name.lower(), by_lower, limit, 0.5):
         return f"did you mean {' or '.join(repr(by_lower[word]) for word in near)}?"
     return f"available: {', '.join(by_lower.values()) or 'none'}." if otherwise is None else otherwise
+
+
+DISK_ERRORS = {
+    errno.ENOSPC: ("the disk is full", "make room"),
+    errno.EDQUOT: ("the disk quota is used up", "remove files of yours, or ask for a larger quota"),
+    errno.EROFS: ("the file system is read-only", "have it mounted for writing, or use a folder on another one"),
+    errno.EIO: ("the disk reports an error", "look at the system's log (dmesg), and use another disk if it is failing"),
+    errno.ESTALE: ("the file system is gone", "have it mounted again"),
+    errno.ENOTCONN: ("the file system is gone", "have it mounted again"),
+}
+"""By errno, what is wrong with a disk, and what to do next."""
+
+
+def explain(error: OSError) -> tuple[str, str]:
+    """Return what is wrong with a file or its disk, and what to do next."""
+    return DISK_ERRORS.get(error.errno or 0, (error.strerror or str(error), "make it a file that you may write"))
 
 
 @contextmanager

@@ -10,6 +10,9 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
+SECRET = re.compile(r"token|secret|passw|api_?key|credential", re.IGNORECASE)
+"""Keys that sound like secrets."""
+
 HIDDEN = "..."
 """What stands for a secret."""
 
@@ -38,6 +41,20 @@ def redacted_json(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return type(value)(map(redacted_json, value))
     return value
+
+
+def redacted_options(value: Any) -> Any:
+    """Return a JSON value redacted, with the texts hidden whose keys sound like secrets, such as `api_key`.
+
+    A text `KEY=VALUE` is such a key and its text, too.
+    """
+    if isinstance(value, Mapping):
+        items = {str(key): redacted_options(inner) for key, inner in value.items()}
+        return {key: HIDDEN if SECRET.search(key) and isinstance(inner, str) else inner for key, inner in items.items()}
+    if isinstance(value, list | tuple):
+        return type(value)(map(redacted_options, value))
+    key, equals, _ = value.partition("=") if isinstance(value, str) else ("", "", "")
+    return f"{key}={HIDDEN}" if equals and SECRET.search(key) else redacted_json(value)
 
 
 def is_redacted(url: str) -> bool:

@@ -55,8 +55,9 @@ def pytest_unconfigure() -> None:
 @pytest.fixture
 def without_onnx(monkeypatch: pytest.MonkeyPatch) -> None:
     """Write no ONNX files after trainings, for tests of something else: their export takes most of the time."""
-    from kdpipe.stages.training import finalize
+    from kdpipe.stages.training import finalize, preflight
 
+    monkeypatch.setattr(preflight, "try_export", lambda model, image_shape: None)
     monkeypatch.setattr(finalize, "export_onnx", lambda model, example, path, metadata: path.write_bytes(b"no file"))
     monkeypatch.setattr(finalize, "require_agreement", lambda path, network, test: 1.0)
 

@@ -8,9 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from kdpipe.store.redact import redacted
-
-SECRET = re.compile(r"token|secret|passw|api_?key|credential", re.I)
+from kdpipe.store.redact import SECRET, redacted
 
 
 def public_config(recipe: Mapping[str, Any]) -> dict[str, Any]:

@@ -11,8 +11,9 @@ import onnx
 import onnxruntime
 from onnx.external_data_helper import ExternalDataInfo, uses_external_data
 
-from kdpipe.pipeline.terminal.output import console, new_table, printable
+from kdpipe.pipeline.terminal.output import console
 from kdpipe.pipeline.terminal.progress import reporter
+from kdpipe.pipeline.terminal.tables import Table, print_table
 from kdpipe.stages.evaluation.latency import WARM_UP_ROUNDS, Latency, measure_latency
 from kdpipe.stages.runtime.cpu import cpu_features, cpu_name, num_cores
 from kdpipe.stages.runtime.events import ProgressEvent
@@ -89,21 +90,19 @@ def file_bytes(path: Path) -> int:
 
 def print_bench(bench: Mapping[str, Any]) -> None:
     """Print the results of `run_bench` as a table to stdout."""
-    table = new_table()
-    table.add_column("file", overflow="fold")
     sizes = [latency["batch_size"] for latency in bench["files"][0]["latency"]]
-    for header in ("bytes", *(f"batch {size}, ms" for size in sizes), "images/s", "time / first"):
-        table.add_column(header, justify="right", no_wrap=True)
+    headers = ["file", "bytes", *(f"batch {size}, ms" for size in sizes), "images/s", "time / first"]
+    cells = []
     for file in bench["files"]:
         times = (f"{latency['p50_ms']:.3f} / {latency['p95_ms']:.3f}" for latency in file["latency"])
         rates = (f"{file['images_per_s']:,.0f}", f"{file['time_against_first']:.3f}")
-        table.add_row(printable(file["path"]), f"{file['bytes']:,}", *times, *rates)
+        cells.append([file["path"], f"{file['bytes']:,}", *times, *rates])
     out = console()
     out.print(
         f"CPU: {bench['cpu']} ({', '.join(bench['cpu_features']) or 'none known'}), threads: {bench['num_threads']}, "
         f"onnxruntime {bench['onnxruntime']}"
     )
-    out.print(table)
+    print_table(out, Table("", headers, cells))
     out.print(
         f"p50 / p95 of {bench['num_rounds']} rounds, alternating between the files. Images/s and time / first: medians "
         "at the largest batch size."

@@ -7,10 +7,12 @@ from functools import partial
 from statistics import mean, stdev
 from typing import Any
 
+from kdpipe.pipeline.report.formatting import mean_std
 from kdpipe.pipeline.run import Run
 from kdpipe.pipeline.shared_store import needs_teacher, warn_of_neighbor
 from kdpipe.pipeline.steps import run_cache_teacher, run_train_teacher, train_student, try_distillation
-from kdpipe.pipeline.terminal.output import console, new_table
+from kdpipe.pipeline.terminal.output import console
+from kdpipe.pipeline.terminal.tables import Table, print_table
 from kdpipe.stages.distillation.student_config import ALONE, view_warning
 from kdpipe.stages.errors import NotFiniteError, RecipeError
 from kdpipe.stages.train_student.compare import (
@@ -106,27 +108,23 @@ def _mean(values: Sequence[float | None], factor: float) -> float | None:
 def print_compare(recipe: str, results: dict[str, Any]) -> None:
     """Print the table to stdout, the best variant first."""
     num_seeds = len(results["rows"][0]["accuracies"])
-    table = new_table(f"{recipe}: comparison over {num_seeds} seeds")
-    table.add_column("variant", no_wrap=True)
-    first = results["rows"][0]  # the student alone, without it the recipe's first variant
-    over, versus = f"over {first['name']}", f"vs {first['name']}"
-    for header in ("test accuracy %", over, "best epoch %", "agreement %", "KL, nats", "ms / step", versus):
-        table.add_column(header, justify="right")
-    if results["teacher"]:
-        table.add_row("teacher", f"{100 * results['teacher']['accuracy']:.2f}", "", "", "", "", "", "")
+    headers = ["variant", "test accuracy %", "over alone", "best epoch %", "agreement %", "KL, nats", "ms / step"]
+    alone, teacher = results["rows"][0]["accuracy_mean"], results["teacher"]
+    cells = [["teacher", f"{100 * teacher['accuracy']:.2f}", *[""] * 6]] if teacher else []
     for row in sorted(results["rows"], key=lambda row: -row["accuracy_mean"]):
-        spread = "" if row["accuracy_std"] is None else f" ± {row['accuracy_std']:.2f}"
-        table.add_row(
-            row["name"],
-            f"{row['accuracy_mean']:.2f}{spread}",
-            f"{row['accuracy_mean'] - first['accuracy_mean']:+.2f}",
-            f"{row['best_accuracy_mean']:.2f}",
-            "-" if row["agreement_mean"] is None else f"{row['agreement_mean']:.2f}",
-            "-" if row["teacher_kl_mean"] is None else f"{row['teacher_kl_mean']:.3f}",
-            f"{row['step_ms']:.2f}",
-            f"{row['ratio']:.2f}",
+        cells.append(
+            [
+                row["name"],
+                mean_std(row["accuracy_mean"], row["accuracy_std"]),
+                f"{row['accuracy_mean'] - alone:+.2f}",
+                f"{row['best_accuracy_mean']:.2f}",
+                mean_std(row["agreement_mean"]),
+                mean_std(row["teacher_kl_mean"], digits=3),
+                f"{row['step_ms']:.2f}",
+                f"{row['ratio']:.2f}",
+            ]
         )
     out = console()
-    out.print(table)
+    print_table(out, Table(f"{recipe}: comparison over {num_seeds} seeds", [*headers, "vs alone"], cells))
     for name, number in results["num_diverged"].items():
         out.print(f"{name}: {number} of {num_seeds} seeds diverged: try a lower weight or learning rate.")

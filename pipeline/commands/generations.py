@@ -10,12 +10,14 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 from statistics import mean, stdev
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from kdpipe.pipeline.recipe.load import Recipe
+from kdpipe.pipeline.report.formatting import mean_std
 from kdpipe.pipeline.run import Run
 from kdpipe.pipeline.steps import require_losses, run_cache_teacher, run_train_teacher, train_student, try_distillation
-from kdpipe.pipeline.terminal.output import console, new_table
+from kdpipe.pipeline.terminal.output import console
+from kdpipe.pipeline.terminal.tables import Table, print_table
 from kdpipe.stages.distillation.student_config import DISTILLED, student_folder
 from kdpipe.stages.distillation.task_builder import build_student
 from kdpipe.stages.errors import RecipeError
@@ -23,9 +25,6 @@ from kdpipe.stages.losses.features.simkd import SimKD
 from kdpipe.stages.models.build import ModelConfig
 from kdpipe.stages.teacher import TeacherConfig
 from kdpipe.stages.train_student.preflight import dry_run_losses
-
-if TYPE_CHECKING:
-    from rich.table import Table
 
 SEED_STEP = 1000
 """Added to the recipe's seeds for each earlier generation, so that students start from new weights."""
@@ -60,6 +59,11 @@ def _check(run: Run, count: int) -> None:
             "simkd makes the teacher's classifier part of the student, which then cannot teach another: use "
             "another loss for generations, or --count 1."
         )
+    if count > 1 and student.image_size is not None:
+        raise RecipeError(
+            "student.image_size gives the student smaller views, and a student that teaches the next one needs the "
+            "views of the store: remove it, or use --count 1."
+        )
     run.check_losses_fit()
     if count > 1:
         model = build_student(student, student.seeds[0], run.context).model
@@ -92,30 +96,25 @@ def _run_generation(run: Run, number: int, *, with_alone: bool) -> dict[str, Any
 
 def print_generations(recipe: str, results: dict[str, Any]) -> None:
     """Print the table to stdout."""
-    table = new_table(f"{recipe}: generations")
-    table.add_column("network", no_wrap=True)
-    for header in ("its teacher %", "test accuracy %", "best epoch %", "agreement with its teacher %", "seeds"):
-        table.add_column(header, justify="right")
+    headers = ["network", "its teacher %", "test accuracy %", "best epoch %", "agreement with its teacher %", "seeds"]
     first = results["generations"][0]
-    table.add_row("teacher", "", f"{100 * first['teacher']['accuracy']:.2f}", "", "", "1")
-    if first["alone"]:
-        _add_row(table, "student alone", "", first["alone"])
+    cells = [["teacher", "", f"{100 * first['teacher']['accuracy']:.2f}", "", "", "1"]]
+    cells.append(_row("student alone", "", first["alone"]))
     for result in results["generations"]:
         teacher = f"{100 * result['teacher']['accuracy']:.2f}"
-        _add_row(table, f"generation {result['generation']}", teacher, result["students"])
-    console().print(table)
+        cells.append(_row(f"generation {result['generation']}", teacher, result["students"]))
+    print_table(console(), Table(f"{recipe}: generations", headers, cells))
 
 
-def _add_row(table: Table, name: str, teacher: str, students: list[dict[str, Any]]) -> None:
+def _row(name: str, teacher: str, students: list[dict[str, Any]]) -> list[str]:
     accuracies = [100 * student["accuracy"] for student in students]
-    spread = f" ± {stdev(accuracies):.2f}" if len(accuracies) > 1 else ""
     agreements = [(student.get("examined") or {}).get("agreement") for student in students]
     known = [100 * agreement for agreement in agreements if agreement is not None]
-    table.add_row(
+    return [
         name,
         teacher,
-        f"{mean(accuracies):.2f}{spread}",
+        mean_std(mean(accuracies), stdev(accuracies) if len(accuracies) > 1 else None),
         f"{mean(100 * student['best_accuracy'] for student in students):.2f}",
         f"{mean(known):.2f}" if known and teacher else "",
         str(len(students)),
-    )
+    ]

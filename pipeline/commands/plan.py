@@ -8,16 +8,21 @@ from dataclasses import replace
 from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
+from kdpipe.pipeline.preflight import preflight
 from kdpipe.pipeline.run import Run
 from kdpipe.pipeline.terminal.output import printable
 from kdpipe.pipeline.terminal.rate import duration_text
-from kdpipe.stages.cache_teacher.estimate import plan_cache, probe
+from kdpipe.stages.cache_teacher.estimate import first_logits, plan_cache, probe
+from kdpipe.stages.cache_teacher.plan import top_k_of
 from kdpipe.stages.context import test_context
 from kdpipe.stages.given_teacher import require_given
+from kdpipe.stages.targets.tail_mass import TAIL, TailMass, tail_of
 from kdpipe.stages.teacher import load_teacher, teacher_folder, untrained_teacher
+from kdpipe.store import encode_topk, open_store
 
 if TYPE_CHECKING:
     from kdpipe.pipeline.recipe.overrides import Setting, Settings
+    from kdpipe.stages.models.bundle import ModelBundle
 
 MIN_WIDTH, MAX_WIDTH = 20, 60
 """Width of the column of values, in characters; longer values are cut off."""
@@ -80,6 +85,8 @@ def _lines(plan: dict[str, Any]) -> Iterator[tuple[str, str]]:
         yield "time", f"about {duration_text(wall_s)}, at {rate:,.0f} images/s for {plan['num_images']:,} images"
     elif not plan["num_images"]:
         yield "time", "none: the store is complete"
+    for line in plan["tail_mass"]:
+        yield "tail", line
     if not plan["teacher_trained"]:
         yield "teacher", "not trained yet: run `kdpipe train-teacher` first"
 
@@ -92,6 +99,7 @@ def run_plan(run: Run, with_probe: bool) -> dict[str, Any]:
     teacher = load(recipe.teacher, recipe.seed, run.context)
     require_given(recipe.teacher, teacher, run.context)
     required = run.required_features(teacher)
+    preflight(run)
     plan = plan_cache(config, run.store, teacher, list(required), run.context, trained=trained)
     test_config, test_images = replace(config, top_k=None), test_context(run.context)
     test_plan = plan_cache(test_config, run.test_store, teacher, [], test_images, trained=trained)
@@ -99,4 +107,20 @@ def run_plan(run: Run, with_probe: bool) -> dict[str, Any]:
     timed = with_probe and plan["num_images"] > 0
     measured = probe(config, teacher, list(required), run.context, plan["num_images"]) if timed else None
     required_by = {feature.array: reasons for feature, reasons in required.items()}
-    return {**plan, "teacher_trained": trained, "layers_required_by": required_by, "probe": measured}
+    tails = [str(found) for found in _tail_masses(run, teacher, plan)] if config.top_k and trained else []
+    return {
+        **plan,
+        "teacher_trained": trained,
+        "layers_required_by": required_by,
+        "tail_mass": tails,
+        "probe": measured,
+    }
+
+
+def _tail_masses(run: Run, teacher: ModelBundle, plan: dict[str, Any]) -> list[TailMass]:
+    """Return the mass of the classes that the store does not keep, from the store, else from a first batch."""
+    if plan["exists"] and not plan["num_units_missing"]:
+        store = open_store(run.store)
+        return run.tail_masses(store.manifest.top_k, tail_of(store))
+    top_k, logits = top_k_of(run.recipe.cache, run.context), first_logits(run.recipe.cache, teacher, run.context)
+    return [] if top_k is None else run.tail_masses(top_k, encode_topk(logits, top_k, "float32")[TAIL])

@@ -18,7 +18,7 @@ from kdpipe.stages.data.load import KNOWN_NAMES, list_source
 from kdpipe.stages.data.sources.user_function import is_user_dataset
 from kdpipe.stages.distillation.student_config import StudentConfig
 from kdpipe.stages.distillation.task_builder import build_student
-from kdpipe.stages.errors import DataError, ModelError, RecipeError, UnknownModelError
+from kdpipe.stages.errors import DataError, ModelError, NotLogitsError, RecipeError, UnknownModelError
 from kdpipe.stages.given_teacher import require_given
 from kdpipe.stages.losses.base import Loss
 from kdpipe.stages.models.build import PUBLISHED, build_model, weights_path
@@ -30,6 +30,7 @@ from kdpipe.stages.runtime.events import RunMonitor
 from kdpipe.stages.targets.feature_spec import parse_feature, source_shapes
 from kdpipe.stages.teacher import TeacherConfig, require_weights, untrained_teacher
 from kdpipe.stages.train_student.preflight import dry_run_losses
+from kdpipe.stages.training.preflight import try_network
 
 Config = TypeVar("Config", TeacherConfig, StudentConfig)
 
@@ -139,16 +140,24 @@ def _faults(recipe: Recipe, context: StageContext) -> Iterator[str]:
     """Yield what a run would refuse before it trains: teacher, student, cache, losses and compression."""
     teacher = _built(untrained_teacher, recipe.teacher, recipe.seed, context)
     student = _built(build_student, recipe.student, recipe.student.seeds[0], context)
+    runs = {}
     for role, built in (("teacher", teacher), ("student", student)):
-        if isinstance(built, str):
-            yield f"{role}: {built}"
+        fault = built if isinstance(built, str) else fault_of(_try, recipe, role, built, context)
+        yield from [f"{role}: {fault}"] if fault else []
+        runs[role] = fault is None
     if isinstance(teacher, ModelBundle):
         yield from _faults_of_cache(recipe, teacher, context)
     if isinstance(teacher, ModelBundle) and isinstance(student, ModelBundle):
         yield from _faults_of_losses(recipe, teacher, context)
-    if isinstance(student, ModelBundle) and recipe.compress.steps:
+    if runs["student"] and recipe.compress.steps and recipe.student.export:
         fault = fault_of(dry_run, recipe.compress, recipe.student, context)
         yield from [f"compress: {fault}"] if fault else []
+
+
+def _try(recipe: Recipe, role: str, network: ModelBundle, context: StageContext) -> None:
+    train = recipe.teacher.train if role == "teacher" else recipe.student.train
+    exports = role == "student" and recipe.student.export
+    try_network(network, train, role=role, device=context.device, exports=exports)
 
 
 def _built(build: Callable[..., ModelBundle], *arguments: Any) -> ModelBundle | str:
@@ -184,7 +193,7 @@ def _faults_of_names(recipe: Recipe) -> Iterator[str]:
     for role, config in (("teacher", recipe.teacher.model), ("student", recipe.student.model)):
         try:
             build_model(config, num_classes=NUM_CLASSES, in_channels=channels, image_size=(side, side), seed=0)
-        except UnknownModelError as error:
+        except (UnknownModelError, NotLogitsError) as error:
             yield f"{role}: {error}"
         except ModelError:  # it does not fit images of the assumed size
             continue

@@ -30,7 +30,7 @@ from kdpipe.stages.training.optim import TrainConfig, check_training
 from kdpipe.stages.views.config import Views
 from kdpipe.stages.views.renderer import check_views
 from kdpipe.store import exclusive
-from kdpipe.store.redact import redacted_json
+from kdpipe.store.redact import redacted_json, redacted_options
 
 RUN_FILES_LOCK = ".run.json.lock"
 """The lock of the files in a run folder itself, which several processes may write."""
@@ -195,6 +195,6 @@ def write_run_recipe(run: Path, record: Mapping[str, Any]) -> None:
 
 
 def recipe_json(recipe: Recipe) -> dict[str, Any]:
-    """Return the resolved recipe: every key with its value, URLs redacted. `parse_recipe` reads it back."""
+    """Return the resolved recipe: every key with its value, without secrets. `parse_recipe` reads it back."""
     resolved: dict[str, Any] = redacted_json(asdict(recipe))
-    return resolved
+    return {**resolved, "callbacks": redacted_options(resolved["callbacks"])}

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from kdpipe.store.format.schema import ATTRIBUTE
-from kdpipe.store.fs.safe_read import read_json_or_none
+from kdpipe.store.fs.checksums import read_intact_json
 
 MADE_IN_PYTHON = ".made-in-python"
 """The file that marks run folders of the Python API, whose recipe grows with the calls."""
@@ -50,6 +50,8 @@ def network_entries(recipe: Mapping[str, Any], run: Path, root: Path | None = No
         entries.append(NetworkEntry("student distilled", "student", students("distilled"), "student"))
     else:
         entries.append(NetworkEntry("student given", "student", [root / "given"], "student"))
+    if not recipe["student"].get("export", True):  # nothing is compressed then
+        return entries
     for name, kind, timed_as in _compressed(recipe["compress"]):
         entries.append(NetworkEntry(name, kind, [root / f"{kind}-seed{seed}" for seed in seeds], timed_as))
     return entries
@@ -66,8 +68,8 @@ def teacher_job(recipe: Mapping[str, Any], run: Path) -> Path | None:
     if elsewhere is None or own.exists():
         return own
     store = Path(elsewhere)  # of a URL nothing is found
-    stored = (read_json_or_none(store / "zarr.json") or {}).get("attributes", {}).get(ATTRIBUTE, {})
-    result = read_json_or_none(store.parent / "teacher" / "result.json") or {}
+    stored = (read_intact_json(store / "zarr.json") or {}).get("attributes", {}).get(ATTRIBUTE, {})
+    result = read_intact_json(store.parent / "teacher" / "result.json") or {}
     weights = result.get("identity", {}).get("weights_sha256")
     return store.parent / "teacher" if weights and weights == stored.get("teacher", {}).get("weights_sha256") else None
 

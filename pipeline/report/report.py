@@ -9,10 +9,11 @@ from typing import Any
 
 from kdpipe.pipeline.report.networks import MADE_IN_PYTHON, NetworkEntry, compressed_folder, network_entries
 from kdpipe.pipeline.report.rows import Report, Row, mean_and_std, read_quality, recovered_accuracy
-from kdpipe.pipeline.report.tables import Table, report_tables
+from kdpipe.pipeline.report.tables import report_tables
 from kdpipe.pipeline.session.paths import require_writable
 from kdpipe.pipeline.terminal.exit_codes import DONE, DONE_IN_PART
-from kdpipe.pipeline.terminal.output import console, new_table, print_json, printable
+from kdpipe.pipeline.terminal.output import console, print_json, printable
+from kdpipe.pipeline.terminal.tables import print_table
 from kdpipe.stages.compress.artifacts.latency_record import Latencies, latency_path, read_latencies
 from kdpipe.stages.errors import RunError
 from kdpipe.stages.training.job_dir import JobDir, read_json_file
@@ -98,19 +99,35 @@ def _ratio(larger: int | None, smaller: int | None) -> float | None:
     return larger / smaller if larger and smaller else None
 
 
-def print_reports(runs: Sequence[Path], as_json: bool) -> int:
+def print_reports(runs: Sequence[Path], as_json: bool, *, full: bool = False, page: Path | None = None) -> int:
     """Print the reports of runs and return the exit status: 3 if any of their jobs are unfinished.
+
+    Args:
+        runs: The run folders.
+        as_json: Whether to print JSON, which has everything.
+        full: Whether to print all tables.
+        page: The HTML page that is written too.
 
     Raises:
         RunError: Before anything is printed, as `read_report` does.
     """
-    reports = [read_report(run) for run in runs]
+    from kdpipe.pipeline.report.html.read import read_run
+    from kdpipe.pipeline.report.short import print_short
+
+    if full or as_json:
+        reports = [read_report(run) for run in runs]
+    else:
+        page_runs = [read_run(run, number) for number, run in enumerate(runs, 1)]
+        reports = [run.report for run in page_runs]
     if as_json:
         documents = [report.to_json() for report in reports]
         print_json(documents[0] if len(documents) == 1 else {"reports": documents})
-    else:
+    elif full:
         for report in reports:
             print_report(report)
+    else:
+        for run in page_runs:
+            print_short(run, page)
     return DONE_IN_PART if any(report.missing for report in reports) else DONE
 
 
@@ -127,11 +144,11 @@ def page_path(runs: Sequence[Path], file: Path | None) -> Path:
 
 
 def print_report(report: Report) -> None:
-    """Print the tables and the paths of the files to stdout."""
+    """Print all tables and the paths of the files to stdout."""
     screen = console()
     screen.print(report.recipe, style="bold")
     for table in report_tables(report):
-        screen.print(_rich_table(table))
+        print_table(screen, table)
     screen.print("Files:", style="bold")
     files = [(row.name, row.files[0]) for row in report.rows if row.files]
     files += [("Pareto plot", report.pareto)] if report.pareto else []
@@ -142,15 +159,3 @@ def print_report(report: Report) -> None:
         screen.print("This run compares distillation variants: run `kdpipe compare` again for their table.")
     if report.missing:
         screen.print(f"Not finished: {', '.join(report.missing)}. Run the recipe again to complete it.", soft_wrap=True)
-
-
-def _rich_table(table: Table) -> object:
-    from rich.text import Text
-
-    made = new_table(table.caption)
-    for number, header in enumerate(table.headers):
-        is_name = number < table.num_names
-        made.add_column(str(header), no_wrap=is_name, justify="left" if is_name else "right")
-    for row in table.rows:
-        made.add_row(*(Text(str(cell)) for cell in row))  # Text: "[" is not markup
-    return made

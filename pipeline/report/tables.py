@@ -3,24 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 
 from kdpipe.pipeline.report.formatting import integer, kib, mean_std, share, size_ratio
 from kdpipe.pipeline.report.rows import Report, Row
 from kdpipe.pipeline.terminal.output import printable
+from kdpipe.pipeline.terminal.tables import Table
 
 MAX_CLASS_NAME = 20
 """Letters of a class name in a table; --json has the whole name."""
-
-
-@dataclass(frozen=True)
-class Table:
-    """A table of text. The first `num_names` columns hold names, the others numbers."""
-
-    caption: str
-    headers: Sequence[object]
-    rows: Sequence[Sequence[object]]
-    num_names: int = 1
 
 
 def report_tables(report: Report) -> Iterator[Table]:

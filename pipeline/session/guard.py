@@ -11,8 +11,9 @@ import typer
 from click import ClickException, Context
 from typer.core import TyperGroup
 
-from kdpipe.pipeline.session.signals import exit_on_signal
+from kdpipe.pipeline.session.signals import AGAIN, exit_on_signal
 from kdpipe.pipeline.terminal.output import Verbosity, print_line, verbosity
+from kdpipe.pipeline.terminal.streams import STDOUT
 from kdpipe.store.redact import redacted
 
 
@@ -41,6 +42,8 @@ def guarded() -> Iterator[None]:
     except BaseException as error:
         from kdpipe.pipeline.terminal.exit_codes import exit_code
 
+        if _is_unread(error):  # end without a word, as other tools do
+            raise typer.Exit(exit_code(error)) from None
         sentence = _sentence(error)
         if sentence is None:
             raise
@@ -52,6 +55,29 @@ def guarded() -> Iterator[None]:
         raise typer.Exit(exit_code(error)) from None
 
 
+def _is_unread(error: BaseException) -> bool:
+    """Return whether nobody reads stdout any more, as in `kdpipe report RUN | head`."""
+    if isinstance(error, SystemExit):  # rich exits this way
+        return isinstance(error.__context__, BrokenPipeError)
+    return isinstance(error, BrokenPipeError) and error.filename == STDOUT
+
+
+def _os_sentence(error: OSError) -> str:
+    where = f": {error.filename}" if error.filename else ""
+    return f"error: {error.strerror or error}{where}.{_shared_memory_advice(error)}"
+
+
+def _shared_memory_advice(error: BaseException) -> str:
+    """Return what to do if shared memory, through which image-loading processes pass tensors, is full; else nothing."""
+    text = f"{error} {getattr(error, 'filename', None)}"
+    if "/dev/shm" not in text and "shared memory" not in text:
+        return ""
+    return (
+        " The shared memory /dev/shm is too small: give the container more (docker run --shm-size=2g, or --ipc=host), "
+        "or load images in this process (data.num_workers = 0)."
+    )
+
+
 def _sentence(error: BaseException) -> str | None:  # noqa: PLR0911
     """Return what to tell the user; None for an error that is a bug."""
     from kdpipe.stages.errors import StoppedEarly
@@ -60,22 +86,22 @@ def _sentence(error: BaseException) -> str | None:  # noqa: PLR0911
 
     match error:
         case StoppedEarly():
-            return f"stopped early {error}; all finished work is saved. Run the same command again to continue."
+            return f"stopped early {error}{AGAIN}"
         case KeyboardInterrupt():
             return "interrupted; the last checkpoint, if any, is kept."
         case KdpipeError():
             return f"error: {error}"
-        case SystemExit() if isinstance(error.__context__, BrokenPipeError):  # rich exits this way
-            return "error: Broken pipe: standard output."
         case SystemExit():  # not ours: a status of 0 would count as a finished job
             return f"error: user code or another package called sys.exit({error.code!r}); the command did not finish."
         case OSError():
-            return f"error: {error.strerror or error}: {error.filename or 'standard output'}."
+            return _os_sentence(error)
     if "DataLoader worker (pid" in str(error):  # raised by torch's handler of SIGCHLD
         return (
             "error: an image-loading process ended unexpectedly: killed, perhaps for lack of memory (lower "
             "data.num_workers or the batch size), or by a custom transform. Run the same command again."
         )
+    if isinstance(error, RuntimeError) and (advice := _shared_memory_advice(error)):
+        return f"error: {str(error).partition(chr(10))[0]}.{advice}"
     if is_out_of_memory(error):
         first_line = str(error).strip().partition("\n")[0]
         return f"error: out of memory ({first_line}): lower the batch sizes or the widths of the networks."

@@ -29,6 +29,7 @@ from kdpipe.store.errors import KdpipeError
 from kdpipe.store.fs.checksums import DamagedFileError, read_intact_json, require_intact, write_with_sum
 from kdpipe.store.fs.lock import exclusive
 from kdpipe.store.fs.safe_read import read_json
+from kdpipe.store.redact import redacted_options
 
 if TYPE_CHECKING:
     from kdpipe.pipeline.run import Run
@@ -147,7 +148,7 @@ def _record(command: str, argv: Sequence[str]) -> dict[str, Any]:
     return {
         "id": uuid.uuid4().hex,
         "command": command,
-        "argv": list(argv),
+        "argv": redacted_options(list(argv)),
         "commit": head,
         "dirty": dirty,
         "versions": {name: version for name, version in versions().items() if version is not None},

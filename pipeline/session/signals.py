@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import re
 import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from types import FrameType
 from typing import Any
 
@@ -15,6 +16,9 @@ SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2, signal
 """What batch systems, users and closing terminals send. SIGHUP only where `nohup` does not ignore it."""
 
 UNIT_S = {"d": 86400.0, "h": 3600.0, "m": 60.0, "s": 1.0}
+
+EXIT_STATUS = 75
+AGAIN = "; all finished work is saved. Run the same command again to continue."
 
 Handler = Callable[[int, FrameType | None], Any]
 
@@ -80,6 +84,20 @@ def handle_signals(max_duration_s: float | None = None) -> Iterator[StopFlag]:
             yield stop
         except StoppedEarly as error:
             raise StoppedEarly(stop.reason or "on request") from error
+
+
+def exit_at_signals() -> None:
+    """End this process at once at a signal, with the exit status of a stopped job: before a command handles signals."""
+
+    def handle(number: int, frame: FrameType | None) -> None:
+        name = signal.Signals(number).name
+        with suppress(OSError):
+            os.write(2, f"kdpipe: stopped early at {name}{AGAIN}\n".encode())
+        os._exit(EXIT_STATUS)  # an exception would end up in whatever is being imported
+
+    for number in SIGNALS:
+        if signal.getsignal(number) is not signal.SIG_IGN:
+            signal.signal(number, handle)
 
 
 @contextmanager

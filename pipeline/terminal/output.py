@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections.abc import Callable
 from contextlib import suppress
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
 
 MAX_SENTENCE_LENGTH = 2000
 FILE_WIDTH = 120
-"""Columns of tables that do not go to a terminal."""
+"""Columns of tables that do not go to a terminal, unless COLUMNS says otherwise."""
 
 
 class Verbosity(IntEnum):
@@ -85,11 +86,11 @@ def print_debug(sentence: str) -> None:
 
 
 def console(file: TextIO | None = None) -> Console:
-    """Return a rich console on stdout, or on `file`, without markup; 120 columns wide when it is not a terminal."""
+    """Return a rich console on stdout, or on `file`, without markup, as wide as the terminal or as COLUMNS says."""
     from rich.console import Console
 
     made = Console(file=file, markup=False, highlight=False, soft_wrap=False)
-    if not made.is_terminal:
+    if not made.is_terminal and not os.environ.get("COLUMNS", "").isdecimal():
         made.width = FILE_WIDTH
     return made
 

@@ -8,7 +8,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from kdpipe.stages.cache_teacher.inference import hooked_layers, iter_teacher_outputs
 from kdpipe.stages.cache_teacher.plan import CacheConfig, free_bytes, plan_store, samples_in_row_order
@@ -95,3 +97,12 @@ def probe(
             times_s.append(time.perf_counter() - started)
     rate = batch_size / max(1e-9, min(times_s[1:] or times_s))
     return {"images_per_s": round(rate, 1), "wall_s": round(num_images / rate, 1)}
+
+
+@torch.no_grad()
+def first_logits(config: CacheConfig, teacher: ModelBundle, context: StageContext) -> NDArray[np.float32]:
+    """Return the teacher's logits of the first batch in the first view, [n, C]."""
+    request = ViewRequest(torch.arange(min(config.batch_size, context.train_set.num_samples)), 0)
+    with extract_features(teacher.model, ()) as extractor:
+        outputs = iter_teacher_outputs(extractor, teacher, [request], context.train_loader, monitor=context.monitor)
+        return torch.cat([found.logits.float().cpu() for _, found in outputs]).numpy()

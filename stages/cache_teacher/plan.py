@@ -33,6 +33,7 @@ from kdpipe.store import (
     rows_per_unit,
     store_bytes,
 )
+from kdpipe.store.write.acceptance import require_readable
 
 LOGITS = "logits"
 
@@ -80,9 +81,10 @@ def plan_store(
 ) -> Manifest:
     """Return the manifest of the store to make.
 
-    Raises ModelError, listing the nearest paths, for an unknown layer; RecipeError for a top_k of all classes.
+    Raises ModelError, listing the nearest paths, for an unknown layer; RecipeError for a top_k of all classes;
+    StoreError for a store that readers would refuse.
     """
-    top_k = _top_k(config, context)
+    top_k = top_k_of(config, context)
     logits = (
         top_k.arrays(config.dtype) if top_k else (ArraySpec(LOGITS, (context.train_set.num_classes,), config.dtype),)
     )
@@ -91,7 +93,7 @@ def plan_store(
     specs = (*logits, *[ArraySpec(one.array, shapes[one], config.dtype, one.source in own) for one in layers])
     num_samples = len(samples.ids)
     data = {**context.data_identity(), "classes": list(context.train_set.class_names)}
-    return Manifest(
+    planned = Manifest(
         identity=Identity(teacher.identity, data, context.view_identity()),
         arrays=specs,
         layout=StoreLayout(
@@ -99,7 +101,10 @@ def plan_store(
         ),
         versions=library_versions(),
         top_k=top_k,
+        named_axes=True,
     )
+    require_readable(planned, "the store")
+    return planned
 
 
 def missing_bytes(path: Path, planned: Manifest, samples: Samples) -> int:
@@ -125,7 +130,8 @@ def require_room(path: Path, needed: int) -> None:
         )
 
 
-def _top_k(config: CacheConfig, context: StageContext) -> TopK | None:
+def top_k_of(config: CacheConfig, context: StageContext) -> TopK | None:
+    """Return the layout of top-k logits, None for all of them. Raises RecipeError if k is the number of classes."""
     if config.top_k is None:
         return None
     num_classes = context.train_set.num_classes

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import tempfile
 from collections.abc import Sequence
 from dataclasses import replace
 from itertools import islice
@@ -27,7 +26,7 @@ from kdpipe.stages.distillation.classifier_reuse import projector_output_path
 from kdpipe.stages.distillation.student_config import DISTILLED, StudentConfig, student_folder
 from kdpipe.stages.distillation.task_builder import build_student
 from kdpipe.stages.errors import ANOTHER_RUN
-from kdpipe.stages.export.onnx_export import export_onnx
+from kdpipe.stages.export.trial import try_export
 from kdpipe.stages.losses.features.simkd import SimKD
 from kdpipe.stages.training.job_dir import JobDir
 from kdpipe.stages.training.optim import TrainConfig
@@ -172,11 +171,12 @@ def is_done(config: CompressConfig, student: StudentConfig, run: Path) -> bool:
 
 
 def dry_run(config: CompressConfig, student: StudentConfig, context: StageContext) -> None:
-    """Prune, prepare and (if an opset is set) export an untrained student, to fail before any training.
+    """Prune, prepare and export an untrained student, to fail before any training.
 
     Raises:
         ModelError: If the student cannot be compressed.
     """
+    context = context.resized(student.image_size)
     network = build_student(student, student.seeds[0], context)
     if config.student is not None:
         network = load_external(Path(config.student).expanduser(), network, context.test_set.class_names)
@@ -191,9 +191,8 @@ def dry_run(config: CompressConfig, student: StudentConfig, context: StageContex
         model = prepare(model, context.image_shape, config.quantize)
         if config.quantize.scheme == "int8":
             calibrate(model, [example + 1])
-    if config.opset is not None:
-        with tempfile.TemporaryDirectory() as folder:
-            export_onnx(model, example, Path(folder) / "model.onnx", metadata={}, opset=config.opset)
+    if config.steps or config.opset is not None:
+        try_export(model, context.image_shape, opset=config.opset)
 
 
 def _prune(config: CompressConfig, fine_tuning: FineTuneContext) -> dict[str, dict[str, Any]]:

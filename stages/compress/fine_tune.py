@@ -11,13 +11,15 @@ import torch
 from torch import Tensor, nn
 
 from kdpipe.stages.compress.pruning.sparsity import apply_masks
+from kdpipe.stages.compress.resume import TrainedModel
 from kdpipe.stages.config import config_fingerprint
 from kdpipe.stages.context import StageContext
+from kdpipe.stages.distillation.adapters import KeptChannels, restore_adapters
 from kdpipe.stages.distillation.spec import DistillationSpec
 from kdpipe.stages.distillation.student_config import StudentConfig
 from kdpipe.stages.distillation.task_builder import build_student, build_task
 from kdpipe.stages.evaluation.evaluate import Evaluation
-from kdpipe.stages.losses.distillation import student_layers
+from kdpipe.stages.losses.distillation import Distillation, student_layers
 from kdpipe.stages.models.bundle import ModelBundle
 from kdpipe.stages.models.normalization import Normalization
 from kdpipe.stages.runtime.events import RunMonitor
@@ -68,13 +70,13 @@ class FineTuneContext:
         """Return the folder of this seed's network of a kind, such as `pruned`."""
         return JobDir(self.root / f"{kind}-seed{self.seed}")
 
-    def fingerprint(
-        self, compression: Mapping[str, Any], starts_from: Mapping[str, Any], config: TrainConfig
-    ) -> dict[str, Any]:
-        """Return everything that determines the result of fine-tuning the network with identity `starts_from`."""
+    def fingerprint(self, compression: Mapping[str, Any], source: TrainedModel, config: TrainConfig) -> dict[str, Any]:
+        """Return everything that determines the result of fine-tuning a network made from `source`."""
+        adapters = source.adapters_sha256 if self.spec else None
         return {
             **compression,
-            "starts_from": starts_from,
+            "starts_from": source.identity,
+            **({"adapters": adapters} if adapters else {}),
             "train": config_fingerprint(config),
             "seed": self.seed,
             **self.inputs,
@@ -82,16 +84,22 @@ class FineTuneContext:
             "distillation": self.spec.to_json() if self.spec else None,
         }
 
-    def task(self, network: ModelBundle) -> TrainingTask:
-        """Build a network's training task. Raises what `build_task` raises."""
-        return self.build_task(network, self.spec.without_hint_losses if self.spec else None)
+    def task(self, network: ModelBundle, *, keeps_widths: bool = False) -> TrainingTask:
+        """Build a network's training task; `keeps_widths` of adapters that were built for the unpruned student.
+
+        Raises what `build_task` raises.
+        """
+        spec = self.spec.without_hint_losses if self.spec else None
+        if spec and keeps_widths:
+            spec = spec.with_losses([loss.with_widths_of(spec.shapes) for loss in spec.losses])
+        return self.build_task(network, spec)
 
 
 def build_fine_tuning(
     student: StudentConfig, seed: int, spec: DistillationSpec | None, context: StageContext, root: Path
 ) -> FineTuneContext:
     """Return what the fine-tunings of a seed's student share, in the folder `root`."""
-    smoothing = student.label_smoothing
+    context, smoothing = context.resized(student.image_size), student.label_smoothing
     return FineTuneContext(
         seed=seed,
         spec=spec,
@@ -122,6 +130,8 @@ class FineTuneJob:
         warm_up: Called once, before the first step.
         before_epoch: Called with the model and the epoch's number.
         masks: By parameter name, false where weights stay zero.
+        adapters: The adapters of the losses to start with, of the network before it was pruned.
+        kept: The channels of the losses' layers that were kept of it.
     """
 
     name: str
@@ -131,16 +141,19 @@ class FineTuneJob:
     warm_up: Callable[[nn.Module, TrainingTask], None] = lambda model, task: None
     before_epoch: Callable[[nn.Module, int], None] = lambda model, epoch: None
     masks: Mapping[str, Tensor] = field(default_factory=dict)
+    adapters: Mapping[str, Tensor] = field(default_factory=dict)
+    kept: Mapping[str, KeptChannels] = field(default_factory=dict)
 
 
-def fine_tune(job: FineTuneJob, fine_tuning: FineTuneContext) -> list[dict[str, Any]]:
-    """Train a network, from its checkpoint if there is one, and return the metrics of each epoch.
+def fine_tune(job: FineTuneJob, fine_tuning: FineTuneContext) -> tuple[list[dict[str, Any]], Distillation | None]:
+    """Train a network, from its checkpoint if there is one; return the metrics of each epoch, and its losses.
 
     Raises what `train` and `FineTuneContext.task` raise.
     """
     model = job.network.model.to(fine_tuning.device)
-    task = fine_tuning.task(job.network)
+    task = fine_tuning.task(job.network, keeps_widths=bool(job.adapters))
     if not job.job_dir.checkpoint.exists():
+        _restore(task, job, fine_tuning)
         job.warm_up(model, task)
     masks = {name: mask.to(fine_tuning.device) for name, mask in job.masks.items()}
     training = TrainJob(
@@ -156,4 +169,18 @@ def fine_tune(job: FineTuneJob, fine_tuning: FineTuneContext) -> list[dict[str, 
         job.before_epoch,
         after_step=lambda trained: apply_masks(trained, masks),
     )
-    return train(training, fine_tuning.device, fine_tuning.monitor)
+    return train(training, fine_tuning.device, fine_tuning.monitor), task.distillation
+
+
+def _restore(task: TrainingTask, job: FineTuneJob, fine_tuning: FineTuneContext) -> None:
+    """Load the adapters of the losses, and warn where they start from random."""
+    if task.distillation is None or not task.distillation.state_dict() or job.config.epochs == 0:
+        return
+    if not job.adapters:
+        fresh, why = list(task.distillation.losses), "none were kept beside the student"
+    else:
+        fresh, why = restore_adapters(task.distillation, job.adapters, job.kept), "they do not fit the pruned student"
+    fresh = [name for name in fresh if task.distillation.losses[name].state_dict()]
+    if fresh:
+        warning = f"{job.name}: the adapters of {', '.join(fresh)} start from random, as {why}"
+        fine_tuning.monitor.warn("compress", f"{warning}; these losses are large in the first epochs.")

@@ -13,20 +13,22 @@ import torch
 from torch import Tensor, nn
 
 from kdpipe.stages.compress.fine_tune import FineTuneContext, FineTuneJob, fine_tune
+from kdpipe.stages.compress.pruning.kept_channels import kept_channels
 from kdpipe.stages.compress.pruning.prune import PruneConfig, Pruned, prune
 from kdpipe.stages.compress.pruning.sparsity import masks_of
 from kdpipe.stages.compress.pruning.widths import record_widths
 from kdpipe.stages.compress.resume import PrunedCheckpoint, TrainedModel, load_pruned, pruned_path, save_pruned
+from kdpipe.stages.distillation.adapters import save_adapters
 from kdpipe.stages.evaluation.evaluate import evaluate
 from kdpipe.stages.evaluation.latency import measure_latency
 from kdpipe.stages.export.onnx_export import export_onnx
+from kdpipe.stages.losses.distillation import student_layers
 from kdpipe.stages.models.bundle import ModelBundle
 from kdpipe.stages.models.hooks import ModelOutput
 from kdpipe.stages.numerics import derive_seed
 from kdpipe.stages.training.finalize import finalize
 from kdpipe.stages.training.job_dir import JobDir
 from kdpipe.stages.training.optim import TrainConfig
-from kdpipe.stages.training.saved_model import save_model
 from kdpipe.store import make_folders
 from kdpipe.store.fs.checksums import remove_with_sum
 
@@ -50,7 +52,7 @@ def prune_fingerprint(
     config: PruneConfig, train: TrainConfig, fine_tuning: FineTuneContext, source: TrainedModel
 ) -> dict[str, Any]:
     """Return everything that determines the result."""
-    return fine_tuning.fingerprint({"prune": prune_json(config)}, source.identity, train)
+    return fine_tuning.fingerprint({"prune": prune_json(config)}, source, train)
 
 
 def prune_student(
@@ -78,14 +80,14 @@ def prune_student(
         return done
     pruner = _Pruner(config, train, fine_tuning, source, ratio)
     name = f"{kind} student, seed {fine_tuning.seed}"
-    network, reached = source.load(), 0.0
+    before = PrunedCheckpoint(source.load(), {"channel_ratio": 0.0}, source.adapters if fine_tuning.spec else {})
     for step in range(1, config.steps):
-        network, reached = _intermediate(pruner, folder, network, step, reached=reached, name=name)
-    pruned = _pruned(pruner, folder, network, config.steps, reached)
-    job = FineTuneJob(name, pruned.network, folder, train, masks=_masks(config, pruned.network.model))
-    history = fine_tune(job, fine_tuning)
+        before = _intermediate(pruner, folder, before, step, name=name)
+    pruned = _pruned(pruner, folder, before, config.steps)
+    history, losses = fine_tune(_fine_tuning(pruner, pruned, folder, train, name), fine_tuning)
     test = fine_tuning.evaluation(pruned.network.normalize)
-    figures = finalize(folder, pruned.network, history, test, with_onnx=fine_tuning.exports_onnx, more=pruned.facts)
+    more = {**pruned.facts, **save_adapters(folder, losses)}
+    figures = finalize(folder, pruned.network, history, test, with_onnx=fine_tuning.exports_onnx, more=more)
     remove_with_sum(pruned_path(folder))
     return figures
 
@@ -119,41 +121,53 @@ class _Pruner:
 
 
 def _intermediate(
-    pruner: _Pruner, folder: JobDir, network: ModelBundle, step: int, *, reached: float, name: str
-) -> tuple[ModelBundle, float]:
-    """Return the network after a step before the last, loaded or made now, and the removed share of the channels."""
+    pruner: _Pruner, folder: JobDir, before: PrunedCheckpoint, step: int, *, name: str
+) -> PrunedCheckpoint:
+    """Return the network after a step before the last, fine-tuned, loaded or made now."""
     own, fine_tuning = JobDir(folder.path / f"step{step}"), pruner.fine_tuning
     make_folders([own.path])
     if not own.model.exists():
-        pruned = _pruned(pruner, own, network, step, reached)
+        pruned = _pruned(pruner, own, before, step)
         config = replace(pruner.train, epochs=pruner.config.epochs_per_step)
         title = f"{name}, step {step} of {pruner.config.steps}"
-        masks = _masks(pruner.config, pruned.network.model)
-        fine_tune(FineTuneJob(title, pruned.network, own, config, masks=masks), fine_tuning)
-        save_model(own.model, pruned.network.model, pruned.record)
+        _, losses = fine_tune(_fine_tuning(pruner, pruned, own, config, title), fine_tuning)
+        adapters = losses.state_dict() if losses else {}
+        save_pruned(own.model, replace(pruned, adapters=adapters, kept={}))
     for leftover in (own.checkpoint, pruned_path(own)):
         remove_with_sum(leftover)
-    done = load_pruned(own.model, pruner.source.load())
-    return done.network, done.facts["channel_ratio"]
+    return load_pruned(own.model, pruner.source.load())
 
 
-def _pruned(pruner: _Pruner, folder: JobDir, network: ModelBundle, step: int, reached: float) -> PrunedCheckpoint:
+def _fine_tuning(
+    pruner: _Pruner, pruned: PrunedCheckpoint, folder: JobDir, config: TrainConfig, name: str
+) -> FineTuneJob:
+    """Return the fine-tuning of a pruned network."""
+    masks = _masks(pruner.config, pruned.network.model)
+    return FineTuneJob(name, pruned.network, folder, config, masks=masks, adapters=pruned.adapters, kept=pruned.kept)
+
+
+def _pruned(pruner: _Pruner, folder: JobDir, before: PrunedCheckpoint, step: int) -> PrunedCheckpoint:
     """Return the network pruned for a step, before its fine-tuning, from its file or pruned and saved now.
 
-    `reached` is the share of the channels removed before; if a step exceeds its goal, the next has nothing to do.
+    If a step before exceeded its goal, the next has nothing to do.
     """
     if not pruned_path(folder).exists():
+        network, fine_tuning = before.network, pruner.fine_tuning
         pruned = pruner(network, step)
         widths = {"widths": record_widths(pruned.model)} if pruner.config.kind == "channels" else {}
         cut = ModelBundle(pruned.model, {**network.architecture, **widths}, network.normalize)
-        device = pruner.fine_tuning.device
-        measured = evaluate(cut.model.to(device), pruner.fine_tuning.evaluation(cut.normalize), device)
+        measured = evaluate(cut.model.to(fine_tuning.device), fine_tuning.evaluation(cut.normalize), fine_tuning.device)
         facts = {
-            "channel_ratio": max(pruned.ratio, reached),
+            "channel_ratio": max(pruned.ratio, before.facts["channel_ratio"]),
             "excluded": dict(pruned.excluded),
             "accuracy_before": measured.accuracy,
         }
-        save_pruned(pruned_path(folder), PrunedCheckpoint(cut, facts))
+        kept = {}
+        if before.adapters and pruned.removed and fine_tuning.spec:
+            example = torch.zeros(2, *fine_tuning.evaluation(network.normalize).image_shape)
+            layers = student_layers(fine_tuning.spec.without_hint_losses.losses)
+            kept = kept_channels(network.model.cpu(), example, layers, pruned.removed)
+        save_pruned(pruned_path(folder), PrunedCheckpoint(cut, facts, before.adapters, kept))
     return load_pruned(pruned_path(folder), pruner.source.load())
 
 

@@ -117,7 +117,9 @@ def quantize_student(
 
     masks = masks_of(prepared) if sparse else {}
     name = f"{kind} student, seed {fine_tuning.seed}"
-    history = fine_tune(FineTuneJob(name, quantized, folder, train, warm_up, before_epoch, masks), fine_tuning)
+    adapters = source.adapters if fine_tuning.spec else {}
+    job = FineTuneJob(name, quantized, folder, train, warm_up, before_epoch, masks, adapters)
+    history, _ = fine_tune(job, fine_tuning)
     return finalize(folder, quantized, history, test, with_onnx=fine_tuning.exports_onnx)
 
 
@@ -125,4 +127,4 @@ def quantize_fingerprint(
     config: QuantizeConfig, train: TrainConfig, fine_tuning: FineTuneContext, source: TrainedModel
 ) -> dict[str, Any]:
     """Return everything that determines the result."""
-    return fine_tuning.fingerprint({"quantize": quantize_json(config)}, source.identity, train)
+    return fine_tuning.fingerprint({"quantize": quantize_json(config)}, source, train)

@@ -6,36 +6,63 @@ What pruning measures (a latency, on a GPU also a gradient) would differ the sec
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from kdpipe.stages.compress.pruning.widths import apply_widths
+from kdpipe.stages.distillation.adapters import SHA256, KeptChannels, load_adapters
 from kdpipe.stages.errors import ModelError, RunError, cause
 from kdpipe.stages.models.bundle import ModelBundle
-from kdpipe.stages.models.safetensors_io import load_tensors
+from kdpipe.stages.models.safetensors_io import load_tensors, save_tensors
 from kdpipe.stages.training.job_dir import JobDir
-from kdpipe.stages.training.saved_model import finished_record, load_finished, save_model
+from kdpipe.stages.training.saved_model import finished_record, load_finished
+
+ADAPTERS = "adapters/"
+"""Prefix of the adapters in the file of a pruned network."""
 
 
 @dataclass(frozen=True)
 class TrainedModel:
-    """A finished network from which others start: its identity, and a function that loads a new copy."""
+    """A finished network from which others start.
+
+    Attributes:
+        identity: What it is.
+        load: A function that loads a new copy.
+        folder: The folder of its job, with the adapters of its losses; None for a student trained elsewhere.
+    """
 
     identity: Mapping[str, Any]
     load: Callable[[], ModelBundle]
+    folder: JobDir | None = None
+
+    @property
+    def adapters(self) -> dict[str, Tensor]:
+        """The adapters of its losses; raises what `load_adapters` raises."""
+        return {} if self.folder is None else load_adapters(self.folder)
+
+    @property
+    def adapters_sha256(self) -> str | None:
+        """Their digest; None if there are none."""
+        return None if self.folder is None else (self.folder.result() or {}).get(SHA256)
 
 
 @dataclass(frozen=True)
 class PrunedCheckpoint:
-    """A pruned network before its fine-tuning, and facts about the pruning, as JSON."""
+    """A pruned network, before or after its fine-tuning.
+
+    Attributes:
+        facts: Facts about the pruning, as JSON.
+        adapters: The adapters of the losses; before fine-tuning those of the network that was pruned.
+        kept: The channels of the losses' layers that were kept of it.
+    """
 
     network: ModelBundle
     facts: Mapping[str, Any]
-
-    @property
-    def record(self) -> dict[str, Any]:
-        return {"architecture": dict(self.network.architecture), "facts": dict(self.facts)}
+    adapters: Mapping[str, Tensor] = field(default_factory=dict)
+    kept: Mapping[str, KeptChannels] = field(default_factory=dict)
 
 
 def pruned_path(folder: JobDir) -> Path:
@@ -43,7 +70,10 @@ def pruned_path(folder: JobDir) -> Path:
 
 
 def save_pruned(path: Path, checkpoint: PrunedCheckpoint) -> None:
-    save_model(path, checkpoint.network.model, checkpoint.record)
+    network = checkpoint.network
+    tensors = network.model.state_dict() | {ADAPTERS + name: value for name, value in checkpoint.adapters.items()}
+    kept = {"kept": {layer: asdict(one) for layer, one in checkpoint.kept.items()}} if checkpoint.kept else {}
+    save_tensors(path, tensors, {"architecture": dict(network.architecture), "facts": dict(checkpoint.facts), **kept})
 
 
 def load_pruned(path: Path, fresh: ModelBundle) -> PrunedCheckpoint:
@@ -53,10 +83,15 @@ def load_pruned(path: Path, fresh: ModelBundle) -> PrunedCheckpoint:
         RunError: If the file is not of this job, or is damaged.
     """
     tensors, record = load_tensors(path)
+    adapters = {name.removeprefix(ADAPTERS): tensors.pop(name) for name in list(tensors) if name.startswith(ADAPTERS)}
     try:
         network = with_widths(fresh, record["architecture"].get("widths"))
         network.model.load_state_dict(tensors)
-        return PrunedCheckpoint(network, {"channel_ratio": float(record["facts"]["channel_ratio"]), **record["facts"]})
+        facts = {"channel_ratio": float(record["facts"]["channel_ratio"]), **record["facts"]}
+        kept = {
+            layer: KeptChannels(int(one["width"]), one["channels"]) for layer, one in record.get("kept", {}).items()
+        }
+        return PrunedCheckpoint(network, facts, adapters, kept)
     except (RuntimeError, KeyError, TypeError, ValueError, AttributeError, ModelError) as error:
         raise RunError(
             f"{path} does not fit this job ({cause(error)}): delete it, and run the command again."
@@ -86,4 +121,4 @@ def finished_source(folder: JobDir, fresh: Callable[[], ModelBundle], needed_by:
         load_finished(folder, network.model, network.architecture, needed_by)
         return network
 
-    return TrainedModel((folder.result() or {})["identity"], load)
+    return TrainedModel((folder.result() or {})["identity"], load, folder)

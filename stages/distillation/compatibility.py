@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
+from kdpipe.stages.context import StageContext
 from kdpipe.stages.distillation.spec import DistillationSpec
+from kdpipe.stages.distillation.student_config import StudentConfig
 from kdpipe.stages.errors import RecipeError
 from kdpipe.stages.losses.base import LogitLoss, Loss
 from kdpipe.stages.losses.schedules import bounds
@@ -46,6 +48,35 @@ def class_warnings(losses: Sequence[Loss], num_classes: int) -> Iterator[str]:
             yield f"distill.{number} ({loss.loss}): with two classes {loss.two_classes}; kd has no such part."
 
 
+def check_image_size(
+    losses: Sequence[Loss], student: StudentConfig, context: StageContext, where: str = "distill"
+) -> None:
+    """Raise RecipeError for losses that compare student and teacher pixel by pixel, if their images differ in size."""
+    if context.resized(student.image_size).image_shape == context.renderer.shape:
+        return
+    for number, loss in enumerate(losses):
+        if loss.input_gradient:
+            raise RecipeError(
+                f"{where}.{number} ({loss.loss}) compares gradients pixel by pixel, and student.image_size = "
+                f"{student.image_size} gives the student other pixels than the teacher: remove one of them."
+            )
+
+
+def temperatures_of(
+    losses: Sequence[Loss], teachers: TeachersConfig, store: int, where: str = "distill"
+) -> list[tuple[str, float]]:
+    """Return the names and temperatures of the losses on the logits of a store; of schedules, the highest."""
+    found = []
+    for number, loss in enumerate(losses):
+        if loss.on_logits and loss.store in (None, store):
+            own = teachers.temperatures[store : store + 1] if loss.store is None else ()
+            highest = {bounds(temperature)[1] for temperature in own or loss.temperatures()}
+            name = f"{where}.{number} ({loss.loss})"
+            uneven = vars(loss).get("rest") == "student"
+            found += [(name, temperature) for temperature in sorted(highest) if not uneven]
+    return found
+
+
 def check_combination(spec: DistillationSpec, sources: Sequence[JoinedStore], targets: Targets) -> None:
     """Check that the losses work with these stores together.
 
@@ -67,6 +98,11 @@ def check_combination(spec: DistillationSpec, sources: Sequence[JoinedStore], ta
             raise RecipeError(
                 f"distill.{number} ({loss.loss}) needs the logits of all classes, and a teacher lacks some of the "
                 "student's classes: use another loss, or another teacher (distill.store)."
+            )
+        if vars(loss).get("rest") == "student" and any(maps):
+            raise RecipeError(
+                f"distill.{number} ({loss.loss}): rest = 'student' needs the student's classes in the store, and a "
+                "teacher has others: leave it out."
             )
         softened = spec.teachers.temperatures or (len(sources) > 1 and spec.teachers.ensemble == "probabilities")
         if loss.whole_logits and loss.store is None and softened:

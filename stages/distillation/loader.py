@@ -107,6 +107,7 @@ class DistillationLoader:
         seed: int = 0,
         features: str | Sequence[str] | None = None,
         normalize: Normalization | tuple[Numbers, Numbers] | None = None,
+        image_size: int | None = None,
         temperature: float = 1.0,
         device: torch.device | str = "cpu",
         num_workers: int | None = None,
@@ -127,6 +128,7 @@ class DistillationLoader:
             features: The features to read, such as "stage2" or "stage2:pooled"; by default all that the store has.
             normalize: The scaling of another loader, or (mean, std), each a number or one for each channel, for pixels
                 in [0, 1]; by default the data set's.
+            image_size: Side of the square to which the views are resized; by default they are as the teacher saw them.
             temperature: The temperature of the softmax at which `teacher_logits` of a store with the k largest logits
                 are exact; complete logits are the same at any.
             device: The device of the batches; "auto" is the GPU if there is one.
@@ -168,8 +170,9 @@ class DistillationLoader:
             if normalize is None
             else as_normalization(normalize, dataset.in_channels)
         )
+        side = None if image_size is None else whole_number("image_size", image_size, minimum=1)
         self._task = TrainingTask(
-            context.train_loader,
+            context.resized(side).train_loader,
             self.views.num_views,
             self.normalize,
             Targets([join(opened, dataset, specs)], context.device, target_loading),

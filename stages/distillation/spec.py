@@ -95,7 +95,7 @@ class DistillationSpec:
 
 def _loss_json(loss: Loss) -> dict[str, Any]:
     """Return what decides a loss, without common keys at their defaults."""
-    defaults = {"store": None, "samples": asdict(SampleSelection()), "standardize": False}
+    defaults = {"store": None, "samples": asdict(SampleSelection()), "standardize": False, "rest": "equal"}
     record = {
         key: value for key, value in config_fingerprint(loss).items() if key not in defaults or value != defaults[key]
     }

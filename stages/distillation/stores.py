@@ -9,7 +9,14 @@ from typing import TYPE_CHECKING, Any
 
 from kdpipe.stages.context import StageContext
 from kdpipe.stages.distillation.classifier_reuse import require_teacher
-from kdpipe.stages.distillation.compatibility import check_losses, class_warnings, require_logits, require_views
+from kdpipe.stages.distillation.compatibility import (
+    check_image_size,
+    check_losses,
+    class_warnings,
+    require_logits,
+    require_views,
+    temperatures_of,
+)
 from kdpipe.stages.distillation.spec import DistillationSpec
 from kdpipe.stages.distillation.student_config import StudentConfig
 from kdpipe.stages.distillation.task_builder import student_shapes
@@ -19,6 +26,7 @@ from kdpipe.stages.losses.base import Loss
 from kdpipe.stages.losses.features.simkd import SimKD
 from kdpipe.stages.targets.ensemble import check_teachers
 from kdpipe.stages.targets.open import local_store_path, open_with_views
+from kdpipe.stages.targets.tail_mass import measure_tails, report_tail, tail_of
 
 if TYPE_CHECKING:
     from kdpipe.stages.distillation.student_config import StudentConfig
@@ -49,6 +57,7 @@ def open_distillation(
     """
     check_losses(losses, context.views, student.teachers)
     check_teachers(student.teachers, len(places))
+    check_image_size(losses, student, context)
     for number, loss in enumerate(losses):
         if (loss.store or 0) >= len(places):
             raise RecipeError(
@@ -68,6 +77,10 @@ def open_distillation(
     for store in stores:
         require_views(store, context.views.num_views)
     require_logits(stores, losses, student.teachers)
+    for number, store in enumerate(stores):
+        temperatures = temperatures_of(losses, student.teachers, number)
+        for found in measure_tails(temperatures, store.manifest.top_k, tail_of(store)) if store.manifest.top_k else ():
+            report_tail(found, "train-student", context.monitor)
     spec = DistillationSpec(
         stores,
         shapes,

@@ -29,7 +29,7 @@ class StudentConfig:
         train: Epochs, optimizer and schedule.
         seeds: The seeds; each gives a student alone and a distilled one.
         baseline: Whether to train the student alone too, which the distilled one is compared with.
-        export: Whether to write an ONNX file, which `kdpipe compress` needs; whether it can be is tried before training.
+        export: Whether to write an ONNX file, which `kdpipe compress` needs; that is tried before training.
         hard_label_weight: The weight of the cross entropy with the labels beside the distillation losses.
         label_smoothing: The share of each label that is spread over all classes; also for the student alone.
         stores: The target stores; by default the one that this recipe's `cache-teacher` fills. Several stores are
@@ -39,6 +39,7 @@ class StudentConfig:
         target_loading: How targets are loaded.
         mean: The input's mean for each channel; by default that of the training images.
         std: The input's standard deviation for each channel.
+        image_size: Side of the square to which the views are resized for the student; by default it sees the teacher's.
     """
 
     model: ModelConfig
@@ -54,6 +55,7 @@ class StudentConfig:
     target_loading: TargetLoadingConfig = Field(default_factory=TargetLoadingConfig)
     mean: tuple[float, ...] | None = None
     std: tuple[float, ...] | None = None
+    image_size: Annotated[int, Field(ge=1, le=2**14)] | None = None
 
 
 def view_warning(views: Views) -> str | None:

@@ -25,7 +25,7 @@ from kdpipe.stages.training.task import TrainingTask
 def student_shapes(config: StudentConfig, losses: Sequence[Loss], context: StageContext) -> Shapes:
     """Return the shapes of the student's features for `losses`; raises ModelError for unknown paths."""
     model = build_student(config, config.seeds[0], context).model
-    return feature_shapes(model, student_layers(losses), context.image_shape)
+    return feature_shapes(model, student_layers(losses), context.resized(config.image_size).image_shape)
 
 
 def build_task(
@@ -69,6 +69,7 @@ def build_task(
 
 def build_student(config: StudentConfig, seed: int, context: StageContext, losses: Sequence[Loss] = ()) -> ModelBundle:
     """Build the untrained student of a seed, with the modules that `losses` add to it."""
+    context = context.resized(config.image_size)
     normalize = model_normalization(context.train_set, config.model.weights, config.mean, config.std)
     network = ModelBundle(context.build_model(config.model, seed), context.architecture(config.model), normalize)
     for loss in losses:

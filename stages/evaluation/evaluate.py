@@ -43,10 +43,10 @@ class Evaluation:
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
-        """The shape (C, H, W) of the test images, which is that of the training views."""
-        dataset = self.loader.dataset
-        assert dataset.image_size is not None, "test images are all of one size"
-        return dataset.in_channels, *dataset.image_size
+        """The shape (C, H, W) of the test images, which is the network's input shape."""
+        size = self.loader.image_size
+        assert size is not None, "test images are all of one size"
+        return self.loader.dataset.in_channels, *size
 
     @property
     def crop(self) -> float:

@@ -87,7 +87,7 @@ class EvalReport:
 
         It is not if there are too few samples to tell: if an accuracy half-way between chance and 1 could be missed.
         """
-        error = (self.chance * (1 - self.chance) / self.num_samples) ** 0.5
+        error = math.sqrt(self.chance * (1 - self.chance) / self.num_samples)
         if 2 * num_errors * error >= (1 - self.chance) / 2:
             return False
         return self.top1 <= self.chance + num_errors * error

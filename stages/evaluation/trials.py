@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +25,12 @@ MAX_ORDERED = 1000
 """Classes beyond which no order is searched: it takes a matrix of all pairs."""
 
 MAX_NAMED = 3
+
+MIN_ORDERED = {20: 0.5, MAX_ORDERED: 0.25}
+"""Accuracies in another order that are reported, by the largest number of classes.
+
+Some order fits a random network better than its own: that is no finding.
+"""
 
 MIN_GAIN = 0.05
 """The smallest gain of accuracy that is reported."""
@@ -118,8 +125,11 @@ def try_class_order(model: nn.Module, test: Evaluation) -> Finding | None:
     some = ", ".join(moved[:MAX_NAMED]) + (", ..." if len(moved) > MAX_NAMED else "")
     advice = "put its classifier's rows into the order of the data's classes"
     labels, predicted = labels[1::2], predicted[1::2]
-    change = f"its classes in another order ({some})"
-    return _finding(change, advice, order[predicted] == labels, predicted == labels)
+    finding = _finding(
+        f"its classes in another order ({some})", advice, order[predicted] == labels, predicted == labels
+    )
+    lowest = next(accuracy for num_classes, accuracy in MIN_ORDERED.items() if len(names) <= num_classes)
+    return finding if finding and finding.accuracy >= lowest else None
 
 
 def _scalings(channels: int) -> list[tuple[str, Normalization]]:
@@ -162,7 +172,12 @@ def _predictions(
         test.before_batch()
         scaled = scaling(image_batch.images)
         inputs = scaled.flip(1) if flip else scaled
-        chunks = run_in_chunks(model, len(inputs), lambda rows, inputs=inputs: model(inputs[rows]), test.warn)
-        predicted += [chunk.argmax(1).cpu() for chunk in chunks]
+        classes = partial(_classes, model, inputs)
+        predicted += run_in_chunks(model, len(inputs), classes, test.warn)
         labels.append(test.loader.dataset.labels[image_batch.indices].cpu())
     return torch.cat(labels), torch.cat(predicted)
+
+
+def _classes(model: nn.Module, inputs: Tensor, rows: slice) -> Tensor:
+    predicted: Tensor = model(inputs[rows]).argmax(1).cpu()
+    return predicted

@@ -21,6 +21,9 @@ from kdpipe.store.fs.checksums import write_with_sum
 SCOPES = "pkg.torch.onnx.name_scopes"
 """The metadata key under which the exporter records the modules that a node belongs to."""
 
+MAX_WEIGHT_BYTES = 2**31 - 2**20
+"""The limit of protobuf, 2 GiB for a file, with room for the graph."""
+
 EXPORTED_OPSET = 18
 """The oldest opset that torch's exporter writes; onnx converts to older ones."""
 
@@ -46,6 +49,10 @@ def export_onnx(
         ModelError: If the model cannot be exported (with that opset), or the file cannot be written.
     """
     portable = export_form(model)
+    if (num_bytes := _weight_bytes(portable)) > MAX_WEIGHT_BYTES:
+        raise ModelError(
+            f"the model cannot be exported to ONNX: its weights take {num_bytes / 2**30:.1f} GiB, and a file holds 2."
+        )
     proto = _to_onnx(portable, example, None if opset is None else max(opset, EXPORTED_OPSET))
     _name_by_module(proto)
     _strip(proto)
@@ -57,6 +64,11 @@ def export_onnx(
         write_with_sum(path, proto.SerializeToString(deterministic=True))
     except OSError as error:
         raise ModelError(f"the ONNX file {path} cannot be written: {error.strerror or cause(error)}.") from error
+
+
+def _weight_bytes(model: nn.Module) -> int:
+    """Return the bytes of all parameters and buffers, as a file has them."""
+    return sum(tensor.numel() * tensor.itemsize for tensor in (*model.parameters(), *model.buffers()))
 
 
 def _to_onnx(model: nn.Module, example: Tensor, opset: int | None) -> onnx.ModelProto:
@@ -75,7 +87,9 @@ def _to_onnx(model: nn.Module, example: Tensor, opset: int | None) -> onnx.Model
                 verbose=False,
             )
     except Exception as error:
-        origin = error.__cause__ or error  # the exporter's own message is a page of debugging advice
+        origin: BaseException = error
+        while origin.__cause__ is not None:  # the exporter's own messages are pages of debugging advice
+            origin = origin.__cause__
         with_opset = "" if opset is None else f" with opset {opset} (compress.opset)"
         raise ModelError(
             f"the model cannot be exported to ONNX{with_opset} for inputs "

@@ -189,6 +189,10 @@ class _Targets:
     def logits_at(self, temperature: float) -> Tensor:
         return self.given.logits_at(temperature)
 
+    def with_rest_of(self, logits: Tensor) -> _Targets:
+        spread = getattr(self.given, "with_rest_of", None)
+        return self if spread is None else _Targets(spread(logits), self.features)
+
     def rows(self, index: Tensor) -> _Targets:
         return _Targets(self.given.rows(index), rows_of(self.features, index))
 

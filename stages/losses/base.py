@@ -44,7 +44,7 @@ Example:
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, Any, ClassVar, Literal
 
 import torch
 from pydantic import Field
@@ -128,6 +128,10 @@ class Loss:
     def required_features(self, student: Shapes) -> tuple[FeatureSpec, ...]:
         """Return the required teacher features, given the shapes of the student's features."""
         return ()
+
+    def with_widths_of(self, student: Shapes) -> Loss:
+        """Return the loss with what `build` derives from these shapes of an unpruned student, for a pruned one."""
+        return self
 
     def temperatures(self) -> tuple[Temperature, ...]:
         """Return the temperatures at which the loss takes the softmax of the teacher's logits."""
@@ -219,12 +223,15 @@ class LogitLoss(Loss):
     Attributes:
         standardize: normalize the logits of student and teacher to mean 0 and standard deviation 1 over the classes
             first (Sun et al. 2024, arXiv 2403.01427).
+        rest: how the mass of the classes that a top-k store does not keep is spread over them: "equal", or as the
+            "student" has it, so that only their sum is compared.
     """
 
     requires: ClassVar[str] = "logits"
     on_logits: ClassVar[bool] = True
 
     standardize: bool = False
+    rest: Literal["equal", "student"] = "equal"
 
 
 @section

@@ -133,6 +133,8 @@ class WeightedLoss(nn.Module):
         return inputs, rows is None
 
     def _normalize_logits(self, inputs: LossInputs) -> LossInputs:
+        if getattr(self.config, "rest", "equal") == "student" and hasattr(inputs.teacher, "with_rest_of"):
+            inputs = replace(inputs, teacher=inputs.teacher.with_rest_of(inputs.student.logits))
         if not getattr(self.config, "standardize", False):
             return inputs
         student = ModelOutput(standardize_logits(inputs.student.logits), inputs.student.features)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from kdpipe.stages.config import PathStr, section
-from kdpipe.stages.errors import ModelError, UnknownModelError, cause
+from kdpipe.stages.errors import ModelError, NotLogitsError, UnknownModelError, cause
 from kdpipe.stages.models.clone import clone_without_hooks, unwrap, unwrap_all
 from kdpipe.stages.models.main_logits import keep_main_logits
 from kdpipe.stages.models.registry import SMALL_IMAGE_NETWORKS, build_small_image_network
@@ -232,12 +232,9 @@ def _check_fit(name: str, model: nn.Module, num_classes: int, image_shape: tuple
         raise ModelError(
             f"{name} makes {list(logits.shape)} of two images of {images}, wanted logits [2, {num_classes}]."
         )
-    if (
-        not logits.is_meta
-        and bool(((logits >= 0) & (logits <= 1)).all())
-        and (kind := _probabilities_of(model, image_shape))
-    ):
-        raise ModelError(
+    may_be_probabilities = not logits.is_meta and bool(((logits >= 0) & (logits <= 1)).all())
+    if may_be_probabilities and (kind := _probabilities_of(model, image_shape)):
+        raise NotLogitsError(
             f"{name} ends in a {kind}: its outputs are probabilities, and losses and stores take logits. Return what "
             f"goes into the {kind}."
         )

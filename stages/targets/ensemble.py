@@ -15,7 +15,7 @@ from kdpipe.stages.config import section
 from kdpipe.stages.errors import RecipeError
 from kdpipe.stages.targets.class_map import ClassMapConfig
 from kdpipe.stages.targets.feature_spec import FeatureSpec
-from kdpipe.stages.targets.outputs import TeacherTargets
+from kdpipe.stages.targets.outputs import TeacherTargets, TopKTargets
 
 Share = Annotated[float, Field(ge=0)]
 
@@ -156,6 +156,13 @@ class EnsembleTargets:
     def detached(self) -> EnsembleTargets:
         """Return the same without a gradient for learned weights, as a target must be."""
         return replace(self, weights=self.weights.detach())
+
+    def with_rest_of(self, logits: Tensor) -> EnsembleTargets:
+        """Return the same with `TopKTargets.with_rest_of` of each teacher that has only the largest logits."""
+        return replace(
+            self,
+            teachers=tuple(one.with_rest_of(logits) if isinstance(one, TopKTargets) else one for one in self.teachers),
+        )
 
     def rows(self, index: Tensor) -> EnsembleTargets:
         teachers = tuple(teacher.rows(index) for teacher in self.teachers)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from kdpipe.store import (
     stage,
     version_note,
 )
+from kdpipe.store.fs import safe_read
 
 
 def open_with_views(path: Path, views: Mapping[str, Any], identity: Mapping[str, Any]) -> TargetStore:
@@ -32,11 +33,14 @@ def open_with_views(path: Path, views: Mapping[str, Any], identity: Mapping[str,
     return open_store(path, {**identity, "views": dict(views)}, advice)
 
 
-def open_store_anywhere(place: str | Path, monitor: RunMonitor | None = None) -> TargetStore:
+def open_store_anywhere(
+    place: str | Path, monitor: RunMonitor | None = None, *, follow_links: bool = False
+) -> TargetStore:
     """Open the store at a path or URL.
 
     A local store is memory-mapped; one at a URL, or an archive, is first copied to this machine's cache (KDPIPE_CACHE),
-    once for all jobs. A training streams what is too large to be mapped.
+    once for all jobs. A training streams what is too large to be mapped. Links that lead out of a local store, as DVC
+    and the Hugging Face cache make them, are refused unless you ask to follow them (`follow_links`).
 
     Example:
         >>> import kdpipe as kd
@@ -50,7 +54,18 @@ def open_store_anywhere(place: str | Path, monitor: RunMonitor | None = None) ->
     Raises:
         StoreError: There is no store, or it is incomplete or damaged.
     """
-    return open_store(local_store_path(place if is_url(place) else Path(place).expanduser(), monitor or RunMonitor()))
+    found = place if is_url(place) else Path(place).expanduser()
+    if follow_links:
+        trust_links([found])
+    return open_store(local_store_path(found, monitor or RunMonitor()))
+
+
+def trust_links(places: Iterable[str | Path]) -> None:
+    """Follow links that lead out of these stores, and out of their test stores, in this process."""
+    for place in places:
+        for one in (place, test_store_path(place)):
+            if not is_url(one):
+                safe_read.follow_links(Path(one))
 
 
 def local_store_path(place: Path | str, monitor: RunMonitor) -> Path:
@@ -58,9 +73,10 @@ def local_store_path(place: Path | str, monitor: RunMonitor) -> Path:
 
     def on_unit(done: int, total: int) -> None:
         monitor.report(ProgressEvent("stage", f"{place} to {area.folder}", done, total, "unit"))
+        monitor.check()  # archives on this machine, too; what is staged is kept
 
     area = default_staging_cache(os.environ)
-    return stage(place, area, on_unit)
+    return stage(place, area, on_unit, monitor.check)
 
 
 def test_store_path(place: Path | str) -> Path | str:

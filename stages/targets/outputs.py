@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import torch
@@ -45,22 +45,36 @@ class DenseTargets:
 
 @dataclass(frozen=True)
 class TopKTargets:
-    """Top-k logits of a batch: values and indices [B, k], log-odds of the tail [B, num_temperatures]."""
+    """Top-k logits of a batch.
+
+    Attributes:
+        values, indices: The largest logits and their classes, [B, k].
+        tail: Log-odds of the rest, [B, num_temperatures].
+        rest: Logits [B, num_classes] that the mass of the rest is spread by; None for an equal share of each class.
+    """
 
     top_k: TopK
     values: Tensor
     indices: Tensor
     tail: Tensor
     features: Mapping[FeatureSpec, Tensor]
+    rest: Tensor | None = None
 
     def rows(self, index: Tensor) -> TopKTargets:
-        features = rows_of(self.features, index)
-        return TopKTargets(self.top_k, self.values[index], self.indices[index], self.tail[index], features)
+        features, rest = rows_of(self.features, index), None if self.rest is None else self.rest[index]
+        return TopKTargets(self.top_k, self.values[index], self.indices[index], self.tail[index], features, rest)
+
+    def with_rest_of(self, logits: Tensor) -> TopKTargets:
+        """Return the same with the mass of the rest spread as in these logits [B, num_classes], without gradient.
+
+        A divergence then compares the kept classes and the sum of all others.
+        """
+        return replace(self, rest=logits.detach().float())
 
     def logits_at(self, temperature: float) -> Tensor:
         """Return logits [B, num_classes], float32, for a softmax at `temperature`.
 
-        The k largest are as stored, all others are equal, with the total probability that they had.
+        The k largest are as stored. All others have the total probability that they had, in equal shares or as `rest`.
 
         Raises:
             StoreError: The temperature is outside the store's range.
@@ -68,8 +82,13 @@ class TopKTargets:
         kept = self.values.float()
         weights = torch.from_numpy(interpolation(self.top_k, temperature)).float().to(kept.device)
         log_odds = self.tail.float() @ weights
-        rest = torch.logsumexp(kept / temperature, 1) + log_odds - math.log(self.top_k.num_classes - self.top_k.k)
-        dense = (temperature * rest)[:, None].repeat(1, self.top_k.num_classes)
+        rest = torch.logsumexp(kept / temperature, 1) + log_odds
+        if self.rest is None:
+            rest = rest - math.log(self.top_k.num_classes - self.top_k.k)
+            dense = (temperature * rest)[:, None].repeat(1, self.top_k.num_classes)
+        else:
+            others = (self.rest / temperature).scatter(1, self.indices.long(), -math.inf)
+            dense = temperature * (rest[:, None] + others.log_softmax(1))
         return dense.scatter(1, self.indices.long(), kept)
 
 

@@ -35,12 +35,14 @@ class TargetLoadingConfig:
         mapped_bytes: up to this size memory-mapped, with row-wise reads through the page cache.
         verify: when mapped shards are checked against their checksums: at the "first" use of a view, "always" when
             an epoch begins with another view, or "never"; what is read into memory is always checked.
+        follow_links: Follow links that lead out of the stores, as DVC and the Hugging Face cache make them.
     """
 
     device_bytes: Bytes = 8 * GIB
     memory_bytes: Bytes = 8 * GIB
     mapped_bytes: Bytes = 64 * GIB
     verify: Verify = "first"
+    follow_links: bool = False
 
 
 class Targets:

@@ -71,6 +71,8 @@ class Variant:
         """The digest of everything that can change the cost of a step."""
         spec = self.spec.to_json() if self.spec else None
         student = {key: value for key, value in asdict(self.student).items() if key not in ("baseline", "export")}
+        if student["image_size"] is None:  # costs that were measured before there was this key
+            del student["image_size"]
         return sha256_of({"student": student, "distillation": spec})
 
     @property
@@ -141,7 +143,7 @@ def _are_costs(costs: Any, variants: Iterable[str]) -> bool:
 
 def build_step_job(variant: Variant, context: StageContext) -> TrainJob:
     """Build the job of a variant, only for running steps."""
-    seed = variant.student.seeds[0]
+    seed, context = variant.student.seeds[0], context.resized(variant.student.image_size)
     network = build_student(variant.student, seed, context, variant.losses)
     spec = variant.spec.without_hint_losses if variant.spec else None
     task = build_task(network, spec, seed, context, label_smoothing=variant.student.label_smoothing)

@@ -8,6 +8,7 @@ from torch import nn
 
 from kdpipe.stages.context import StageContext
 from kdpipe.stages.distillation.classifier_reuse import add_projector, linear_at
+from kdpipe.stages.distillation.compatibility import check_image_size
 from kdpipe.stages.distillation.student_config import StudentConfig
 from kdpipe.stages.distillation.task_builder import build_student
 from kdpipe.stages.errors import ModelError, RecipeError
@@ -42,6 +43,7 @@ def dry_run_losses(
     """
     num_stores = max(1, len(student.stores))
     check_teachers(student.teachers, num_stores)
+    check_image_size(losses, student, context, where)
     model: nn.Module | None = None
     for number, loss in enumerate(losses):
         entry = f"{where}.{number} ({loss.loss})"
@@ -49,7 +51,7 @@ def dry_run_losses(
             raise RecipeError(f"{entry} uses store {loss.store}, but there are {num_stores}, counted from 0.")
         try:
             model = model or _student(losses, student, teacher, context)
-            shapes = feature_shapes(model, loss.student_layers(), context.image_shape)
+            shapes = feature_shapes(model, loss.student_layers(), context.resized(student.image_size).image_shape)
         except ModelError as error:
             raise RecipeError(f"{entry}, the student: {error}") from error
         except RecipeError as error:  # the projector does not fit
@@ -65,7 +67,8 @@ def _student(losses: Sequence[Loss], student: StudentConfig, teacher: nn.Module,
         if isinstance(loss, SimKD) and loss.teacher is None:
             classifier = linear_at(teacher, loss.classifier[1])
             features, classes = classifier.in_features, classifier.out_features
-            add_projector(model, loss, context.image_shape, num_features=features, num_classes=classes)
+            image_shape = context.resized(student.image_size).image_shape
+            add_projector(model, loss, image_shape, num_features=features, num_classes=classes)
     return model
 
 

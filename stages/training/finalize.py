@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +17,14 @@ from kdpipe.stages.export.onnx_check import check_onnx
 from kdpipe.stages.export.onnx_debug import first_divergence
 from kdpipe.stages.export.onnx_export import export_onnx
 from kdpipe.stages.models.bundle import ModelBundle
+from kdpipe.stages.models.safetensors_io import load_tensors
 from kdpipe.stages.models.weights import count_parameters
 from kdpipe.stages.numerics import LOG_PROBABILITIES, PROBABILITIES
 from kdpipe.stages.runtime.distributed import SINGLE, ProcessGroup
 from kdpipe.stages.training.job_dir import JobDir
 from kdpipe.stages.training.saved_model import save_model
 from kdpipe.store import canonical_json
+from kdpipe.store.fs.checksums import remove_with_sum
 
 CHECKED_IMAGES = 1000
 """Test images on which an exported file is compared with torch."""
@@ -61,6 +64,7 @@ def finalize(
     *,
     process_group: ProcessGroup = SINGLE,
     with_onnx: bool = True,
+    on_no_export: Callable[[str], None] | None = None,
     more: Mapping[str, Any] | None = None,
     require: Callable[[EvalReport], None] = lambda report: None,
 ) -> dict[str, Any]:
@@ -75,6 +79,7 @@ def finalize(
         test: The test images, with the teacher's logits if there are any.
         process_group: The processes that trained together.
         with_onnx: Whether to write an ONNX file.
+        on_no_export: For a network that can do without this file: receives the reason why there is none.
         more: Further results.
         require: Called with the evaluation, before anything is written; may raise.
 
@@ -88,9 +93,12 @@ def finalize(
     def evaluate_and_write() -> dict[str, Any]:
         report = evaluate_in_depth(network.model, test, test.device)
         require(report)
-        for warning in _warnings(report) if test.warn is not None else ():
-            test.warn(f"the network in {job_dir.path} {warning}.")
-        return _write(job_dir, network, history, test, report, with_onnx=with_onnx, more=more or {})
+        warn = test.warn or (lambda sentence: None)
+        for warning in _warnings(report):
+            warn(f"the network in {job_dir.path} {warning}.")
+        return _write(
+            job_dir, network, history, test, report, with_onnx=with_onnx, on_no_export=on_no_export, more=more or {}
+        )
 
     return process_group.on_main(evaluate_and_write)
 
@@ -108,6 +116,19 @@ def _warnings(report: EvalReport) -> Iterator[str]:
         yield "returns log-probabilities: right for losses that apply a softmax, shifted in each row for logit_mse"
 
 
+def add_onnx(job_dir: JobDir, network: ModelBundle, result: Mapping[str, Any], test: Evaluation) -> dict[str, Any]:
+    """Write the ONNX file of a finished job that was made without one, and return its results.
+
+    Raises:
+        ModelError: As `finalize`.
+    """
+    network.model.load_state_dict(load_tensors(job_dir.model)[0])
+    agreement = _write_onnx(job_dir, replace(network, model=network.model.eval().to(test.device)), test)
+    result = {**result, "onnx_agreement": agreement, "onnx_bytes": job_dir.onnx.stat().st_size}
+    job_dir.finish(result)
+    return result
+
+
 def _write(
     job_dir: JobDir,
     network: ModelBundle,
@@ -116,15 +137,20 @@ def _write(
     report: EvalReport,
     *,
     with_onnx: bool,
+    on_no_export: Callable[[str], None] | None,
     more: Mapping[str, Any],
 ) -> dict[str, Any]:
     record = {"architecture": dict(network.architecture), "normalization": network.normalize.to_json()}
     save_model(job_dir.model, network.model, record)
     agreement = None
     if with_onnx:
-        example = torch.zeros(2, *test.image_shape, device=test.device)
-        export_onnx(network.model, example, job_dir.onnx, metadata=onnx_metadata(network, test))
-        agreement = require_agreement(job_dir.onnx, network, test)
+        try:
+            agreement = _write_onnx(job_dir, network, test)
+        except ModelError as error:
+            if on_no_export is None:
+                raise
+            remove_with_sum(job_dir.onnx)
+            on_no_export(str(error))
     best = max(history, key=lambda line: line["accuracy"], default={"accuracy": report.top1, "epoch": None})
     result = {
         "accuracy": report.top1,
@@ -137,13 +163,20 @@ def _write(
         "num_macs": count_macs(network.model, test.image_shape),
         "identity": network.identity,
         "onnx_agreement": agreement,
-        "onnx_bytes": job_dir.onnx.stat().st_size if with_onnx else None,
+        "onnx_bytes": None if agreement is None else job_dir.onnx.stat().st_size,
         "wall_s": round(sum(line["wall_s"] for line in history), 3),
         "examined": report.to_json(),
         **more,
     }
     job_dir.finish(result)
     return result
+
+
+def _write_onnx(job_dir: JobDir, network: ModelBundle, test: Evaluation) -> float:
+    """Write the ONNX file, and return its agreement with the network on the first test images."""
+    example = torch.zeros(2, *test.image_shape, device=test.device)
+    export_onnx(network.model, example, job_dir.onnx, metadata=onnx_metadata(network, test))
+    return require_agreement(job_dir.onnx, network, test)
 
 
 def onnx_metadata(network: ModelBundle, test: Evaluation) -> dict[str, str]:

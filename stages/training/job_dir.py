@@ -4,6 +4,7 @@ job.json                the inputs that determine the result; a rerun with other
 checkpoint.safetensors  all state, while the job is running
 metrics.jsonl           one line an epoch
 model.safetensors       the trained network
+adapters.safetensors    what trained with a student and is no part of it: the adapters of its losses
 model.onnx              the network for onnxruntime
 result.json             the results; its presence means that the job is finished
 SHA256SUMS              the sha256 of each of these files, checked when the file is read
@@ -71,6 +72,10 @@ class JobDir:
     @property
     def model(self) -> Path:
         return self.path / "model.safetensors"
+
+    @property
+    def adapters(self) -> Path:
+        return self.path / "adapters.safetensors"
 
     @property
     def onnx(self) -> Path:

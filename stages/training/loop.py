@@ -20,6 +20,7 @@ from kdpipe.stages.runtime.circumstances import circumstances, resume_circumstan
 from kdpipe.stages.runtime.events import ProgressEvent, RunMonitor
 from kdpipe.stages.training.callbacks import Hooks, callbacks_of
 from kdpipe.stages.training.checkpoint import Progress, TrainState, load_checkpoint, save_checkpoint
+from kdpipe.stages.training.class_balance import with_class_balance
 from kdpipe.stages.training.job import TrainJob, num_steps_of
 from kdpipe.stages.training.optim import build_optimizer, build_schedule, learning_rate, set_learning_rate
 from kdpipe.stages.training.optimization.averaging import (
@@ -42,7 +43,7 @@ def train(job: TrainJob, device: torch.device, monitor: RunMonitor) -> list[dict
     Returns the metrics of each epoch. Raises StoppedEarly, with everything saved, when the stop flag is set;
     NotFiniteError if the loss is NaN or infinite; RecipeError if the processes cannot share a batch equally.
     """
-    process_group = job.process_group
+    job, process_group = with_class_balance(job), job.process_group
     process_group.require_shares(job.config.batch_size, job.task.num_samples)
     state, progress = _set_up(job, device), Progress()
     steps = num_steps_of(job)
@@ -142,6 +143,7 @@ def _require_position(job: TrainJob, progress: Progress, steps: int) -> None:
 
 def time_steps(job: TrainJob, device: torch.device, num_steps: int) -> list[float]:
     """Return the seconds of each of a job's first steps, including reading of targets and images. Nothing is saved."""
+    job = with_class_balance(job)
     state, progress = _set_up(job, device), Progress()
     batches = _stream(job, progress, 1 + num_steps // num_steps_of(job))
     times = []

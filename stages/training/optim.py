@@ -29,6 +29,7 @@ IMPORTED = (PREFIX, USER_PREFIX)
 """How names begin that are checked only where they are used: a run can be read without timm and the user's modules."""
 
 Fraction = Annotated[float, Field(ge=0, lt=1)]
+ClassWeight = Annotated[float, Field(ge=0, le=1e6)]
 
 
 def _completed(names: Iterable[str]) -> Any:
@@ -64,6 +65,10 @@ class TrainConfig:
         clip_grad_mode: "norm" limits the norm of all gradients together, "value" each of their values, "agc" each
             unit's norm as a fraction of that of its weights (timm).
         ema_decay: The decay of an exponential moving average of the weights, which is what is evaluated and exported.
+        class_weights: Factors of the cross entropy with the labels, one for each class, or "balanced", the inverse of
+            the classes' sizes; scaled to a mean of 1 over the training samples. By default all classes count alike.
+        sampler: "shuffle" has each sample once in an epoch; "balanced" has each class equally often, and repeats
+            samples of small classes.
         precision: "auto" is mixed precision (bfloat16, else float16) on CUDA and float32 elsewhere.
         checkpoint_every_s: Seconds between checkpoints; it never changes the result.
     """
@@ -78,6 +83,8 @@ class TrainConfig:
         "clip_grad",
         "clip_grad_mode",
         "ema_decay",
+        "class_weights",
+        "sampler",
     )
 
     epochs: Annotated[int, Field(ge=0, le=10**6)] = 20
@@ -100,6 +107,8 @@ class TrainConfig:
     clip_grad: Annotated[float, Field(gt=0, le=1e6)] | None = None
     clip_grad_mode: ClipMode = "norm"
     ema_decay: Fraction | None = None
+    class_weights: Literal["balanced"] | tuple[ClassWeight, ...] | None = None
+    sampler: Literal["shuffle", "balanced"] = "shuffle"
     precision: Literal["auto", "float32"] = "auto"
     checkpoint_every_s: Annotated[float, Field(ge=0, le=1e9)] = 30.0
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from kdpipe.stages.data.loader.image_loader import ImageBatch, ImageLoader, ViewRequest
 from kdpipe.stages.data.loader.labels import HardLabels, hard_labels_of
-from kdpipe.stages.data.loader.sampling import batch_indices, epoch_order, num_steps, shard_order
+from kdpipe.stages.data.loader.sampling import balanced_order, batch_indices, epoch_order, num_steps, shard_order
 from kdpipe.stages.losses.base import Loss
 from kdpipe.stages.losses.distillation import Distillation
 from kdpipe.stages.losses.inputs import Negatives
@@ -98,6 +98,8 @@ class TrainingTask:
         label_smoothing: The share of each label that is spread over all classes.
         is_fine_tuning: Whether all schedules have ended, as in fine-tuning.
         hints_only: Whether the student runs only up to its hint layers, with no loss but those on its features.
+        balanced: Whether each epoch has all classes equally often, in place of each sample once.
+        class_weights: Factors of the cross entropy with the labels, float32 [num_classes] on the loader's device.
     """
 
     loader: ImageLoader
@@ -110,6 +112,8 @@ class TrainingTask:
     label_smoothing: float = 0.0
     is_fine_tuning: bool = False
     hints_only: bool = False
+    balanced: bool = False
+    class_weights: Tensor | None = None
 
     @property
     def num_samples(self) -> int:
@@ -134,6 +138,8 @@ class TrainingTask:
         by_id = torch.argsort(self.loader.dataset.sample_ids)
         if self.targets is not None and self.targets.slabs is not None:
             return by_id[shard_order(seed, epoch, self.targets.slabs[by_id], self.targets.window)]
+        if self.balanced:
+            return by_id[balanced_order(seed, epoch, self.loader.dataset.labels[by_id])]
         return by_id[epoch_order(seed, epoch, self.num_samples)]
 
     def stream(
@@ -168,7 +174,7 @@ class TrainingTask:
         if self.hints_only and self.distillation is not None:
             only: dict[str, Tensor] = self.distillation(self._distillation_batch(student, batch, global_batch_size))
             return only
-        cross_entropy = batch.hard.cross_entropy(student.logits, self.label_smoothing)
+        cross_entropy = batch.hard.cross_entropy(student.logits, self.label_smoothing, self.class_weights)
         weight = value_at(self.hard_label_weight, batch.progress)
         has_targets = batch.has_targets
         if has_targets is None:

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from kdpipe.store.errors import KdpipeError, StoreError, differences
+from kdpipe.store.errors import KdpipeError, LinkedStoreError, StoreError, differences
 from kdpipe.store.format.layout import ArraySpec, Unit
 from kdpipe.store.format.manifest import Manifest
 from kdpipe.store.format.markers import Marker, marker_key, read_marker
@@ -101,13 +101,15 @@ def verify_store(
             an unreadable manifest is the only fault reported.
 
     Raises:
-        StoreError: There is no store at all.
+        StoreError: There is no store at all, or it is one of links.
         KdpipeError: Another job changed it meanwhile.
     """
     with _metadata_locked(path):
         if manifest is None:
             try:
                 manifest = read_store_manifest(path)
+            except LinkedStoreError:
+                raise
             except StoreError as error:
                 if not (path / MARKERS).is_dir():
                     raise
@@ -190,6 +192,8 @@ class _Verifier:
         """Check a unit's marker, and each shard file that it lists or must list."""
         try:
             marker = read_marker(self.path, self.manifest, unit)
+        except LinkedStoreError:
+            raise
         except StoreError as error:
             self.faults.append(Fault(marker_key(unit), str(error), unit))
             return
@@ -243,6 +247,8 @@ class _Verifier:
         """Return all rows of a sample array, empty ones included; None, with the fault recorded, where it is bad."""
         try:
             return read_column(self._read_chunk, name, self.manifest.layout, str(self.path))
+        except LinkedStoreError:
+            raise
         except StoreError as error:
             self.faults.append(Fault(f"{SAMPLES}/{name}", str(error)))
             return None

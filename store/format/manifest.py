@@ -60,6 +60,7 @@ class Manifest:
         top_k: Set where logits are stored as their k largest.
         codec: Set where chunks are compressed (the archive profile).
         rounded: Mantissa bits kept, of arrays that were rounded.
+        named_axes: Whether every axis of the arrays has a name of its own, as xarray needs it; not in older stores.
     """
 
     identity: Identity
@@ -71,6 +72,7 @@ class Manifest:
     codec: Codec | None = None
     rounded: Mapping[str, int] = field(default_factory=dict)
     finished: Finished | None = None
+    named_axes: bool = False
 
     @property
     def profile(self) -> str:
@@ -120,6 +122,7 @@ class Manifest:
             "rounded": dict(self.rounded),
             "versions": dict(self.versions),
             "finished": self.finished.to_json() if self.finished else None,
+            **({"named_axes": True} if self.named_axes else {}),
         }
 
     def spec(self, name: str) -> ArraySpec:
@@ -187,6 +190,7 @@ def _parse(record: Mapping[str, Any]) -> Manifest:
         top_k=None if record["top_k"] is None else TopK.from_json(record["top_k"]),
         codec=codec_from_json(record["codec"]),
         rounded={str(name): _count(bits, "rounded") for name, bits in record["rounded"].items()},
+        named_axes=record.get("named_axes") is True,
     )
     _check_logits(manifest)
     classes = manifest.identity.data.get("classes", [])

@@ -53,19 +53,25 @@ def marker_path(store: Path, unit: Unit) -> Path:
 
 def write_marker(store: Path, manifest: Manifest, unit: Unit, marker: Marker) -> None:
     """Publish that `unit` is done. Raises StoreError where the marker has no room for so many arrays."""
-    record = {
-        "fingerprint": _fingerprint(manifest, unit),
-        "rows": unit.num_rows,
-        "files": marker.files,
-        "fidelity": marker.fidelity,
-    }
-    text = _text(record)
+    text = marker_text(manifest, unit, marker)
     if len(text) > MARKER_BYTES:
         raise StoreError(
             f"{store} has no room for so many arrays: the marker of {unit} needs {len(text):,} bytes and may have "
             f"{MARKER_BYTES:,}. Store further layers in another store."
         )
     write_atomically(marker_path(store, unit), text.ljust(MARKER_BYTES))
+
+
+def marker_text(manifest: Manifest, unit: Unit, marker: Marker) -> bytes:
+    """Return the canonical text of a marker, not padded."""
+    return _text(
+        {
+            "fingerprint": _fingerprint(manifest, unit),
+            "rows": unit.num_rows,
+            "files": marker.files,
+            "fidelity": marker.fidelity,
+        }
+    )
 
 
 def remove_marker(store: Path, unit: Unit) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import tarfile
+import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -61,11 +63,22 @@ def read_store_manifest(path: Path) -> Manifest:
     """Read the manifest of the store at `path`, complete or not. Raises StoreError if there is no store."""
     if not path.exists():
         raise StoreError(f"there is no store at {path}: run `kdpipe cache-teacher` on the recipe first.")
+    if path.is_file():
+        raise StoreError(f"{path} is a file, and a store is a folder: {_unpacking(path)}.")
     if not (path / "zarr.json").exists():
         inside = next(iter(sorted(path.glob("*/zarr.json"))), None) if path.is_dir() else None
         hint = f" Did you mean {inside.parent}?" if inside else ""
         raise StoreError(f"{path} is not a store: it has no zarr.json.{hint}")
     return read_manifest(_read(path / "zarr.json", path).get("attributes"), str(path))
+
+
+def _unpacking(file: Path) -> str:
+    """Return how to make a folder of a file."""
+    if zipfile.is_zipfile(file):
+        return f"unpack it, `unzip {file} -d FOLDER`, and name the folder"
+    if tarfile.is_tarfile(file):
+        return f"unpack it, `mkdir FOLDER; tar -xf {file} -C FOLDER`, and name the folder"
+    return "name the folder that has zarr.json"
 
 
 def parse_group(raw: bytes, where: str) -> Manifest:
@@ -113,13 +126,15 @@ def _array_metadata(spec: ArraySpec, manifest: Manifest) -> dict[str, Any]:
         "index_codecs": [LITTLE_BYTES, {"name": "crc32c"}],
         "index_location": "end",
     }
+    axes = range(len(spec.row_shape))
+    layer = spec.name.rpartition("/")[2]
     return _array(
         [manifest.layout.num_views, manifest.layout.num_rows, *spec.row_shape],
         spec.dtype,
         [1, unit_rows, *spec.row_shape],
         fill_value="NaN" if spec.dtype.startswith("float") else spec.fill_value,
         codecs=[{"name": "sharding_indexed", "configuration": sharding}],
-        names=["view", "sample", *[None] * len(spec.row_shape)],
+        names=["view", "sample", *[f"{layer}_{axis}" if manifest.named_axes else None for axis in axes]],
     )
 
 

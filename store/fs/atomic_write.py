@@ -9,7 +9,8 @@ from __future__ import annotations
 import os
 import shutil
 import uuid
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 PARTIAL_SUFFIX = ".partial"
@@ -19,7 +20,7 @@ def write_atomically(path: Path, *parts: bytes | memoryview) -> None:
     """Write the concatenated `parts` to the file `path`: readers see the old file or the whole new one."""
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}{PARTIAL_SUFFIX}")
     try:
-        with temporary.open("wb") as file:
+        with naming(path), temporary.open("wb") as file:
             for part in parts:
                 file.write(part)
             file.flush()
@@ -27,18 +28,28 @@ def write_atomically(path: Path, *parts: bytes | memoryview) -> None:
         temporary.replace(path)
     except BaseException as error:
         temporary.unlink(missing_ok=True)
-        # ENOSPC has no file name, and EISDIR names the temporary file: name the target instead.
-        if isinstance(error, OSError) and error.filename in {None, str(temporary)}:
+        if isinstance(error, OSError) and error.filename == str(temporary):  # such as EISDIR
             error.filename = str(path)
         raise
     fsync_path(path.parent)
+
+
+@contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Give an OSError inside the block the file name `path` if it has none, as those of open files do."""
+    try:
+        yield
+    except OSError as error:
+        error.filename = error.filename or str(path)
+        raise
 
 
 def fsync_path(path: Path) -> None:
     """Make a file's bytes, or the names in a folder, durable: without the latter a crash can undo a rename."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
-        os.fsync(descriptor)
+        with naming(path):
+            os.fsync(descriptor)
     finally:
         os.close(descriptor)
 

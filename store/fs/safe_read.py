@@ -9,18 +9,27 @@ import stat
 from pathlib import Path
 from typing import Any
 
-from kdpipe.store.errors import KdpipeError
+from kdpipe.store.errors import KdpipeError, LinkedStoreError
+from kdpipe.store.fs.atomic_write import naming
 
 MAX_JSON_BYTES = 2 * 2**20
+
+_followed: set[Path] = set()
+"""Stores whose links may lead anywhere, as the user asked; all others may be from someone else."""
 
 
 def open_regular_file(file: Path, root: Path | None = None) -> int:
     """Return an open descriptor of `file`.
 
-    Raises OSError if it is not a regular file (a pipe would block forever), or a link leads out of the folder `root`.
+    Raises OSError if it is not a regular file (a pipe would block forever), LinkedStoreError if a link leads out of the
+    folder `root`, a store, and `follow_links` was not called for it.
     """
     if root is not None and not _is_within(file, root):
-        raise OSError(errno.ELOOP, "it is a link that leads out of the store", str(file))
+        raise LinkedStoreError(
+            f"{file} is a link that leads out of the store, as DVC and the Hugging Face cache make them. If you trust "
+            "where it leads, follow such links: `--follow-links`, in a recipe student.target_loading.follow_links = "
+            f"true, in Python open_store(..., follow_links=True). Or copy what they lead to: cp -RL {root} FOLDER."
+        )
     descriptor = os.open(file, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     if not stat.S_ISREG(os.fstat(descriptor).st_mode):
         os.close(descriptor)
@@ -28,12 +37,17 @@ def open_regular_file(file: Path, root: Path | None = None) -> int:
     return descriptor
 
 
+def follow_links(root: Path) -> None:
+    """Let this process follow links that lead out of the folder `root`: the user trusts them."""
+    _followed.add(root.resolve())
+
+
 def read_regular_file(file: Path, max_bytes: int, root: Path | None = None) -> bytes:
     """Return at most `max_bytes` + 1 bytes of a regular file: a longer result means that the file is too large.
 
     Raises OSError as `open_regular_file` does.
     """
-    with os.fdopen(open_regular_file(file, root), "rb") as opened:
+    with naming(file), os.fdopen(open_regular_file(file, root), "rb") as opened:
         # Never allocate what an untrusted file merely claims to hold: read() allocates what it is asked for.
         return opened.read(min(max_bytes, os.fstat(opened.fileno()).st_size) + 1)
 
@@ -71,6 +85,7 @@ def parse_json(raw: bytes, where: str, max_bytes: int, error_type: type[KdpipeEr
 
 def _is_within(file: Path, root: Path) -> bool:
     try:
-        return file.resolve().is_relative_to(root.resolve())
+        folder = root.resolve()
+        return folder in _followed or file.resolve().is_relative_to(folder)
     except RuntimeError:  # a loop of links
         return False

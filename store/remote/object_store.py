@@ -29,13 +29,17 @@ from urllib.request import Request, urlopen
 from kdpipe.store.errors import StoreError, did_you_mean
 from kdpipe.store.format.schema import METADATA_BYTES
 from kdpipe.store.redact import is_redacted
+from kdpipe.store.remote.watched import watched
 
 if TYPE_CHECKING:
     from obstore.store import ObjectStore
 
 _CHUNK_BYTES = 2**20
+_BUCKET_CHUNK_BYTES = 2**14
+"""Small, as obstore waits for a whole chunk, and a slow server is told from one that stalls by what has arrived."""
+
 _STALL_S = 10
-"""Timeout for a server that sends nothing; a slow one that keeps sending has none."""
+"""Timeout for a server that sends nothing; for one that sends next to nothing see `watched`."""
 _RETRY_WAITS_S = (0.1, 0.2, 0.4)
 
 _WEB_SCHEMES = ("https", "http", "file")
@@ -63,16 +67,22 @@ class _Object:
     chunks: Iterator[bytes]
 
 
+def _go_on() -> None:
+    pass
+
+
 @dataclass(frozen=True)
 class RemoteFolder:
     """A remote folder, made by `open_remote`. Thread-safe, and picklable for worker processes.
 
     `url` is for messages: user, password and query are omitted from it, and from every message. `_open` returns an
-    object by key, None if absent; its connection is open inside the context.
+    object by key, None if absent; its connection is open inside the context. `_check` is called while a server is
+    waited for, and may raise.
     """
 
     url: str
     _open: Callable[[str], AbstractContextManager[_Object | None]] = field(repr=False)
+    _check: Callable[[], None] = field(repr=False, default=_go_on)
 
     def read(self, key: str, max_bytes: int = METADATA_BYTES) -> bytes | None:
         """Return all bytes of one object, or None where there is none (S3 answers 403 if listing is forbidden).
@@ -80,19 +90,24 @@ class RemoteFolder:
         An object whose stated size exceeds `max_bytes` is refused before its bytes are requested; so is one that sends
         more or fewer bytes than stated. Raises StoreError there, and where the server fails or refuses.
         """
-        try:
+
+        def download(count: Callable[[int], None]) -> bytes | None:
             with self._open(key) as found:
-                return None if found is None else self._whole(key, found, max_bytes)
+                return None if found is None else self._whole(key, found, max_bytes, count)
+
+        try:
+            return watched(download, self._check)
         except _failures() as error:  # `from None`: they contain the URL with its secrets
             raise StoreError(f"cannot read {key!r} of {self.url}: {_cause(error)}; {_advice(self.url)}") from None
 
-    def _whole(self, key: str, found: _Object, max_bytes: int) -> bytes:
+    def _whole(self, key: str, found: _Object, max_bytes: int, count: Callable[[int], None]) -> bytes:
         """Read an object, counting the bytes as they arrive instead of trusting the stated size."""
         if found.num_bytes is not None and found.num_bytes > max_bytes:
             raise self._wrong_size(key, f"has {found.num_bytes} bytes where at most {max_bytes} are expected")
         bound = max_bytes if found.num_bytes is None else found.num_bytes
         chunks, received = [], 0
         for chunk in found.chunks:
+            count(len(chunk))
             received += len(chunk)
             if received > bound:
                 raise self._wrong_size(key, f"sends more than the expected {bound} bytes")
@@ -110,12 +125,13 @@ def is_url(where: str | Path) -> bool:
     return isinstance(where, str) and re.match(r"[A-Za-z][A-Za-z0-9+.-]*://", where) is not None
 
 
-def open_remote(url: str) -> RemoteFolder:
+def open_remote(url: str, check: Callable[[], None] = _go_on) -> RemoteFolder:
     """Return the folder at `url`: s3://bucket/prefix, gs://, az://container/prefix, https://, http:// or file://.
 
     Nothing is requested yet. Credentials and endpoints of buckets come from the environment (AWS_*, GOOGLE_*, AZURE_*).
-    A web URL may have `user:password@`, sent as HTTP basic authentication, and a query, sent with every key. Raises
-    StoreError if the URL is invalid, or obstore is needed and not installed.
+    A web URL may have `user:password@`, sent as HTTP basic authentication, and a query, sent with every key. `check` is
+    called while a server is waited for, and may raise, to stop. Raises StoreError if the URL is invalid, or obstore is
+    needed and not installed.
     """
     if is_redacted(url):
         raise StoreError(
@@ -126,13 +142,13 @@ def open_remote(url: str) -> RemoteFolder:
     parts = parts._replace(path=parts.path.rstrip("/"), fragment="")
     public = f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path}"
     if parts.scheme in _WEB_SCHEMES:
-        return RemoteFolder(public, partial(_open_on_web, parts))
+        return RemoteFolder(public, partial(_open_on_web, parts), check)
     if "@" in parts.netloc or parts.query:
         raise StoreError(
             f"the address of {public} carries a password or a query, which buckets do not take; leave it out and check "
             f"{_ADVICE[parts.scheme]}"
         )
-    return RemoteFolder(public, partial(_open_in_bucket, _bucket(public)))
+    return RemoteFolder(public, partial(_open_in_bucket, _bucket(public)), check)
 
 
 def _parsed(url: str) -> SplitResult:
@@ -189,7 +205,7 @@ def _open_in_bucket(bucket: ObjectStore, key: str) -> Iterator[_Object | None]:
             raise
         yield None
     else:
-        yield _Object(found.meta["size"], found.stream(_CHUNK_BYTES))
+        yield _Object(found.meta["size"], found.stream(_BUCKET_CHUNK_BYTES))
 
 
 @contextmanager
@@ -206,7 +222,13 @@ def _open_on_web(base: SplitResult, key: str) -> Iterator[_Object | None]:
         return
     with response:
         size = response.headers["Content-Length"]
-        yield _Object(None if size is None else int(size), iter(partial(response.read, _CHUNK_BYTES), b""))
+        yield _Object(None if size is None else _num_bytes(size), iter(partial(response.read1, _CHUNK_BYTES), b""))
+
+
+def _num_bytes(size: str) -> int:
+    if not re.fullmatch("[0-9]{1,18}", size):
+        raise ValueError(f"its Content-Length is {size[:40]!r}")
+    return int(size)
 
 
 def _answer(request: Request) -> HTTPResponse | None:

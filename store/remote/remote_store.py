@@ -6,7 +6,7 @@ crc32c that its unit's marker committed.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -52,13 +52,15 @@ class RemoteStore:
         return self.manifest.segment_fingerprints[: self.finished.num_segments]
 
 
-def open_remote_store(where: str | Path) -> RemoteStore:
+def open_remote_store(where: str | Path, check: Callable[[], None] = lambda: None) -> RemoteStore:
     """Open the store at a URL or in a folder. Only its manifest is read.
+
+    `check` is called while a server is waited for, and may raise, to stop.
 
     Raises StoreError where there is no store, it cannot be reached, or nothing of it is finished.
     """
     if is_url(where):
-        remote = open_remote(str(where))
+        remote = open_remote(str(where), check)
         raw = remote.read("zarr.json", METADATA_BYTES)
         if raw is None:
             raise StoreError(f"there is no store at {remote.url}: it has no zarr.json. Check the address.")

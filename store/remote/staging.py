@@ -8,22 +8,24 @@ fetched. The copy is named after the first fingerprint of the store, which stays
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping
+import time
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor, as_completed
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 
-from kdpipe.store.errors import StoreError, translate_os_errors
+from kdpipe.store.errors import StoreError, explain, translate_os_errors
 from kdpipe.store.format.identity import sha256_of
 from kdpipe.store.format.layout import StoreLayout, Unit
 from kdpipe.store.format.manifest import Manifest
 from kdpipe.store.format.unit_state import missing_arrays
 from kdpipe.store.format.zarr_metadata import read_store_manifest
 from kdpipe.store.fs.atomic_write import sweep_partial
-from kdpipe.store.fs.lock import exclusive
+from kdpipe.store.fs.lock import LockedError, exclusive
 from kdpipe.store.remote.object_store import is_url
 from kdpipe.store.remote.remote_store import (
     RemoteStore,
@@ -48,6 +50,9 @@ from kdpipe.store.write.writer import create_store, finish_store, write_unit
 NUM_FETCHERS = 4
 """Units fetched at a time, to hide the latency of a bucket."""
 
+WAIT_S = 0.1
+"""Interval at which the lock of a job that stages the same store is tried."""
+
 MEMORY_SHARE = 8
 """Those units, compressed and decompressed, use at most 1/MEMORY_SHARE of the memory, or one at a time is fetched."""
 
@@ -64,22 +69,26 @@ def needs_staging(where: str | Path) -> str | None:
 
 
 def stage(
-    where: str | Path, cache: StagingCache, on_unit: Callable[[int, int], None] = lambda done, total: None
+    where: str | Path,
+    cache: StagingCache,
+    on_unit: Callable[[int, int], None] = lambda done, total: None,
+    check: Callable[[], None] = lambda: None,
 ) -> Path:
     """Return a zero-copy store on this machine with the finished part of the store at `where`, a folder or a URL.
 
     A store that needs no staging is returned as it is. If the copy exists already, only the remote manifest is read.
     Waits for another job that is staging it. Every file is checked against its committed crc32c. The copy is not
-    evicted from the cache while this process lives. `on_unit` is called with (units fetched, units to fetch).
+    evicted from the cache while this process lives. `on_unit` is called with (units fetched, units to fetch), and
+    `check` while a server or another job is waited for; both may raise, to stop.
 
     Raises StoreError where the store cannot be read or is damaged (the error names the file), or the copy does not fit.
     """
     if needs_staging(where) is None:
         return Path(where)
-    remote = open_remote_store(where)
+    remote = open_remote_store(where, check)
     for entry in _entries(cache, remote):
         with using(entry):
-            if _stage_at(entry, remote, cache, on_unit):
+            if _stage_at(entry, remote, cache, on_unit, check):
                 keep(entry)
                 return entry / COPY
     raise StoreError(f"{remote.where} cannot be staged: {entry} holds another store. Delete that folder.")
@@ -99,12 +108,32 @@ def _entries(cache: StagingCache, remote: RemoteStore) -> list[Path]:
     return [cache.folder / name for name in names]
 
 
-def _stage_at(entry: Path, remote: RemoteStore, cache: StagingCache, on_unit: Callable[[int, int], None]) -> bool:
+@contextmanager
+def _alone(copy: Path, entry: Path, check: Callable[[], None]) -> Iterator[None]:
+    """Hold the lock of an entry inside the block; wait for the job that has it, perhaps for hours."""
+    with ExitStack() as locks:
+        while True:
+            try:
+                locks.enter_context(exclusive(copy, entry / "staging.lock"))
+                break
+            except LockedError:
+                check()
+                time.sleep(WAIT_S)
+        yield
+
+
+def _stage_at(
+    entry: Path,
+    remote: RemoteStore,
+    cache: StagingCache,
+    on_unit: Callable[[int, int], None],
+    check: Callable[[], None],
+) -> bool:
     """Make or complete the copy in `entry`. Returns False where another store's copy is there."""
     copy = entry / COPY
     if _is_complete(copy, remote):
         return True
-    with exclusive(copy, entry / "staging.lock", wait=True):
+    with _alone(copy, entry, check):
         stored = _copy_manifest(copy)
         can_become = stored is None or (
             _is_copy_of(stored, remote) and len(stored.layout.segments) <= len(remote.segments)
@@ -196,9 +225,10 @@ def _is_copy_of(stored: Manifest, remote: RemoteStore) -> bool:
 
 
 def _failure(entry: Path, error: OSError) -> str:
+    reason, advice = explain(error)
     return (
-        f"cannot stage into {entry}: {error.strerror or error}. What is staged is kept: make room or set another "
-        "folder (KDPIPE_CACHE), and run the same command again."
+        f"cannot stage into {entry}: {reason}. What is staged is kept: {advice}, or set another folder (KDPIPE_CACHE), "
+        "and run the same command again."
     )
 
 

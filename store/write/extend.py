@@ -16,6 +16,7 @@ from kdpipe.store.format.manifest import Manifest, version_note
 from kdpipe.store.format.samples import Samples, read_samples, sample_chunks
 from kdpipe.store.format.zarr_metadata import read_store_manifest, replace_metadata
 from kdpipe.store.fs.atomic_write import make_folders, sweep_partial, write_atomically
+from kdpipe.store.write.acceptance import require_readable
 from kdpipe.store.write.claims import exclusive_store
 from kdpipe.store.write.writer import create_store, write_errors
 
@@ -46,7 +47,7 @@ def ensure_store(path: Path, wanted: Manifest, samples: Samples) -> Manifest:
 def plan_growth(path: Path, stored: Manifest, wanted: Manifest, samples: Samples) -> tuple[Manifest, Samples]:
     """Return the manifest with room for all that is `wanted`, and the samples that the store lacks.
 
-    Raises FingerprintMismatch where the store cannot be extended to that.
+    Raises FingerprintMismatch where the store cannot be extended to that, StoreError where readers would refuse it.
     """
     require_same_origin(path, stored, wanted)
     present = read_samples(path, stored.layout, stored.identity.data)
@@ -57,7 +58,11 @@ def plan_growth(path: Path, stored: Manifest, wanted: Manifest, samples: Samples
         arrays=(*stored.arrays, *[spec for spec in wanted.arrays if spec.name not in names]),
         layout=replace(stored.layout, num_views=max(stored.layout.num_views, wanted.layout.num_views)),
     )
-    return (_with_segment(grown, present.followed_by(new)) if len(new.ids) else grown), new
+    if len(new.ids):
+        grown = _with_segment(grown, present.followed_by(new))
+    if grown != stored:
+        require_readable(grown, f"the extended store {path}")
+    return grown, new
 
 
 def require_same_origin(path: Path, stored: Manifest, wanted: Manifest) -> None:

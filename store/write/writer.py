@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from kdpipe.store.errors import StoreError, translate_os_errors
+from kdpipe.store.errors import StoreError, explain, translate_os_errors
 from kdpipe.store.format.encoding_error import merge, summarize_features, summarize_logits
 from kdpipe.store.format.layout import ArraySpec, Unit
 from kdpipe.store.format.manifest import Finished, Manifest
@@ -25,19 +25,17 @@ from kdpipe.store.format.shard import crc32c, encode_shard, shard_path, shard_sh
 from kdpipe.store.format.unit_state import committed, missing_arrays
 from kdpipe.store.format.zarr_metadata import create_group, read_store_manifest, replace_metadata
 from kdpipe.store.fs.atomic_write import PARTIAL_SUFFIX, fsync_path, make_folders, sweep_partial, write_atomically
+from kdpipe.store.write.acceptance import require_readable, require_samples
 from kdpipe.store.write.claims import exclusive_store
-
-REASONS = {
-    errno.ENOSPC: "the disk is full",
-    errno.EDQUOT: "the disk quota is used up",
-    errno.EROFS: "the file system is read-only",
-    errno.ESTALE: "the file system is gone",
-    errno.ENOTCONN: "the file system is gone",
-}
 
 
 def create_store(path: Path, manifest: Manifest, samples: Samples) -> None:
-    """Create an empty store at `path`, metadata and samples, atomically."""
+    """Create an empty store at `path`, metadata and samples, atomically.
+
+    Raises StoreError, and writes nothing, where readers would refuse it.
+    """
+    require_readable(manifest, f"the store {path}")
+    require_samples(manifest, samples, f"the store {path}")
     with write_errors(path):
         make_folders([path.parent])
         sweep_partial(path)
@@ -151,7 +149,7 @@ def write_errors(target: Path, num_bytes: int | None = None) -> AbstractContextM
     """Translate an OSError in writing `num_bytes` to `target` into a StoreError."""
 
     def message(error: OSError) -> str:
-        reason = REASONS.get(error.errno or 0, error.strerror or str(error))
+        reason, advice = explain(error)
         folder = next((parent for parent in target.parents if parent.exists()), Path("/"))
         free = shutil.disk_usage(folder).free
         room = (
@@ -160,7 +158,7 @@ def write_errors(target: Path, num_bytes: int | None = None) -> AbstractContextM
             else f"{num_bytes:,} bytes are needed there and {free:,} are free"
         )
         return (
-            f"cannot write {target}: {reason}; {room}. What is committed is safe: make room, and run the same command "
+            f"cannot write {target}: {reason}; {room}. What is committed is safe: {advice}, and run the same command "
             "again."
         )
 

@@ -97,6 +97,7 @@ class Both(Net):
         return {"hidden": self.body(images), "logits": super().forward(images)}
 
 
+@pytest.mark.usefixtures("without_onnx")
 def test_main_logits_of_several_outputs_are_used(data, network):
     both = Both()
     both.load_state_dict(network.state_dict())
@@ -237,3 +238,20 @@ def test_evaluate_measures_what_training_measured(data, network):
     assert kd.evaluate(result.bundle, test, device="cpu").top1 == result.accuracy
     with pytest.raises(kd.KdpipeError, match="normalize="):
         kd.evaluate(Net(), test, device="cpu")
+
+
+def test_given_weights_need_their_scaling_and_reach_what_is_expected(data, network):
+    train, test = data
+    trained = kd.train_teacher(network, train, test=test, epochs=3, batch_size=32, mean=0.25, std=0.5, **QUIET)
+    torch.save(network.state_dict(), "net.pt")
+    given = Net()
+    given.load_state_dict(torch.load("net.pt", weights_only=True))
+    with pytest.raises(kd.KdpipeError, match="100 % were expected"):
+        kd.cache_teacher(given, train, "s.zarr", test=test, mean=0.25, std=0.5, expected_accuracy=100, **QUIET)
+    expected = 100 * trained.accuracy
+    kd.cache_teacher(given, train, "s.zarr", test=test, mean=0.25, std=0.5, expected_accuracy=expected, **QUIET)
+    made = kd.create_model("cnn", train, width=2)
+    torch.save(made.state_dict(), "cnn.pt")
+    loaded = kd.create_model("cnn", train, width=2, weights="cnn.pt")
+    with pytest.raises(kd.KdpipeError, match=r"give normalize=\(mean, std\)"):
+        kd.cache_teacher(loaded, train, "t.zarr", **QUIET)

@@ -12,12 +12,13 @@ from safetensors.torch import save
 from support.invalid_files import DEEP, ESCAPE, NO_RECORDS, PLACES, answer, put, refused, with_value
 
 from kdpipe.stages.training import checkpoint
+from kdpipe.store.fs.checksums import SUMS
 
 
 @pytest.fixture
 def run(done, tmp_path):
-    """A copy of a finished run."""
-    return Path(shutil.copytree(done[0], tmp_path / "run"))
+    """A copy of a finished run, without the checksums that would find the damage first, as of an older kdpipe."""
+    return Path(shutil.copytree(done[0], tmp_path / "run", ignore=shutil.ignore_patterns(SUMS)))
 
 
 RECORDS = ("recipe.json", "teacher/result.json", "compressed/latency-seed0.json")
@@ -85,7 +86,7 @@ def test_status_of_a_folder_with_damaged_records(run):
         ("teacher/job.json", ("pipe", "[]", DEEP)),
         ("teacher/model.safetensors", ("pipe", "folder", "", "garbage" * 10, b"\x08\x08\x12\x07pytorch")),
         ("students/distilled-seed0/model.safetensors", ("zeros", "[]")),
-        ("compressed/artifacts-seed0/card.json", ("folder", "[]")),
+        ("compressed/artifacts-seed0/card.json", ("folder",)),
     ],
 )
 def test_a_stage_refuses_a_replaced_input_file(recipe, run, name, substitutes):

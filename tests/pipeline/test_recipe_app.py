@@ -128,7 +128,15 @@ def trained(num_classes):
     model = random(num_classes)
     nn.init.zeros_(model[1].weight), nn.init.zeros_(model[1].bias)
     return model
+def soft(num_classes): return nn.Sequential(nn.AvgPool2d(64), nn.Flatten(), nn.LazyLinear(num_classes), nn.Softmax(1))
 """
+
+
+def test_check_refuses_a_softmax_whatever_the_size(here):
+    (here / "checked_nets.py").write_text(NETS)
+    sets = ["--set", "data.name=npz:absent", "--set", "student.model.name=python:checked_nets:soft"]
+    shown = called("check", RECIPES / "digits.toml", *sets, code=2).stdout
+    assert "student: python:checked_nets:soft ends in a softmax: its outputs are probabilities" in shown
 
 
 def test_check_wants_weights_of_an_untrained_teacher(here):

@@ -15,9 +15,11 @@ from support.tiny_run import TEACHER, squares, tiny_context
 from torch import Tensor, nn
 
 from kdpipe.pipeline.steps import train_teacher
-from kdpipe.stages.context import StageContext
+from kdpipe.stages.context import IMAGENET, StageContext
 from kdpipe.stages.errors import RecipeError
+from kdpipe.stages.given_teacher import require_given
 from kdpipe.stages.models.build import ModelConfig
+from kdpipe.stages.models.bundle import ModelBundle
 from kdpipe.stages.models.normalization import Normalization
 from kdpipe.stages.models.user_models import MODELS
 from kdpipe.stages.runtime.events import ProgressEvent, RunMonitor
@@ -119,6 +121,14 @@ def test_weights_of_kdpipe_state_their_scaling(tmp_path):
     assert result["identity"] == trained["identity"]
 
 
+def test_a_new_classifier_is_refused(tmp_path):
+    given = TeacherConfig(model=ModelConfig(name="resnet18", weights="published"))
+    bundle = ModelBundle(nn.Identity(), {}, IMAGENET)
+    with pytest.raises(RecipeError, match=r"the classifier of the published weights of resnet18 is new and random"):
+        require_given(given, bundle, tiny_context(tmp_path))
+    require_given(replace(given, train=TEACHER.train), bundle, tiny_context(tmp_path))
+
+
 # --- Accuracy
 
 
@@ -203,5 +213,5 @@ def test_a_new_classifier_is_not_taken_as_it_is(tmp_path):
     source = tiny_context(tmp_path).build_model(TEACHER.model, 1)
     save_file(source.state_dict(), tmp_path / "w.safetensors")
     model = replace(TEACHER.model, weights=str(tmp_path / "w.safetensors"), fresh_head=True)
-    with pytest.raises(RecipeError, match=r"fresh_head = true makes a new, random classifier: train it"):
+    with pytest.raises(RecipeError, match=r"w.safetensors is new and random, .* train the teacher"):
         train_teacher(TeacherConfig(model=model, **HALF), 0, tiny_context(tmp_path))

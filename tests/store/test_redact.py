@@ -3,7 +3,7 @@
 import pytest
 
 from kdpipe.store import FingerprintMismatch, KdpipeError
-from kdpipe.store.redact import is_redacted, redacted, redacted_json
+from kdpipe.store.redact import is_redacted, redacted, redacted_json, redacted_options
 
 
 @pytest.mark.parametrize(
@@ -41,6 +41,12 @@ def test_json_and_errors_are_redacted():
     assert str(KdpipeError("no https://a:b@h/x?c=d")) == "no https://...@h/x?..."
     error = FingerprintMismatch("the run", [("stores", "https://a:b@h", "s3://k:w@b")], "Stop.")
     assert error.differences == (("stores", "https://...@h", "s3://...@b"),)
+
+
+def test_options_that_sound_like_secrets_are_hidden():
+    options = [{"name": "wandb", "api_key": "abc", "tokens": 3}, "--set", "callbacks.0.api_key=abc", "seed=1"]
+    shown = [{"name": "wandb", "api_key": "...", "tokens": 3}, "--set", "callbacks.0.api_key=...", "seed=1"]
+    assert redacted_options(options) == shown
 
 
 def test_a_redacted_address_is_known():

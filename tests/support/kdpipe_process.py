@@ -15,7 +15,7 @@ from kdpipe.pipeline.main import app
 from kdpipe.pipeline.terminal.output import Verbosity, set_verbosity
 from support.warm_process import WarmProcess
 
-COMMAND = [sys.executable, "-c", "from kdpipe.pipeline.main import main; main()"]
+COMMAND = [sys.executable, "-c", "from kdpipe.pipeline.entry import main; main()"]
 
 RECIPE = """
 # Command: kdpipe run tiny.toml. Hardware: any. Time: seconds. Expect: a done run.

@@ -55,6 +55,7 @@ def make_store(
     fill: bool = True,
     codec: Codec | None = None,
     specs: tuple[ArraySpec, ...] = SPECS,
+    named_axes: bool = True,
 ) -> MadeStore:
     rng = np.random.default_rng(7)
     samples = Samples(
@@ -69,7 +70,7 @@ def make_store(
     )
     unit_rows = rows_per_unit(specs, num_samples, shard_bytes=4096)
     layout = StoreLayout(num_views, unit_rows, (num_samples,))
-    manifest = Manifest(identity, specs, layout, {"kdpipe": "0"}, codec=codec)
+    manifest = Manifest(identity, specs, layout, {"kdpipe": "0"}, codec=codec, named_axes=named_axes)
     contents = {
         spec.name: rng.standard_normal((num_views, num_samples, *spec.row_shape)).astype(spec.dtype) for spec in specs
     }

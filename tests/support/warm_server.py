@@ -126,7 +126,7 @@ def become(request: dict[str, Any], fds: list[int], of_server: list[int], has_th
     os.chdir(request["cwd"])
     arguments, environment = request["arguments"], request["environment"]
     if has_threads:
-        code = f"import sys; sys.argv[:] = {arguments!r}; from kdpipe.pipeline.main import main; main()"
+        code = f"import sys; sys.argv[:] = {arguments!r}; from kdpipe.pipeline.entry import main; main()"
         command = arguments if arguments[0].endswith(".py") else ["-c", code]
         os.execve(sys.executable, [sys.executable, *command], environment)
     os.environ.clear()
@@ -139,7 +139,7 @@ def become(request: dict[str, Any], fds: list[int], of_server: list[int], has_th
 
 def run_to_the_end() -> NoReturn:
     """Run `kdpipe` or the script, and end as Python does, except for the teardown of modules."""
-    from kdpipe.pipeline.main import main
+    from kdpipe.pipeline.entry import main
 
     status = 0
     try:

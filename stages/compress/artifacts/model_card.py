@@ -126,7 +126,8 @@ def _table(card: Mapping[str, Any], names: Iterable[str]) -> Iterator[str]:
         agreement = "-" if row["agreement"] is None else f"{100 * row['agreement']:.2f}"
         macs = "-" if row["num_macs"] is None else f"{row['num_macs']:,}"
         cells = [name, f"{100 * row['accuracy']:.2f}", agreement, f"{row['num_parameters']:,}", macs]
-        cells += [f"{row['onnx_bytes']:,}", *(_time(times.get(str(size))) for size in sizes)]
+        size = "-" if row["onnx_bytes"] is None else f"{row['onnx_bytes']:,}"
+        cells += [size, *(_time(times.get(str(size))) for size in sizes)]
         yield f"| {' | '.join(cells)} |"
 
 

@@ -145,14 +145,23 @@ def find_channels(
     return Channels(graph, groups, in_order)
 
 
-def remove(channels: Channels, kept: Sequence[int]) -> None:
-    """Remove all but the `kept` most important channels of each lane from every layer of each group."""
+def remove(channels: Channels, kept: Sequence[int]) -> dict[nn.Module, list[int]]:
+    """Remove all but the `kept` most important channels of each lane from every layer of each group.
+
+    Returns the removed output channels of each module that lost some.
+    """
+    removed_of: dict[nn.Module, list[int]] = {}
     for group, num_kept in zip(channels.groups, kept, strict=True):
         width = len(group.importance)
         lowest = group.importance.argsort(stable=True)[: width - num_kept].tolist()
         removed = [lane * width + index for lane in range(group.num_lanes) for index in lowest]
         if removed:
-            channels.graph.get_pruning_group(group.layer, group.prune_outputs, removed).prune()
+            found = channels.graph.get_pruning_group(group.layer, group.prune_outputs, removed)
+            for member, indices in found:
+                if channels.graph.is_out_channel_pruning_fn(member.handler):
+                    removed_of[member.target.module] = list(indices)
+            found.prune()
+    return removed_of
 
 
 def widths_after(widths: Mapping[str, Any], groups: Sequence[ChannelGroup], kept: Sequence[int]) -> dict[str, Any]:

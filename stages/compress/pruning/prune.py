@@ -6,9 +6,8 @@ pruning of single weights zeroes them and keeps the shape (`sparsity`).
 
 from __future__ import annotations
 
-import traceback
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Annotated, Literal
 
 import torch
@@ -17,6 +16,7 @@ from torch import Tensor, nn
 
 from kdpipe.stages.compress.pruning.budget import MAX_LATENCIES, Allocation, Unreachable, Widths, find_ratio
 from kdpipe.stages.compress.pruning.channel_groups import (
+    ChannelGroup,
     Channels,
     find_channels,
     follow_channels,
@@ -25,6 +25,7 @@ from kdpipe.stages.compress.pruning.channel_groups import (
     traceable,
     widths_after,
 )
+from kdpipe.stages.compress.pruning.hard_coded import require_it_runs
 from kdpipe.stages.compress.pruning.importance import attach_gradients, detach_gradients, measure_of
 from kdpipe.stages.compress.pruning.sparsity import (
     masks_of,
@@ -98,11 +99,13 @@ class Pruned:
     Attributes:
         ratio: The share of the channels, or weights, asked of the groups to reach the goal; `prune` takes it.
         excluded: The path of every convolution and linear layer left whole, in module order, with the reason.
+        removed: The output channels that modules lost, by path.
     """
 
     model: nn.Module
     ratio: float
     excluded: Mapping[str, str]
+    removed: Mapping[str, Sequence[int]] = field(default_factory=dict)
 
 
 def prune(
@@ -151,14 +154,16 @@ def prune(
                 ratio = _search(model, channels, allocation, _Goal(config, 1 - ratio, whole, example, latency))
         kept = allocation.num_kept(channels.groups, ratio)
         with follow_channels():
-            remove(channels, kept)
+            removed = remove(channels, kept)
     detach_gradients(pruned)
-    if done >= 1:
-        _require_it_shrank(pruned, whole, config)
+    if done >= 1 and record_widths(pruned) == record_widths(whole):
+        raise ModelError(_nothing_removed(config, channels.groups, ratio))
     if returns_more(pruned):
         _require_it_trains(pruned, example)
-    _require_it_runs(pruned, example)
-    return Pruned(pruned, ratio, channels.excluded)
+    require_it_runs(pruned, model, example, config.exclude)
+    paths = {module: path for path, module in pruned.named_modules()}
+    named = {paths[module]: indices for module, indices in removed.items() if module in paths}
+    return Pruned(pruned, ratio, channels.excluded, named)
 
 
 def _channels(
@@ -179,14 +184,29 @@ def _channels(
         pruned, example, excluded, measure, full_widths=full_widths, with_batch_norm=with_batch_norm
     )
     if not channels.groups:
+        layers, _ = prunable_layers(pruned, output_layers(pruned, example), excluded, is_2_4=False)
+        weights = "set compress.prune.kind = 'weights', or " if layers else ""
         raise ModelError(
-            f"no layer of this model can lose channels ({_reasons(channels.excluded)}): set prune.kind = 'weights'."
+            f"no layer of this model can lose channels ({_reasons(channels.excluded)}): {weights}take 'prune' out of "
+            "compress.steps."
         )
     return channels
 
 
 def _reasons(excluded: Mapping[str, str]) -> str:
     return "; ".join(f"{path}: {reason}" for path, reason in list(excluded.items())[:3])
+
+
+def _nothing_removed(config: PruneConfig, groups: Sequence[ChannelGroup], ratio: float) -> str:
+    """Return the message for a pruning that removed nothing, with a setting that removes something."""
+    finer = Allocation(config.scope, config.max_ratio, 1, keep_one=config.budget != "channels")
+    widths = [len(group.importance) for group in groups]
+    helps = config.round_to > 1 and list(finer.num_kept(groups, ratio)) != widths
+    return (
+        f"pruning {config.ratio:.0%} with prune.round_to {config.round_to} and prune.exclude {list(config.exclude)} "
+        f"removes no channel of this model, whose layers have up to {max(widths)}: "
+        + ("set compress.prune.round_to = 1." if helps else "raise compress.prune.ratio, or exclude less.")
+    )
 
 
 @dataclass(frozen=True)
@@ -255,7 +275,9 @@ def _prune_weights(
         outputs = output_layers(pruned, example)
     layers, reasons = prunable_layers(pruned, outputs, excluded, is_2_4=config.kind == "2:4")
     if not layers:
-        raise ModelError(f"no layer of this model can lose weights ({_reasons(reasons)}).")
+        raise ModelError(
+            f"no layer of this model can lose weights ({_reasons(reasons)}): take 'prune' out of compress.steps."
+        )
     if config.kind == "2:4":
         prune_2_4(layers)
     else:
@@ -263,14 +285,6 @@ def _prune_weights(
     if not masks_of(pruned):
         raise ModelError(f"pruning {ratio:.0%} zeroes no weight of this model: raise prune.ratio.")
     return Pruned(pruned, ratio, reasons)
-
-
-def _require_it_shrank(pruned: nn.Module, full: nn.Module, config: PruneConfig) -> None:
-    if record_widths(pruned) == record_widths(full):
-        raise ModelError(
-            f"pruning {config.ratio:.0%} with prune.round_to {config.round_to} and prune.exclude "
-            f"{list(config.exclude)} removes no channel of this model: lower round_to, or exclude less."
-        )
 
 
 def _require_it_trains(pruned: nn.Module, example: Tensor) -> None:
@@ -283,19 +297,4 @@ def _require_it_trains(pruned: nn.Module, example: Tensor) -> None:
         raise ModelError(
             f"the pruned model does not run in training ({cause(error)}), where it returns more than logits: leave out "
             "the further heads (torchvision: args.aux_logits = false)."
-        ) from error
-
-
-def _require_it_runs(pruned: nn.Module, example: Tensor) -> None:
-    copy = clone_without_hooks(pruned).eval()
-    paths = {module: path for path, module in copy.named_modules()}
-    try:
-        with torch.no_grad():
-            copy(example)
-    except Exception as error:
-        frames = (frame.f_locals.get("self") for frame, _ in traceback.walk_tb(error.__traceback__))
-        running = [module for module in frames if isinstance(module, nn.Module) and module in paths]
-        raise ModelError(
-            f"the pruned model does not run ({cause(error)}), in the forward of {paths[running[-1]]!r} "
-            f"({type(running[-1]).__name__}): if that hard-codes channel numbers, add the module to prune.exclude."
         ) from error

@@ -132,7 +132,10 @@ def prepare_int4(model: nn.Module, example: Tensor, *, block_size: int = 32, exc
         excluded |= inside
     if not layers - excluded:
         left = " left" if excluded else ""
-        raise ModelError(f"the model has no linear layer{left} of {block_size} inputs or more to round to INT4.")
+        raise ModelError(
+            f"the model has no linear layer{left} of {block_size} inputs or more to round to INT4: set "
+            "compress.quantize.scheme = 'int8', or a smaller block_size."
+        )
     replace_modules(copy, {layer: Int4Linear(layer, block_size) for layer in layers - excluded})
     return copy
 

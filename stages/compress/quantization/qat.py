@@ -68,6 +68,11 @@ def prepare_qat(model: nn.Module, example: Tensor, exclude: Sequence[str] = ()) 
     prepared = trace_folded(model, example, QatModel)
     nodes = rounded_nodes(prepared, model, logits_of(prepared), exclude)
     _round_weights(prepared)
+    if not nodes:
+        raise ModelError(
+            "the model cannot be quantized: none of its layers reads or writes a value that INT8 can represent. Take "
+            "'quantize' out of compress.steps."
+        )
     place_quantizers(prepared, nodes, next(model.parameters(), example).device)
     set_input_grids(prepared)
     prepared.recompile()

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
+from itertools import starmap
 
 import torch
 from torch import Tensor
@@ -19,6 +20,7 @@ from kdpipe.stages.data.loader.workers import Failure, PrefetchPool, WorkerTask
 from kdpipe.stages.errors import DataError, RecipeError
 from kdpipe.stages.runtime.cpu import num_cores
 from kdpipe.stages.views.mix import MixAssignment, mix
+from kdpipe.stages.views.ops.resize import resize
 from kdpipe.stages.views.ops.rows import replace_rows
 from kdpipe.stages.views.renderer import Renderer
 
@@ -63,6 +65,7 @@ class ImageLoader:
         num_workers: Worker processes; None means one for each available core, 0 works in this process.
         on_failure: Called with a message for each unreadable image; unless it raises, the sample is dropped from its
             batch.
+        size: Side of the square to which all images are resized, after views and mixing; None leaves their size.
     """
 
     dataset: ImageSet
@@ -71,6 +74,12 @@ class ImageLoader:
     mix_partners: ImageSet | None = None
     num_workers: int | None = None
     on_failure: Callable[[str], None] = _stop
+    size: int | None = None
+
+    @property
+    def image_size(self) -> tuple[int, int] | None:
+        """(H, W) of the original images as they are loaded; None for files of unequal size."""
+        return self.dataset.image_size if self.size is None else (self.size, self.size)
 
     def stream(self, requests: Iterable[ViewRequest], *, require_all: bool = False) -> Iterator[ImageBatch]:
         """Load one request after the other; requests may be drawn ahead.
@@ -79,9 +88,9 @@ class ImageLoader:
         image of a batch can be read, or if original images of different sizes are requested.
         """
         pairs = ((request, self._sample_mix(request)) for request in requests)
-        if self._images is None:
-            return self._load_ahead(pairs, require_all)
-        return (self._load_from_memory(request, mixture) for request, mixture in pairs)
+        in_memory = self._images is not None
+        loaded = starmap(self._load_from_memory, pairs) if in_memory else self._load_ahead(pairs, require_all)
+        return loaded if self.size is None else map(self._resized, loaded)
 
     def get(self, request: ViewRequest, *, require_all: bool = True) -> ImageBatch:
         """Load a single request."""
@@ -136,6 +145,10 @@ class ImageLoader:
         indices = self._partner_indices(partner_ids)
         partners = self._render_rows(self._partner_images, indices, partner_ids, request.view)
         return _mix(request, mixture, own, partners)
+
+    def _resized(self, batch: ImageBatch) -> ImageBatch:
+        assert self.size is not None
+        return replace(batch, images=resize(batch.images, (self.size, self.size)))
 
     def _render_rows(self, source: Tensor, indices: Tensor, sample_ids: Tensor, view: int | None) -> Tensor:
         """Render some of the images in memory, on the device."""

@@ -30,13 +30,21 @@ class HardLabels:
             return HardLabels(self.labels[index])
         return HardLabels(self.labels[index], self.partner_labels[index], self.own_share[index])
 
-    def cross_entropy(self, logits: Tensor, smoothing: float = 0.0) -> Tensor:
-        """Return the cross-entropy of logits [B, num_classes] with the labels, smoothed by `smoothing`: [B]."""
-        own = F.cross_entropy(logits.float(), self.labels, reduction="none", label_smoothing=smoothing)
+    def cross_entropy(self, logits: Tensor, smoothing: float = 0.0, class_weights: Tensor | None = None) -> Tensor:
+        """Return the cross-entropy of logits [B, num_classes] with the labels, smoothed by `smoothing`: [B].
+
+        `class_weights`, float32 [num_classes], multiply that of each label.
+        """
+        own = _cross_entropy(logits, self.labels, smoothing, class_weights)
         if self.partner_labels is None or self.own_share is None:
             return own
-        partners = F.cross_entropy(logits.float(), self.partner_labels, reduction="none", label_smoothing=smoothing)
+        partners = _cross_entropy(logits, self.partner_labels, smoothing, class_weights)
         return self.own_share * own + (1 - self.own_share) * partners
+
+
+def _cross_entropy(logits: Tensor, labels: Tensor, smoothing: float, class_weights: Tensor | None) -> Tensor:
+    losses = F.cross_entropy(logits.float(), labels, reduction="none", label_smoothing=smoothing)
+    return losses if class_weights is None else class_weights[labels] * losses
 
 
 def hard_labels_of(loader: ImageLoader, batch: ImageBatch) -> HardLabels:

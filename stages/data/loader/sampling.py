@@ -14,6 +14,25 @@ def epoch_order(seed: int, epoch: int, num_samples: int) -> Tensor:
     return torch.randperm(num_samples, generator=generator)
 
 
+def balanced_order(seed: int, epoch: int, labels: Tensor) -> Tensor:
+    """Return samples, int64 [N], of which each class has N / num_classes, rounded, in random order.
+
+    A class's samples are drawn without replacement until all were drawn, then again: as often as by a sampler whose
+    weights are the inverse sizes of the classes, without its chance. labels: int64 [N].
+    """
+    generator = torch.Generator().manual_seed(derive_seed(seed, "balanced", epoch))
+    _, counts = torch.unique(labels, return_counts=True)
+    share, rest = divmod(len(labels), len(counts))
+    wanted = share + (torch.randperm(len(counts), generator=generator) < rest).long()
+    drawn = []
+    of_class = torch.tensor_split(labels.argsort(stable=True), counts.cumsum(0)[:-1])
+    for rows, number in zip(of_class, wanted.tolist(), strict=True):
+        orders = [torch.randperm(len(rows), generator=generator) for _ in range(-(-number // len(rows)))]
+        drawn += [rows[torch.cat(orders)[:number]]] if orders else []
+    chosen = torch.cat(drawn)
+    return chosen[torch.randperm(len(chosen), generator=generator)]
+
+
 def shard_order(seed: int, epoch: int, slabs: Tensor, window: int) -> Tensor:
     """Return a permutation of the samples, int64 [N], that reads each slab (shard) of a store once per epoch.
 

@@ -236,7 +236,8 @@ def _to_share(images: Tensor) -> Any:
     """Return the images in shared memory; as an array, which goes through a pipe, where there is no room for them."""
     try:
         get_temp_dir()  # of the socket by which shared memory is handed over
-        return images.share_memory_()  # here, since in the thread that sends it an error would only lose the batch
+        # Here, since in the thread that sends it an error would only lose the batch.
+        return images.share_memory_()  # type: ignore[no-untyped-call]
     except (OSError, RuntimeError):
         return images.numpy()
 

@@ -7,6 +7,7 @@ compared with the teacher's map at several scales (its HCL).
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Annotated, ClassVar, Literal
 
 import torch
@@ -45,6 +46,10 @@ class ReviewKD(FeatureLoss):
     loss: Literal["review_kd"] = "review_kd"
     mid_channels: Annotated[int, Field(ge=1), max_value(10**6)] | None = None
     warmup_epochs: Annotated[int, Field(ge=0), max_value(10**6)] = 20
+
+    def with_widths_of(self, student: Shapes) -> ReviewKD:
+        width = as_map_shape(student[self.layers[-1][0]])[0]
+        return replace(self, mid_channels=self.mid_channels or min(MAX_CHANNELS, width))
 
     def build(self, student: Shapes, teacher: TeacherShapes, dataset: DatasetInfo) -> nn.Module:
         return ReviewKDModule(self, student, teacher)

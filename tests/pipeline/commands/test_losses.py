@@ -73,7 +73,7 @@ def test_required_outputs_of_the_teacher_are_listed(listed, name, requires):
 
 def test_properties_of_losses_are_listed(listed):
     assert {name for name in NAMES if not listed[name]["per_sample"]} == {"dist", "mlld", "rkd", "sp", "pkt", "cc"}
-    assert {name for name in NAMES if listed[name]["one_label"]} == {"dkd", "nkd"}
+    assert {name for name in NAMES if listed[name]["one_label"]} == {"dkd", "nkd", "crd"}
     assert [name for name in NAMES if listed[name]["whole_logits"]] == ["logit_mse"]
     assert [name for name in NAMES if listed[name]["input_gradient"]] == ["at_gradient"]
 
@@ -96,7 +96,7 @@ def test_shared_keys_are_marked(listed):
         shared = {key["name"]: key["shared_by"] for key in loss["keys"] if key["shared_by"]}
         assert {key for key, whose in shared.items() if whose == "every entry"} == every, name
         on_logits = {key for key, whose in shared.items() if whose == "losses on logits"}
-        assert on_logits == ({"standardize"} if "logits" in loss["requires"] else set()), name
+        assert on_logits == ({"standardize", "rest"} if "logits" in loss["requires"] else set()), name
 
 
 def test_one_loss_is_printed_in_full(listed):

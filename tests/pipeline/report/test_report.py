@@ -1,6 +1,7 @@
 """`kdpipe report` of synthetic run folders: tables and JSON."""
 
 import json
+import re
 
 import pytest
 from support.kdpipe_process import kdpipe_here
@@ -53,7 +54,7 @@ def test_agreement_table_has_seed_means_and_worst_class(tmp_path):
         "students/distilled-seed1": examined(0.25, dog=0.6),
     }
     run = run_folder(tmp_path, jobs, seeds=(0, 1))
-    text = " ".join(kdpipe_here("report", run, "--no-html").stdout.split())
+    text = " ".join(kdpipe_here("report", run, "--full", "--no-html").stdout.split())
     assert "teacher 50.00 - - - 12.50 dog: 40.00" in text
     distilled = "50.00 ± 0.00 - 50.00 ± 35.36 0.500 ± 0.354 12.50 ± 0.00 dog: 50.00 ± 14.14"
     assert f"student distilled {distilled}" in text
@@ -74,7 +75,7 @@ def test_json_has_metrics_of_each_class(tmp_path):
 
 
 def test_run_without_evaluations_has_no_agreement_table(tmp_path):
-    ended = kdpipe_here("report", run_folder(tmp_path, {"teacher": ...}), "--no-html")
+    ended = kdpipe_here("report", run_folder(tmp_path, {"teacher": ...}), "--full", "--no-html")
     assert ended.exit_code == 3
     assert "50.00" in ended.stdout
     assert "Agreement with the teacher" not in ended.stdout
@@ -82,7 +83,7 @@ def test_run_without_evaluations_has_no_agreement_table(tmp_path):
 
 def test_long_class_names_are_shortened_in_tables_only(tmp_path):
     run = run_folder(tmp_path, {"teacher": examined(names=("cat", "d" * 200, "eel"))})
-    text = "".join(kdpipe_here("report", run, "--no-html").stdout.split())
+    text = "".join(kdpipe_here("report", run, "--full", "--no-html").stdout.split())
     assert "d" * 17 + "...:40.00" in text
     assert "d" * 18 not in text
     assert json.loads(kdpipe_here("report", run, "--json").stdout)["rows"][0]["per_class"][1]["name"] == "d" * 200
@@ -90,7 +91,9 @@ def test_long_class_names_are_shortened_in_tables_only(tmp_path):
 
 def test_class_names_are_escaped_in_the_terminal(tmp_path):
     names = ("cat", "\x1b[2J[red]dog[/]", "eel")
-    stdout = kdpipe_here("report", run_folder(tmp_path, {"teacher": examined(names=names)}), "--no-html").stdout
+    stdout = kdpipe_here(
+        "report", run_folder(tmp_path, {"teacher": examined(names=names)}), "--full", "--no-html"
+    ).stdout
     assert "\x1b[2J" not in stdout
     assert "?[2J[red]dog[/]: 40.00" in stdout
 
@@ -118,7 +121,7 @@ def test_latency_of_undistilled_student_with_projector(tmp_path):
         rows = json.loads(kdpipe_here("report", run, "--json").stdout)["rows"]
         found = {row["name"]: row["latency_ms"]["4"]["p50_ms"] for row in rows}
         assert found == {"student alone": alone, "student distilled": 2.0}
-        shown = kdpipe_here("report", run, "--no-html").stdout
+        shown = kdpipe_here("report", run, "--full", "--no-html").stdout
         assert "Cost (onnxruntime): 2 threads of a CPU" in shown
         assert ("1.000 (2.000)" in shown) == ("alone" in measured)
 
@@ -148,7 +151,7 @@ def test_recovered_share_of_hard_label_loss(tmp_path):
     assert found["pruned"]["share"] == pytest.approx(0.5)
     assert found["pruned"]["points_lost_alone"] == pytest.approx(2)
     assert found["pruned + INT8"]["share"] is None  # hard labels lost nothing
-    shown = " ".join(kdpipe_here("report", run, "--no-html").stdout.split())
+    shown = " ".join(kdpipe_here("report", run, "--full", "--no-html").stdout.split())
     assert "pruned +2.00 +1.00 50 %" in shown
     assert "pruned + INT8 -0.50 +0.50 -" in shown
 
@@ -186,3 +189,26 @@ def test_every_compressed_network_has_a_row(tmp_path):
     names = {place.kind: place.name for place in network_entries(recipe, tmp_path)}
     assert list(names)[3:] == ["int4", "int4-ptq", "int4-alone"]
     assert names["int4-ptq"] == "INT4, calibrated"
+
+
+def test_short_result_has_the_gain_the_main_networks_and_the_places(tmp_path, monkeypatch):
+    accuracies = {"teacher": 99.0, "alone": 90.0, "distilled": 96.0, "pruned": 95.0, "int8": 94.0, "int8-alone": 80.0}
+    run = compressed_run(tmp_path / "a run", accuracies)
+    artifacts = run / "compressed" / "artifacts-seed0"
+    artifacts.mkdir()
+    monkeypatch.setenv("COLUMNS", "80")
+    for recommended in (None, "int8"):
+        if recommended:
+            (artifacts / "card.json").write_text(json.dumps({"ranking": ["int8", "pruned"]}))
+        ended = kdpipe_here("report", run, "--no-html")
+        assert ended.exit_code == 3  # the other baselines are missing
+        text = " ".join(ended.stdout.split())
+        assert "96.00 ± 0.00 % test accuracy: 6.00 ± 0.00 points more" in text
+        rows = re.findall(r"^  (\w.*?)  +(\d+\.\d\d) ", ended.stdout, re.MULTILINE)
+        small = "pruned + INT8" if recommended else "pruned"
+        assert [name for name, _ in rows] == ["teacher", "student alone", "student distilled", small]
+        assert (f"deploy {artifacts / 'int8'} (recommended: pruned + INT8)" in text) == bool(recommended)
+        assert f"page kdpipe report '{run}'" in text
+        assert f"tables kdpipe report --full '{run}'" in text
+    (artifacts / "card.json").write_text('{"ranking": 3}')
+    assert kdpipe_here("report", run, "--no-html").exit_code == 1

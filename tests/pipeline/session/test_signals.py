@@ -2,10 +2,13 @@
 
 import os
 import signal
+import subprocess
+import sys
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from support.paths import PYTHONPATH
 
 from kdpipe.pipeline.session.signals import exit_on_signal, handle_signals, parse_duration, process_age_s
 from kdpipe.stages.errors import StoppedEarly
@@ -68,3 +71,15 @@ def test_sighup_ignored_by_nohup_stays_ignored():
             assert not stop()
     finally:
         signal.signal(signal.SIGHUP, before)
+
+
+def test_a_signal_before_the_imports_exits_with_75():
+    code = (
+        "import os, signal, sys; from kdpipe.pipeline import entry\n"
+        "assert not {'typer', 'numpy', 'torch'} & set(sys.modules)\n"
+        "entry.exit_at_signals(); os.kill(os.getpid(), signal.SIGTERM)"
+    )
+    environment = {**os.environ, "PYTHONPATH": PYTHONPATH}
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=False)
+    assert (ended.returncode, ended.stdout) == (75, "")
+    assert ended.stderr.startswith("kdpipe: stopped early at SIGTERM; all finished work is saved. Run the same command")

@@ -32,6 +32,7 @@ from kdpipe.stages.models.weights import count_parameters
 from kdpipe.stages.runtime.events import RunMonitor
 from kdpipe.stages.training.job_dir import read_json_file
 from kdpipe.store import FingerprintMismatch
+from kdpipe.store.fs.checksums import SUMS, remove_with_sum, write_with_sum
 
 FINE = dataclasses.replace(TRAIN, lr=0.01)
 CONFIG = CompressConfig(
@@ -112,6 +113,19 @@ def weights(copy, kind):
 def noisy_share(full, measured):
     """Return a latency measure that follows the parameters, with noise."""
     return lambda network: count_parameters(network) / count_parameters(full) * (1 + 0.05 * (next(measured) % 7))
+
+
+def hint_losses(folder):
+    return [json.loads(line)["losses"]["hint_1"] for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_fine_tuning_continues_with_the_hints_adapter(made):
+    student, pruned, int8 = (
+        hint_losses(made / folder)
+        for folder in ("students/distilled-seed0", "compressed/pruned-seed0", "compressed/int8-seed0")
+    )
+    assert pruned[0] < 1.05 * student[-1] < student[0]  # from random it is above the student's first
+    assert int8[0] < 1.05 * pruned[-1]
 
 
 def test_latency_share_of_a_network_with_itself(run):
@@ -243,8 +257,8 @@ def answers(path, images):
 
 def test_artifacts_run_and_rebuild_from_their_record(made):
     folder = made / "compressed" / "artifacts-seed0"
-    assert {path.name for path in folder.iterdir()} == {"student", "pruned", "int8", "card.json", "README.md"}
-    names = {"model.onnx", "model.pt2", "model.safetensors", "predict.py", "card.json", "README.md"}
+    assert {path.name for path in folder.iterdir()} == {"student", "pruned", "int8", "card.json", "README.md", SUMS}
+    names = {"model.onnx", "model.pt2", "model.safetensors", "predict.py", "card.json", "README.md", SUMS}
     assert {path.name for path in (folder / "int8").iterdir()} == names
     test = tiny_context(made).test_set
     rebuilt = rebuild(folder / "int8" / "model.safetensors")
@@ -410,11 +424,12 @@ def test_step_beyond_its_goal_leaves_nothing_for_the_next(run, copy, monkeypatch
 def test_only_agreeing_files_are_exported(run, own):
     folder = own / "compressed" / "artifacts-seed0"
     shutil.rmtree(folder)
-    shutil.copy(run / "teacher" / "model.onnx", own / "compressed" / "pruned-seed0" / "model.onnx")
+    pruned = own / "compressed" / "pruned-seed0" / "model.onnx"
+    write_with_sum(pruned, (run / "teacher" / "model.onnx").read_bytes())
     with pytest.raises(ModelError, match=r"agrees with torch on .* test images"):
         exported(own, run)
     assert not list((folder / "pruned").iterdir())
-    (own / "compressed" / "pruned-seed0" / "model.onnx").unlink()
+    remove_with_sum(pruned)
     with pytest.raises(RunError, match="is missing: delete the folder"):
         exported(own, run)
 
@@ -430,7 +445,7 @@ def test_damaged_artifacts_are_rewritten(run, own, damage):
 
 def test_stale_artifacts_are_removed(run, own):
     folder = exported(own, run, dataclasses.replace(CONFIG, steps=("prune",)))
-    assert {path.name for path in folder.iterdir()} == {"student", "pruned", "card.json", "README.md"}
+    assert {path.name for path in folder.iterdir()} == {"student", "pruned", "card.json", "README.md", SUMS}
 
 
 def test_quantized_student_of_another_network_is_refused(run, own):
@@ -469,7 +484,7 @@ def test_pruned_checkpoint_of_another_job_is_an_error(run, copy):
     folder = copy / "compressed" / "pruned-seed0"
     folder.mkdir(parents=True)
     shutil.copy(run / "teacher" / "model.safetensors", folder / "start.safetensors")
-    with pytest.raises(RunError, match="start.safetensors is from another job, or damaged"):
+    with pytest.raises(RunError, match="start.safetensors does not fit this job"):
         compressed(copy, run)
 
 

@@ -22,6 +22,7 @@ from support.tiny_run import (
 )
 
 from kdpipe.pipeline.steps import cache_teacher
+from kdpipe.stages.data.decode import with_size
 from kdpipe.stages.data.loader.image_loader import ViewRequest
 from kdpipe.stages.distillation.loader import DistillationLoader, StudentBatch
 from kdpipe.stages.distillation.task_builder import build_student, build_task
@@ -110,6 +111,14 @@ def test_images_are_the_views_that_the_teacher_saw(stores):
         assert torch.equal(batch.images.round().to(torch.uint8), rendered)
         assert torch.equal(batch.labels, TRAIN.labels[rows])
         assert torch.equal(batch.teacher_logits, torch.from_numpy(stored.gather("logits", view, ids.numpy())).float())
+
+
+def test_views_are_resized_for_a_smaller_student(stores):
+    small, large = (loader_of(stores, "mixed", normalize=([0.0], [1 / 255]), image_size=side) for side in (6, None))
+    for batch, whole in zip(small, large, strict=True):
+        pixels = with_size(whole.images.round().to(torch.uint8).numpy(), 6, "test")
+        assert torch.equal(batch.images.round().to(torch.uint8), torch.from_numpy(pixels))
+        assert torch.equal(batch.teacher_logits, whole.teacher_logits)
 
 
 def test_labels_of_mixed_views_are_probabilities(stores):

@@ -35,7 +35,7 @@ def test_example_documents_its_keys():
     config = example()
     assert description_of(config) == "Mean absolute error between the logits of student and teacher."
     assert attributes_of(config)["margin"] == "errors up to this size are ignored."
-    assert set(attributes_of(config)) == {"weight", "store", "samples", "standardize", "margin"}
+    assert set(attributes_of(config)) == {"weight", "store", "samples", "standardize", "rest", "margin"}
 
 
 @pytest.mark.parametrize(

@@ -71,6 +71,7 @@ NUM, SPLIT, CLASSES = 7, 4, 5
 
 PAIR = (("a", "b"),)
 CLIPPED: dict[str, Any] = {"optimizer": "adam", "clip_grad": 0.1, "ema_decay": 0.9, "decay_norm_and_bias": False}
+CLIPPED |= {"class_weights": "balanced", "sampler": "balanced"}
 LOSSES: dict[str, Callable[[SampleSelection], Loss]] = {
     "kd": lambda some: KD(loss="kd", samples=some),
     "dkd": lambda some: DKD(loss="dkd", samples=some),

@@ -11,11 +11,14 @@ from kdpipe.pipeline.steps import train_student, train_teacher
 from kdpipe.stages.distillation.student_config import student_folder
 from kdpipe.stages.errors import NotFiniteError, RecipeError, RunError, StoppedEarly
 from kdpipe.stages.models.build import ModelConfig
-from kdpipe.stages.models.safetensors_io import load_tensors
-from kdpipe.stages.runtime.events import RunMonitor
+from kdpipe.stages.models.safetensors_io import load_tensors, save_tensors
+from kdpipe.stages.runtime import circumstances
+from kdpipe.stages.runtime.distributed import SINGLE
+from kdpipe.stages.runtime.events import WARNING, RunMonitor
 from kdpipe.stages.teacher import TeacherConfig, load_teacher
-from kdpipe.stages.training.job_dir import JobDir
+from kdpipe.stages.training.job_dir import JobDir, note_on_old_jobs, sweep_run
 from kdpipe.store import FingerprintMismatch
+from kdpipe.store.fs.checksums import SUMS, DamagedFileError
 
 
 @pytest.fixture(scope="module")
@@ -102,6 +105,76 @@ def test_damaged_checkpoint_error_says_what_to_delete(tmp_path):
     checkpoint.write_bytes(checkpoint.read_bytes()[:-10])
     with pytest.raises(Exception, match=r"checkpoint.safetensors .*delete it"):
         train_teacher(TEACHER, 0, tiny_context(tmp_path))
+
+
+def test_a_resumed_job_uses_the_threads_that_it_began_with(tmp_path, monkeypatch):
+    monkeypatch.setattr(circumstances, "num_cores", lambda: 2)
+    config, told, before = dataclasses.replace(TEACHER, train=TRAIN), [], torch.get_num_threads()
+    try:
+        torch.set_num_threads(2)
+        with pytest.raises(StoppedEarly):
+            train_teacher(config, 0, tiny_context(tmp_path, RunMonitor(should_stop=StopAfter(3))))
+        torch.set_num_threads(1)
+        train_teacher(config, 0, tiny_context(tmp_path, RunMonitor(told.append)))
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
+    warnings = [event.job for event in told if event.unit == WARNING]
+    assert warnings == ["teacher continues with 2 threads, as it began, for the same results."]
+
+
+@pytest.mark.parametrize(
+    ("made_with", "words"),
+    [
+        ({"threads": 64}, ["threads '64' and now"]),
+        ({"device": "cuda", "torch": "1.0"}, ["device 'cuda' and now 'cpu'", "torch '1.0' and now"]),
+        ({}, []),
+    ],
+)
+def test_a_job_resumed_in_other_circumstances_says_so(monkeypatch, made_with, words):
+    monkeypatch.setattr(circumstances, "num_cores", lambda: 2)
+    told = []
+    circumstances.resume_circumstances(made_with, "teacher", torch.device("cpu"), SINGLE, RunMonitor(told.append))
+    assert [all(word in event.job for word in words) for event in told] == [True] * bool(words)
+
+
+def test_a_finished_job_is_checked_and_tidied(tmp_path, without_onnx):
+    train_teacher(TEACHER, 0, tiny_context(tmp_path))
+    folder = JobDir(tmp_path / "teacher")
+    folder.checkpoint.write_bytes(b"left")  # could not be removed
+    train_teacher(TEACHER, 0, tiny_context(tmp_path))
+    assert not folder.checkpoint.exists()
+    folder.metrics.write_text(folder.metrics.read_text().replace("0", "1", 1))
+    with pytest.raises(DamagedFileError, match=r"metrics\.jsonl is damaged or was edited: .* delete the folder"):
+        train_teacher(TEACHER, 0, tiny_context(tmp_path))
+
+
+def test_damaged_weights_are_not_called_another_network(tmp_path, without_onnx):
+    train_teacher(TEACHER, 0, tiny_context(tmp_path))
+    folder = JobDir(tmp_path / "teacher")
+    (folder.path / SUMS).unlink()  # as in a folder of an older kdpipe
+    tensors, record = load_tensors(folder.model)
+    save_tensors(folder.model, {name: tensor + 1 for name, tensor in tensors.items()}, record)
+    with pytest.raises(
+        RunError, match=r"model\.safetensors does not hold the weights that .* is damaged or was replaced"
+    ):
+        load_teacher(TEACHER, 0, tiny_context(tmp_path))
+    assert f"{tmp_path}, such as teacher, have no SHA256SUMS" in str(note_on_old_jobs_without(tmp_path))
+
+
+def note_on_old_jobs_without(run):
+    (run / "teacher" / SUMS).unlink()
+    return note_on_old_jobs(run)
+
+
+def test_leftovers_of_killed_writers_are_removed_from_a_run(tmp_path):
+    kept = [tmp_path / ".report.html.1.partial", tmp_path / "store.zarr" / ".zarr.json.1.partial"]
+    litter = [tmp_path / ".recipe.json.1.partial", tmp_path / "compressed" / ".SHA256SUMS.1.partial"]
+    for path in [*kept, *litter]:
+        path.parent.mkdir(exist_ok=True)
+        path.touch()
+    sweep_run(tmp_path)
+    assert [path.exists() for path in [*kept, *litter]] == [True, True, False, False]
 
 
 def test_a_teacher_needs_weights_or_training(tmp_path):

@@ -74,6 +74,9 @@ def test_fingerprint_is_that_of_earlier_versions():
         {"clip_grad": 1.0},
         {"clip_grad_mode": "value"},
         {"ema_decay": 0.99},
+        {"class_weights": "balanced"},
+        {"class_weights": (1.0, 2.0)},
+        {"sampler": "balanced"},
     ],
     ids=lambda chosen: next(iter(chosen)),
 )

@@ -1,7 +1,9 @@
 """Atomic writes and file locks."""
 
+import errno
 import os
 import signal
+import stat
 import subprocess
 import sys
 import threading
@@ -20,6 +22,21 @@ def test_a_failed_write_leaves_the_old_file_and_no_litter(tmp_path):
         write_atomically(path, b"new", 3)
     assert path.read_bytes() == b"old"
     assert list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize("of_folder", [False, True])
+def test_errors_of_fsync_name_the_path(tmp_path, monkeypatch, of_folder):
+    real = os.fsync
+
+    def fsync(descriptor):
+        if stat.S_ISDIR(os.fstat(descriptor).st_mode) == of_folder:
+            raise OSError(errno.EIO, "Input/output error")  # has no file name
+        real(descriptor)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    with pytest.raises(OSError, match="Input/output error") as raised:
+        write_atomically(tmp_path / "file", b"new")
+    assert raised.value.filename == str(tmp_path if of_folder else tmp_path / "file")
 
 
 def test_sweep_removes_only_partial_files_of_killed_writers(tmp_path):

@@ -4,7 +4,7 @@ import pickle
 import socket
 import sys
 import threading
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -12,7 +12,9 @@ from pathlib import Path
 import pytest
 from support.s3_server import SECRET, s3_environment, s3_server, upload_folder
 
+from kdpipe.stages.errors import StoppedEarly
 from kdpipe.store.errors import StoreError
+from kdpipe.store.remote import watched
 from kdpipe.store.remote.object_store import is_url, open_remote
 
 FILES = {
@@ -241,6 +243,60 @@ def test_half_an_object_is_an_error():
 def test_object_of_unstated_size_is_read():
     with one_answer("HTTP/1.1 200 OK\nConnection: close", b"whole") as (url, _):
         assert open_remote(url).read("zarr.json") == b"whole"
+
+
+@contextmanager
+def trickling(head: bytes):
+    """Serve one byte every 20 ms after `head`, for ever or until the client leaves."""
+    leaving = threading.Event()
+
+    def answer(listener: socket.socket) -> None:
+        connection, _ = listener.accept()
+        with connection:
+            connection.recv(65536)
+            with suppress(OSError):
+                connection.sendall(head)
+                while not leaving.wait(0.02):
+                    connection.sendall(b"x")
+
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        thread = threading.Thread(target=answer, args=(listener,))
+        thread.start()
+        yield f"http://127.0.0.1:{listener.getsockname()[1]}/x"
+        leaving.set()
+        thread.join(timeout=30)
+
+
+HEADS = {
+    "in the body": b"HTTP/1.1 200 OK\r\nContent-Length: 1000000\r\n\r\n",
+    "in the headers": b"HTTP/1.1 200 OK\r\nX: ",
+    "before it answers": b"",
+}
+
+
+@pytest.mark.parametrize("where", HEADS)
+def test_a_server_that_trickles_is_left(monkeypatch, where):
+    monkeypatch.setattr(watched, "WINDOW_S", 0.2)
+    with trickling(HEADS[where]) as url:
+        refused("the server sent .* bytes in 0.2 s, fewer than 1,024 a second", open_remote(url).read, "zarr.json")
+
+
+@pytest.mark.parametrize("where", HEADS)
+def test_a_stop_request_ends_a_download(where):
+    checks = []
+
+    def check() -> None:
+        checks.append(None)
+        if len(checks) > 2:
+            raise StoppedEarly("at SIGTERM")
+
+    with trickling(HEADS[where]) as url, pytest.raises(StoppedEarly):
+        open_remote(url, check).read("zarr.json")
+
+
+def test_a_negative_size_is_an_error():
+    with one_answer("HTTP/1.1 200 OK\nContent-Length: -5") as (url, _):
+        refused("'zarr.json' of", open_remote(url).read, "zarr.json")
 
 
 def test_server_text_is_stripped_of_control_characters():

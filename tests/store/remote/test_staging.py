@@ -14,6 +14,7 @@ from support.made_store import SPECS, MadeStore, folder_bytes, make_store
 from support.s3_server import s3_environment, s3_server, upload_folder
 from support.staging_jobs import Web, entries, require_equal, running, stage_elsewhere, staging_process
 
+from kdpipe.stages.errors import StoppedEarly
 from kdpipe.store import (
     ArraySpec,
     Codec,
@@ -22,6 +23,7 @@ from kdpipe.store import (
     StoreLayout,
     create_store,
     ensure_store,
+    exclusive,
     finish_store,
     missing_arrays,
     missing_units,
@@ -58,6 +60,22 @@ def flip(file: Path, at: int) -> None:
     raw = bytearray(file.read_bytes())
     raw[at] ^= 4
     file.write_bytes(raw)
+
+
+def test_a_stop_request_ends_staging_and_keeps_what_is_staged(made, web, cache):
+    web.hold_back(3)
+
+    def check() -> None:
+        if len(web.shards) > 3:  # a server that keeps the next ones back
+            raise StoppedEarly("at SIGTERM")
+
+    with pytest.raises(StoppedEarly):
+        stage(f"{web.url}/a.zarr", cache, check=check)
+    (entry,) = entries(cache)
+    with exclusive("it", entry / "staging.lock"), pytest.raises(StoppedEarly):  # another job is staging it
+        stage(f"{web.url}/a.zarr", cache, check=check)
+    web.freely.set()
+    require_equal(stage(f"{web.url}/a.zarr", cache), made)
 
 
 @pytest.mark.parametrize("codec", [Codec(), Codec("blosc", 1)])

@@ -161,8 +161,9 @@ WORDS = {
     errno.EDQUOT: "the disk quota is used up",
     errno.EROFS: "the file system is read-only",
     errno.ESTALE: "the file system is gone",
-    errno.EIO: "Input/output error",
+    errno.EIO: "the disk reports an error",
 }
+ADVICE = {errno.EROFS: "have it mounted for writing", errno.EIO: "dmesg", errno.ESTALE: "mounted again"}
 
 
 @pytest.fixture
@@ -195,6 +196,8 @@ def test_disk_errors_are_plain_sentences(begun, monkeypatch, code, words):
         with pytest.raises(StoreError, match=rf"cannot write .*/logits/.*: {words}; [\d,]+ bytes are needed") as caught:
             commit(path, manifest, unit)
     assert "\n" not in str(caught.value)
+    assert ("make room" in str(caught.value)) == (code == errno.ENOSPC)
+    assert ADVICE.get(code, "run the same command again") in str(caught.value)
     assert unit in missing_units(path, manifest)
     fill(path, manifest)
     assert first_difference(open_store(path)) is None

@@ -9,7 +9,7 @@ from kdpipe.pipeline.report.html.read import MAIN_KINDS, PageRun
 from kdpipe.pipeline.report.html.sections.curves import curve_panel, curves_of, legend
 from kdpipe.pipeline.report.html.sections.summary import gain_of
 from kdpipe.pipeline.report.html.templating import link
-from kdpipe.pipeline.report.tables import Table
+from kdpipe.pipeline.terminal.tables import Table
 
 HEADERS = (
     "run",

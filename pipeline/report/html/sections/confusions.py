@@ -13,7 +13,7 @@ from kdpipe.pipeline.report.formatting import count
 from kdpipe.pipeline.report.html.heat import MAX_DRAWN, HeatMap, heat_map, legend
 from kdpipe.pipeline.report.html.read import Network, PageRun
 from kdpipe.pipeline.report.html.templating import LeftOutError
-from kdpipe.pipeline.report.tables import Table
+from kdpipe.pipeline.terminal.tables import Table
 
 MAX_PAIRS = 20
 

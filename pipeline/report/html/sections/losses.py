@@ -12,7 +12,7 @@ from kdpipe.pipeline.report.chart import add_axes, color, drawing, epoch_axis, l
 from kdpipe.pipeline.report.formatting import shortened
 from kdpipe.pipeline.report.html.read import Network, PageRun
 from kdpipe.pipeline.report.html.templating import LeftOutError
-from kdpipe.pipeline.report.tables import Table
+from kdpipe.pipeline.terminal.tables import Table
 
 STYLES = (
     ("student", "solid"),

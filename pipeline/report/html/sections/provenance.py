@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from kdpipe.pipeline.report.html.read import PageRun
-from kdpipe.pipeline.report.tables import Table
+from kdpipe.pipeline.terminal.tables import Table
 from kdpipe.stages.errors import RunError
 from kdpipe.stages.training.job_dir import read_json_file
 from kdpipe.store import KdpipeError, is_url, read_store_manifest

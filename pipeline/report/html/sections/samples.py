@@ -136,7 +136,8 @@ def _predict_test(run: Run, students: Mapping[str, Predictor], num_macs: int) ->
     num_test = run.context.test_set.num_samples
     num_images = int(min(num_test, MAX_TEST_IMAGES, max(MAX_MACS / max(num_macs, 1), MIN_TEST_IMAGES)))
     batches = torch.split(torch.arange(num_images), BATCH_SIZE)
-    images = [run.context.test_loader.get(ViewRequest(indices)).images for indices in batches]
+    loader = run.context.resized(run.recipe.student.image_size).test_loader
+    images = [loader.get(ViewRequest(indices)).images for indices in batches]
     with torch.no_grad():
         found = {name: torch.cat([student(batch) for batch in images]) for name, student in students.items()}
     get_logits = run.context.get_teacher_logits()

@@ -18,7 +18,7 @@ from kdpipe.pipeline.report.formatting import percent
 from kdpipe.pipeline.report.html.heat import MAX_DRAWN, heat_map, legend
 from kdpipe.pipeline.report.html.read import PageRun
 from kdpipe.pipeline.report.html.templating import LeftOutError
-from kdpipe.pipeline.report.tables import Table
+from kdpipe.pipeline.terminal.tables import Table
 from kdpipe.store import KdpipeError, StoreError, TargetStore, is_url, open_store
 
 TEMPERATURE = 4.0

@@ -34,7 +34,7 @@ class Gain:
 
 
 def summary(run: PageRun) -> dict[str, object]:
-    return {"sentence": _sentence(run), "tiles": list(_tiles(run))}
+    return {"sentence": sentence(run), "tiles": list(_tiles(run))}
 
 
 def gain_of(run: PageRun) -> Gain | None:
@@ -51,7 +51,8 @@ def gain_of(run: PageRun) -> Gain | None:
     return Gain(mean(gained), mean_and_std(gained)[1], len(gained), mean(gained) / gap if gap >= MIN_GAP else None)
 
 
-def _sentence(run: PageRun) -> str:
+def sentence(run: PageRun) -> str:
+    """Return what was gained, in one sentence."""
     gain, distilled, teacher = gain_of(run), run.row("student"), run.row("teacher")
     if gain is not None and distilled is not None:
         return _gained(gain, distilled, teacher)
@@ -63,6 +64,9 @@ def _sentence(run: PageRun) -> str:
             f"The distilled student reaches {_accuracy(distilled)} % test accuracy{goal}. It was not trained alone "
             "(student.baseline = false), so that its gain by distillation is not known."
         )
+    if distilled is not None and run.network("alone") is None:
+        than = f"; the teacher reaches {teacher.accuracy_mean:.2f} %" if teacher else ""
+        return f"The distilled student reaches {_accuracy(distilled)} % test accuracy{than}."
     best = max(run.report.rows, key=lambda row: row.accuracy_mean)
     return f"Best network finished so far: {best.name}, {_accuracy(best)} % test accuracy."
 

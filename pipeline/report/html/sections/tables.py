@@ -8,7 +8,8 @@ from kdpipe.pipeline.report.formatting import mean_std
 from kdpipe.pipeline.report.html.read import MAIN_KINDS, PageRun
 from kdpipe.pipeline.report.html.templating import LeftOutError
 from kdpipe.pipeline.report.pareto import CAPTION, pareto_panels, tradeoff_points, tradeoff_title
-from kdpipe.pipeline.report.tables import Table, report_tables
+from kdpipe.pipeline.report.tables import report_tables
+from kdpipe.pipeline.terminal.tables import Table
 
 MAX_CLASSES = 3000
 """Classes whose accuracy is listed; `kdpipe report --json` has all."""

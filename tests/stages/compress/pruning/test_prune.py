@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import ast
+import re
+
 import pytest
 import torch
 from support.tiny_nets import EXAMPLE, IMAGE_SHAPE, NETS, NUM_CLASSES, Residual, build, images, sgd, step
@@ -137,8 +140,11 @@ def test_unknown_excluded_path_suggests_the_nearest():
 
 
 def test_rounding_that_undoes_pruning_is_an_error():
-    with pytest.raises(ModelError, match=r"removes no channel .* lower round_to"):
+    with pytest.raises(ModelError, match=r"removes no channel .* up to 24: set compress\.prune\.round_to = 1\."):
         prune(build("residual"), EXAMPLE, PruneConfig(ratio=0.2, round_to=64))
+    prune(build("residual"), EXAMPLE, PruneConfig(ratio=0.2, round_to=1))
+    with pytest.raises(ModelError, match=r"removes no channel .*: raise compress\.prune\.ratio"):
+        prune(build("residual"), EXAMPLE, PruneConfig(ratio=0.01, round_to=1))
 
 
 class HardCoded(Residual):
@@ -153,8 +159,40 @@ class Shuffled(nn.Module):
 
 
 def test_hard_coded_channels_are_an_error():
-    with pytest.raises(ModelError, match=r"does not run .*: if that hard-codes .* prune\.exclude"):
+    with pytest.raises(ModelError, match=r"does not run .* relies on .* compress\.prune\.exclude") as refused:
         prune(HardCoded(), EXAMPLE, PruneConfig())
+    advice = re.findall(r"exclude = (\[.*\]),", str(refused.value))
+    prune(HardCoded(), EXAMPLE, PruneConfig(exclude=ast.literal_eval(advice[0])))
+
+
+class FlattensByNumber(nn.Module):
+    """A view before a linear layer, which reads two maps as one where the channels are halved."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem, self.conv, self.fc1 = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 16, 3), nn.Linear(64, 8)
+        self.fc2 = nn.Linear(8, NUM_CLASSES)
+
+    def forward(self, x):
+        x = torch.nn.functional.adaptive_avg_pool2d(self.conv(self.stem(x)).relu(), 2)
+        return self.fc2(self.fc1(x.view(-1, 64)).relu())
+
+
+def test_layer_before_a_hard_coded_view_is_named():
+    with pytest.raises(ModelError, match=r"in the forward of 'fc1' .* compress\.prune\.exclude = \['conv'\],"):
+        prune(FlattensByNumber(), torch.cat([EXAMPLE, EXAMPLE]), PruneConfig(round_to=1))
+    pruned = prune(FlattensByNumber(), EXAMPLE, PruneConfig(round_to=1, exclude=("conv",)))
+    assert pruned.model.stem.out_channels == 4
+
+
+@pytest.mark.parametrize("name", ["weight_norm", "spectral_norm"])
+def test_layers_with_computed_weights_keep_them(name):
+    model = build("residual")
+    getattr(nn.utils.parametrizations, name)(model.stem[0])
+    with pytest.raises(ModelError, match=r"cannot follow its channels .* prune\.kind = 'weights'"):
+        prune(model, EXAMPLE, PruneConfig())
+    pruned = prune(model, EXAMPLE, PruneConfig(kind="weights"))
+    assert "computed" in pruned.excluded["stem.0"]
 
 
 @pytest.mark.parametrize("shuffle", [Shuffled(), nn.ChannelShuffle(2)])
@@ -185,7 +223,7 @@ def test_untrackable_channels_are_an_error(make):
 
 def test_module_where_a_pruned_model_fails_is_named():
     model = nn.Sequential(nn.Conv2d(3, 3, 1), HardCoded())
-    with pytest.raises(ModelError, match=r"does not run .*, in the forward of '1' \(HardCoded\): if that hard-codes"):
+    with pytest.raises(ModelError, match=r"does not run .*, in the forward of '1' \(HardCoded\): it relies on"):
         prune(model, EXAMPLE, PruneConfig())
 
 

@@ -323,6 +323,15 @@ class Deciding(nn.Module):
         return x if x.sum() > 0 else -x
 
 
+class Recurrent(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.lstm, self.fc = nn.LSTM(24, 4, batch_first=True), nn.Linear(4, NUM_CLASSES)
+
+    def forward(self, x):
+        return self.fc(self.lstm(x.flatten(2).view(-1, 8, 24))[0][:, -1])
+
+
 class TwoHeads(Residual):
     def forward(self, x):
         return super().forward(x), x
@@ -334,6 +343,7 @@ class TwoHeads(Residual):
         (nn.Sequential(nn.Conv2d(3, 4, 3), nn.Sequential(nn.ReLU(), Deciding())), r"module '1\.1' \(Deciding\)"),
         (Deciding(), r"its forward \(Deciding\)"),
         (TwoHeads(), "single tensor of logits"),
+        (Recurrent(), r"none of its layers .* Take 'quantize' out of compress\.steps"),
         (nn.Conv2d(7, 4, 3), r"does not run on an input of shape \[1, 3, 8, 8\]"),
     ],
 )

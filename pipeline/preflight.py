@@ -1,0 +1,72 @@
+"""What is tried before anything is trained: each network of a recipe, in all the ways that its jobs will run it."""
+
+from __future__ import annotations
+
+from kdpipe.pipeline.run import Run
+from kdpipe.stages.compress.compress import dry_run, is_done
+from kdpipe.stages.context import StageContext
+from kdpipe.stages.distillation.student_config import ALONE, DISTILLED, StudentConfig, student_folder
+from kdpipe.stages.distillation.task_builder import build_student
+from kdpipe.stages.errors import RecipeError
+from kdpipe.stages.models.bundle import ModelBundle
+from kdpipe.stages.teacher import TeacherConfig, build_teacher, teacher_folder
+from kdpipe.stages.training.job_dir import JobDir
+from kdpipe.stages.training.preflight import try_network
+
+
+def preflight(run: Run) -> None:
+    """Try the networks that a recipe trains and compresses, without those whose jobs have begun.
+
+    Raises:
+        ModelError: A network cannot be evaluated, trained, exported, pruned or quantized.
+        RecipeError: It cannot be with these settings.
+    """
+    recipe, context = run.recipe, run.context
+    try_teacher(recipe.teacher, build_teacher(recipe.teacher, recipe.seed, context), context)
+    seed = recipe.student.seeds[0]
+    student = build_student(recipe.student, seed, context)
+    for kind in [ALONE] * recipe.student.baseline + [DISTILLED]:
+        try_student(recipe.student, student, student_folder(run.folder, kind, seed), context)
+    if recipe.student.export and not is_done(recipe.compress, recipe.student, run.folder):
+        dry_run(recipe.compress, recipe.student, context)
+
+
+def try_teacher(config: TeacherConfig, teacher: ModelBundle, context: StageContext) -> None:
+    """Run the teacher as its training and evaluation will, unless its job has begun.
+
+    Raises:
+        ModelError, RecipeError: That fails.
+    """
+
+    def attempt() -> None:
+        if _is_new(teacher_folder(context.run_dir)):
+            try_network(teacher, config.train, role="teacher", device=context.device)
+
+    context.process_group.on_main(attempt)
+
+
+def try_student(config: StudentConfig, student: ModelBundle, job_dir: JobDir, context: StageContext) -> None:
+    """Run the untrained student as its training and export will, unless its job in `job_dir` has begun.
+
+    Raises:
+        ModelError, RecipeError: That fails.
+    """
+
+    def attempt() -> None:
+        if _is_new(job_dir):
+            try_network(student, config.train, role="student", device=context.device, exports=config.export)
+
+    context.process_group.on_main(attempt)
+
+
+def require_export(student: StudentConfig) -> None:
+    """Raise RecipeError if the recipe's students are not exported, which compression needs."""
+    if not student.export:
+        raise RecipeError(
+            "student.export = false: compress measures and hands over ONNX files. Set it to true and run "
+            "`kdpipe train-student` again, which adds them to finished students."
+        )
+
+
+def _is_new(job_dir: JobDir) -> bool:
+    return not job_dir.checkpoint.exists() and not (job_dir.path / "result.json").exists()

@@ -1,0 +1,84 @@
+"""The short result of a run on the terminal: what was gained, the main networks, and where the files are."""
+
+from __future__ import annotations
+
+import shlex
+import textwrap
+from collections.abc import Iterator
+from pathlib import Path
+
+from rich.text import Text
+
+from kdpipe.pipeline.report.formatting import integer, kib, mean_std, size_ratio
+from kdpipe.pipeline.report.html.read import MAIN_KINDS, PageRun
+from kdpipe.pipeline.report.html.sections.summary import sentence
+from kdpipe.pipeline.report.rows import Row
+from kdpipe.pipeline.terminal.output import console
+from kdpipe.pipeline.terminal.tables import Table, print_table
+from kdpipe.stages.errors import RunError
+from kdpipe.stages.training.job_dir import read_json_file
+
+
+def print_short(run: PageRun, page: Path | None) -> None:
+    """Print the result to stdout; `page` is the HTML page that is written too."""
+    screen = console()
+    screen.print(Text(run.report.recipe, style="bold"))
+    screen.print(Text(_wrapped(sentence(run), screen.width)))
+    best = recommended(run)
+    if rows := list(_main_rows(run, best)):
+        cells = [
+            [
+                row.name,
+                mean_std(row.accuracy_mean, row.accuracy_std),
+                integer(row.num_parameters),
+                kib(row.file_bytes),
+                size_ratio(row.of_teacher),
+            ]
+            for row in rows
+        ]
+        headers = ["network", "test accuracy %", "parameters", "ONNX file", "size / teacher's"]
+        print_table(screen, Table("", headers, cells))
+    for name, text in _places(run, best, page):
+        screen.print(Text(f"{name:<8} {text}"), soft_wrap=True)
+
+
+def _wrapped(text: str, width: int) -> str:
+    """Break a sentence into lines, but not before a percent sign or around a ±."""
+    joined = text.replace(" %", "\xa0%").replace(" ± ", "\xa0±\xa0")
+    return textwrap.fill(joined, width, break_on_hyphens=False).replace("\xa0", " ")
+
+
+def recommended(run: PageRun) -> tuple[str, Path] | None:
+    """Return the kind of the network that the first seed's card recommends, and the folder of its artifacts."""
+    for folder in map(Path, run.report.artifacts):
+        ranking = (read_json_file(folder / "card.json") or {}).get("ranking")
+        if ranking is None:
+            continue
+        if not isinstance(ranking, list) or not ranking or not isinstance(ranking[0], str):
+            raise RunError(f"{folder / 'card.json'} is damaged: run `kdpipe compress` again.")
+        return ranking[0], folder / ranking[0]
+    return None
+
+
+def _main_rows(run: PageRun, best: tuple[str, Path] | None) -> Iterator[Row]:
+    """Yield the teacher, the students, and the recommended or else smallest of the compressed networks."""
+    yield from (row for kind in MAIN_KINDS if (row := run.row(kind)))
+    compressed = [row for row in run.report.rows if row.kind not in MAIN_KINDS and row.kind == row.timed_as]
+    small = min(compressed, key=lambda row: (not best or row.kind != best[0], row.file_bytes or 0), default=None)
+    if small is not None:
+        yield small
+
+
+def _places(run: PageRun, best: tuple[str, Path] | None, page: Path | None) -> Iterator[tuple[str, str]]:
+    """Yield where the files and the page are, and what is missing."""
+    folder = shlex.quote(str(run.path))
+    yield "files", str(run.path)
+    if best is not None:
+        name = next((row.name for row in run.report.rows if row.kind == best[0]), best[0])
+        yield "deploy", f"{best[1]} (recommended: {name})"
+    yield "page", str(page) if page else f"kdpipe report {folder}"
+    yield "tables", f"kdpipe report --full {folder}"
+    if (run.path / "compare").is_dir():
+        yield "compare", "this run compares distillation variants: run `kdpipe compare` again for their table"
+    if run.report.missing:
+        yield "missing", f"{', '.join(run.report.missing)}: run the recipe again to complete them"
