@@ -58,7 +58,7 @@ class ModelConfig:
     args: dict[str, Any] = field(default_factory=dict)
     weights: PathStr | None = None
     classes: PathStr | None = None
-    weights_key: str | None = None
+    weights_key: PathStr | None = None
     fresh_head: bool = False
 
 
