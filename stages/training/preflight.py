@@ -125,7 +125,8 @@ def _try_training(
             model=network.model,
             task=TrainingTask(loader, 1, network.normalize),
             test=None,
-            config=replace(config, epochs=1, batch_size=size),
+            # The weights of the classes are for the labels of the training set.
+            config=replace(config, epochs=1, batch_size=size, class_weights=None, sampler="shuffle"),
             seed=0,
             job_dir=JobDir(Path()),
         )
