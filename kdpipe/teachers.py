@@ -54,6 +54,7 @@ def train_teacher(
     progress: bool = True,
     callbacks: CallbackLike | Sequence[CallbackLike] | None = None,
     expected_accuracy: float | None = None,
+    export: bool = True,
     **train: Any,
 ) -> TeacherResult:
     """Train a teacher in place, or load the result of a finished training with equal inputs.
@@ -75,6 +76,7 @@ def train_teacher(
         progress: Whether to print progress to stderr.
         callbacks: What observes the trainings: `Callback` objects, or names such as "csv" and "wandb".
         expected_accuracy: The lowest accuracy on the test images, in percent, with which the teacher is accepted.
+        export: Whether to write an ONNX file where that is possible.
         **train: Keys of a recipe's `train` section: `epochs`, `batch_size`, `lr`, `optimizer`, `schedule`, ...
 
     Raises:
@@ -91,6 +93,7 @@ def train_teacher(
         mean=scaling.mean if scaling else None,
         std=scaling.std if scaling else None,
         expected_accuracy=expected_accuracy,
+        export=export,
     )
     context = run_options.context(train_set, test_set, as_views(views))
     teacher = build_teacher(config, seed, context)

@@ -64,7 +64,7 @@ def known_scaling(config: ModelConfig, model: nn.Module, context: StageContext) 
 
 def has_new_head(config: ModelConfig, num_classes: int) -> bool:
     """Return whether a network gets a new, random classifier: its weights are of other classes than the data."""
-    return (
+    return config.fresh_head or (
         config.weights == PUBLISHED and config.classes is None and len(published_categories(config.name)) != num_classes
     )
 

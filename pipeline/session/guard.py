@@ -8,23 +8,24 @@ from contextlib import contextmanager
 from typing import Any
 
 import typer
-from click import ClickException, Context
 from typer.core import TyperGroup
 
 from kdpipe.pipeline.session.signals import AGAIN, exit_on_signal
 from kdpipe.pipeline.terminal.output import Verbosity, print_line, verbosity
 from kdpipe.pipeline.terminal.streams import STDOUT
+from kdpipe.store.errors import DISK_ERRORS, explain
 from kdpipe.store.redact import redacted
 
 
 class RedactingGroup(TyperGroup):
     """A group of commands whose usage errors, which quote the command line, lose the secrets of URLs."""
 
-    def invoke(self, ctx: Context) -> Any:
+    def invoke(self, ctx: Any) -> Any:
         try:
             return super().invoke(ctx)
-        except ClickException as error:
-            error.message = redacted(error.message)
+        except Exception as error:  # typer's own copy of click's exceptions, or click's
+            if isinstance(message := getattr(error, "message", None), str):
+                error.message = redacted(message)  # type: ignore[attr-defined]
             raise
 
 
@@ -63,8 +64,11 @@ def _is_unread(error: BaseException) -> bool:
 
 
 def _os_sentence(error: OSError) -> str:
-    where = f": {error.filename}" if error.filename else ""
-    return f"error: {error.strerror or error}{where}.{_shared_memory_advice(error)}"
+    where, shared_memory = f": {error.filename}" if error.filename else "", _shared_memory_advice(error)
+    if error.errno in DISK_ERRORS and where and error.filename != STDOUT and not shared_memory:
+        what, advice = explain(error)
+        return f"error: {what}{where}; {advice}, and run the same command again."
+    return f"error: {error.strerror or error}{where}.{shared_memory}"
 
 
 def _shared_memory_advice(error: BaseException) -> str:

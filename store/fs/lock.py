@@ -17,7 +17,7 @@ from contextlib import AbstractContextManager, ExitStack, contextmanager, suppre
 from dataclasses import dataclass
 from pathlib import Path
 
-from kdpipe.store.errors import KdpipeError, translate_os_errors
+from kdpipe.store.errors import DISK_ERRORS, KdpipeError, explain, translate_os_errors
 from kdpipe.store.fs.atomic_write import make_folders
 
 JOB_ID_VARIABLES = ("SLURM_JOB_ID", "PBS_JOBID", "LSB_JOBID")
@@ -203,9 +203,9 @@ def lock_errors(path: Path) -> AbstractContextManager[None]:
                 f"the file system of {path.parent} does not support file locks ({error.strerror}), and without them "
                 "two jobs could spoil each other's work: use a folder on another one."
             )
-        return (
-            f"the lock file {path} cannot be used ({error.strerror}): make {path.parent} a folder that you may "
-            "write to, or use another."
-        )
+        what, advice = explain(error)
+        if error.errno in DISK_ERRORS:
+            return f"the lock file {path} cannot be used: {what}; {advice}."
+        return f"the lock file {path} cannot be used ({what}): make {path.parent} a folder that you may write to."
 
     return translate_os_errors(message, KdpipeError)

@@ -156,7 +156,7 @@ class TargetStore:
         """Return rows of one view of an array, as numbered by `rows_of`: [B, *row_shape]."""
         if (name, view) in self._mapped.ready or self.read_mode(name).mode == "mapped":
             self._check_view(view)
-            return self._mapped.view(name, view).take(rows, axis=0)  # type: ignore[no-any-return]
+            return self._mapped.view(name, view).take(rows, axis=0)
         return self._take_by_unit(self.spec(name), view, rows)
 
     def read_mode(self, name: str) -> ReadMode:

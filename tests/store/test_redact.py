@@ -1,9 +1,13 @@
 """Passwords and queries of URLs are left out of every text."""
 
 import pytest
+from typer.testing import CliRunner
 
+from kdpipe.pipeline.main import app
 from kdpipe.store import FingerprintMismatch, KdpipeError
 from kdpipe.store.redact import is_redacted, redacted, redacted_json, redacted_options
+
+URL = "https://me:hunter2@h/x?sig=hunter2"
 
 
 @pytest.mark.parametrize(
@@ -47,6 +51,14 @@ def test_options_that_sound_like_secrets_are_hidden():
     options = [{"name": "wandb", "api_key": "abc", "tokens": 3}, "--set", "callbacks.0.api_key=abc", "seed=1"]
     shown = [{"name": "wandb", "api_key": "...", "tokens": 3}, "--set", "callbacks.0.api_key=...", "seed=1"]
     assert redacted_options(options) == shown
+
+
+@pytest.mark.parametrize("arguments", [["store", "info", "a", URL], [URL], ["store", "info", URL], ["report", URL]])
+def test_usage_errors_quote_no_secrets(arguments):
+    ended = CliRunner().invoke(app, arguments)
+    assert ended.exit_code != 0
+    assert "...@h/x" in ended.output
+    assert "hunter2" not in ended.output
 
 
 def test_a_redacted_address_is_known():

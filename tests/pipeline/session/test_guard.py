@@ -20,6 +20,10 @@ def closed_pipe():
         (OSError(errno.ENOSPC, NO_SPACE, STDOUT), f"kdpipe: error: {NO_SPACE}: standard output.\n"),
         (BrokenPipeError(errno.EPIPE, "Broken pipe"), "kdpipe: error: Broken pipe.\n"),  # a process or server is gone
         (closed_pipe(), ""),
+        (
+            OSError(errno.ENOSPC, NO_SPACE, "/runs/a/model.onnx"),
+            "kdpipe: error: the disk is full: /runs/a/model.onnx; make room, and run the same command again.\n",
+        ),
     ],
 )
 def test_only_errors_of_stdout_are_blamed_on_it(capsys, error, sentence):

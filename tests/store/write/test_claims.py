@@ -247,7 +247,7 @@ def test_a_folder_that_cannot_be_written_is_named(tmp_path, monkeypatch):
         raise OSError(errno.EROFS, os.strerror(errno.EROFS))
 
     monkeypatch.setattr("os.open", read_only)
-    with pytest.raises(KdpipeError, match=r"v0-s0 cannot be used \(Read-only file system\): make "):
+    with pytest.raises(KdpipeError, match=r"v0-s0 cannot be used: the file system is read-only; have it mounted"):
         claim(tmp_path / "a.zarr", "v0-s0")
 
 

@@ -140,7 +140,7 @@ print(refusal(lambda: work(path, Wish(LOGITS["float32"], num_views=3, num_layers
 """
     writing, claiming, difference, growing = on_tmpfs(tmp_path, script)
     assert "the file system is read-only" in writing
-    assert "cannot be used (Read-only file system)" in claiming
+    assert "cannot be used: the file system is read-only" in claiming
     assert difference == "None"
     assert "read-only" in growing.lower()
 
@@ -281,7 +281,7 @@ def test_a_claim_on_a_full_disk_is_one_sentence(begun, monkeypatch):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     monkeypatch.setattr("os.pwrite", full)
-    with pytest.raises(KdpipeError, match=r"lock file .* cannot be used \(No space left on device\)"):
+    with pytest.raises(KdpipeError, match=r"lock file .* cannot be used: the disk is full; make room"):
         claim(path, "v0-s0")
     monkeypatch.undo()
     acquired = claim(path, "v0-s0")
