@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -17,8 +18,9 @@ from kdpipe.stages.config import whole_number
 from kdpipe.stages.context import VIEW_SIZE
 from kdpipe.stages.errors import ModelError
 from kdpipe.stages.given_teacher import has_new_head
-from kdpipe.stages.models.build import OBJECT, GivenModel, ModelConfig, build_model
+from kdpipe.stages.models.build import OBJECT, GivenModel, ModelConfig
 from kdpipe.stages.models.bundle import ModelBundle
+from kdpipe.stages.models.classes import build_for_classes
 from kdpipe.stages.models.clone import unwrap
 from kdpipe.stages.models.normalization import Normalization
 from kdpipe.stages.models.weights import weights_sha256
@@ -104,6 +106,9 @@ def create_model(
     *,
     seed: int = 0,
     weights: str | None = None,
+    classes: str | None = None,
+    weights_key: str | None = None,
+    fresh_head: bool = False,
     image_size: tuple[int, int] | None = None,
     **args: Any,
 ) -> nn.Module:
@@ -115,6 +120,11 @@ def create_model(
         dataset: The data set, for the shape of its images and the number of its classes.
         seed: Decides the initial weights.
         weights: "published" for torchvision's, or the path of a .safetensors file or torch state dict.
+        classes: The names of the classes that the weights are of, where they are more than the data's or in another
+            order: "published", or the path of a file with one class a line. The rows of the data's classes are kept.
+        weights_key: The key in the file, and prefix, of the weights to take, where there are several:
+            "state_dict_ema", "model.module.student".
+        fresh_head: Whether the classifier is new, for weights of other classes; it has to be trained.
         image_size: (H, W) of the views, if they differ from the images.
         **args: The network's own arguments, such as a width.
 
@@ -134,9 +144,21 @@ def create_model(
         raise ModelError(
             f"the images of {images.name} have different sizes: give image_size=(H, W), the size of the views."
         )
-    config = ModelConfig(name=name, args=as_settings("args", args), weights=weights)
-    model = build_model(
-        config, num_classes=images.num_classes, in_channels=images.in_channels, image_size=size, seed=seed
+    config = ModelConfig(
+        name=name,
+        args=as_settings("args", args),
+        weights=weights,
+        weights_key=weights_key,
+        fresh_head=fresh_head,
+        classes=classes,
+    )
+    model = build_for_classes(
+        config,
+        images.class_names,
+        in_channels=images.in_channels,
+        image_size=size,
+        seed=seed,
+        notify=lambda notice: warnings.warn(notice, stacklevel=5),
     )
     drawn = weights_sha256(model) if has_new_head(config, images.num_classes) else None
     remember(model, ModelInfo(config, str(model), drawn_sha256=drawn))

@@ -54,6 +54,7 @@ def train_teacher(
     progress: bool = True,
     callbacks: CallbackLike | Sequence[CallbackLike] | None = None,
     expected_accuracy: float | None = None,
+    export: bool = True,
     **train: Any,
 ) -> TeacherResult:
     """Train a teacher in place, or load the result of a finished training with equal inputs.
@@ -75,6 +76,7 @@ def train_teacher(
         progress: Whether to print progress to stderr.
         callbacks: What observes the trainings: `Callback` objects, or names such as "csv" and "wandb".
         expected_accuracy: The lowest accuracy on the test images, in percent, with which the teacher is accepted.
+        export: Whether to write an ONNX file where that is possible.
         **train: Keys of a recipe's `train` section: `epochs`, `batch_size`, `lr`, `optimizer`, `schedule`, ...
 
     Raises:
@@ -91,6 +93,7 @@ def train_teacher(
         mean=scaling.mean if scaling else None,
         std=scaling.std if scaling else None,
         expected_accuracy=expected_accuracy,
+        export=export,
     )
     context = run_options.context(train_set, test_set, as_views(views))
     teacher = build_teacher(config, seed, context)
@@ -131,6 +134,7 @@ def cache_teacher(
     mean: Numbers | None = None,
     std: Numbers | None = None,
     expected_accuracy: float | None = None,
+    classes: str | None = None,
     device: str | torch.device = "auto",
     num_workers: int | None = None,
     progress: bool = True,
@@ -158,6 +162,8 @@ def cache_teacher(
         expected_accuracy: The accuracy on the test images that the network is known to have, in percent. A lower one is
             refused. Without it, a network that kdpipe did not train is refused at chance, or where another usual input
             scaling or order of the classes would raise its accuracy on the test images clearly.
+        classes: For a network of more classes than the data: the path of a file with its classes, one a line, or a JSON
+            list; a copy of it that keeps those of the data is cached.
         device: auto, cpu, cuda, cuda:N, or a torch.device.
         num_workers: Processes that decode images that are not in memory.
         progress: Whether to print progress to stderr.
@@ -178,7 +184,7 @@ def cache_teacher(
     train_set, views, wanted = datasets.as_image_set(dataset), as_views(views), as_features(features)
     test_set = None if test is None else datasets.as_image_set(test, "test", like=train_set)
     context = run_options.context(train_set, test_set, views, store=path if path.exists() else None)
-    bundle = _bundle(network, context, as_scaling(normalize, mean, std, train_set.in_channels))
+    bundle = _bundle(network, context, as_scaling(normalize, mean, std, train_set.in_channels), classes)
     with run_options.open(path.parent, context, is_shared=True) as opened:
         if test_set is not None and not path.exists() and (expected_accuracy is not None or not _is_known(network)):
             teacher_config = TeacherConfig(model=ModelConfig(name="teacher"), expected_accuracy=expected_accuracy)
@@ -211,7 +217,12 @@ def _finished_as(folder: JobDir, fingerprint: Mapping[str, Any], info: ModelInfo
     return figures if figures["identity"]["weights_sha256"] == info.trained_sha256 else None
 
 
-def _bundle(teacher: nn.Module | ModelBundle, context: StageContext, scaling: Normalization | None) -> ModelBundle:
+def _bundle(
+    teacher: nn.Module | ModelBundle,
+    context: StageContext,
+    scaling: Normalization | None,
+    classes: str | None = None,
+) -> ModelBundle:
     """Return the teacher with its record and input scaling, on the device in eval mode."""
     if isinstance(teacher, ModelBundle):
         channels, *size = context.image_shape
@@ -220,7 +231,7 @@ def _bundle(teacher: nn.Module | ModelBundle, context: StageContext, scaling: No
             faults = "; ".join(f"{key} {own}, wanted {other}" for key, own, other in found)
             raise ModelError(f"the teacher does not fit data set {context.train_set.name}: it has {faults}.")
         return replace(teacher, model=teacher.model.to(context.device).eval(), normalize=scaling or teacher.normalize)
-    config, info = given_model(teacher), info_of(teacher)
+    config, info = replace(given_model(teacher), classes=classes), info_of(teacher)
     if not (known := scaling or info.normalize):
         known = known_scaling(config, teacher, context)
     if known is None:
@@ -231,7 +242,8 @@ def _bundle(teacher: nn.Module | ModelBundle, context: StageContext, scaling: No
     built = context.build_model(config, 0)  # raises ModelError if images or classes do not fit
     if info.drawn_sha256 is not None and info.drawn_sha256 == weights_sha256(teacher):
         raise ModelError("the teacher's classifier is new and random, as its weights are of other classes: train it.")
-    network = teacher if type(built) is type(teacher) else built  # the copy returns its main logits alone
+    # The copy returns its main logits alone, or has fewer classes.
+    network = teacher if classes is None and type(built) is type(teacher) else built
     return ModelBundle(network.to(context.device).eval(), context.architecture(config), known)
 
 

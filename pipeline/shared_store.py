@@ -83,7 +83,8 @@ def warn_of_neighbor(run: Run, features: Sequence[FeatureSpec]) -> None:
                 run.monitor.warn(
                     "cache-teacher",
                     f"{path} already has the outputs of this teacher for these views: stop, and add --set "
-                    f"cache.store={path} to use them instead of computing them again ({path.parent.name} stays as it is).",
+                    f"cache.store={path} to use them instead of computing them again ({path.parent.name} stays as it "
+                    "is).",
                 )
                 return
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from kdpipe.pipeline.preflight import preflight, require_export, try_student, try_teacher
-from kdpipe.pipeline.recipe.load import faults_of_trainings, trainings_of
+from kdpipe.pipeline.recipe.load import faults_of_trainings
 from kdpipe.pipeline.run import Run
 from kdpipe.pipeline.shared_store import needs_teacher, warn_of_neighbor
 from kdpipe.stages.cache_teacher.cache import fill_store
@@ -55,7 +55,6 @@ from kdpipe.stages.teacher import (
     teacher_folder,
 )
 from kdpipe.stages.train_student.student import StudentRun, student_fingerprint, train_hint_stages
-from kdpipe.stages.training.class_balance import class_weights
 from kdpipe.stages.training.finalize import add_onnx, begin_job, finalize
 from kdpipe.stages.training.job import TrainJob
 from kdpipe.stages.training.loop import train
@@ -293,7 +292,7 @@ def run_compress(run: Run, only: Step | None = None) -> dict[str, Any]:
         raise RecipeError(f"--only {only}: compress.steps is {list(config.steps)}; add the step to the recipe.")
     if config.steps:
         require_losses(run)
-    require_export(student)
+    require_export(student, config)
     if not is_done(config, student, context.run_dir):
         dry_run(config, student, context)
     lower_priority(config.niceness)
@@ -321,7 +320,7 @@ def compress_student(
     Returns:
         The figures of each network, and the card of the exported artifacts, None if `steps` lacks "export".
     """
-    require_export(student)
+    require_export(student, config)
     root = root or compressed_root(context.run_dir, config)
     fine_tuning = build_fine_tuning(student, seed, spec, context, root)  # student, task, test images
     figures = compress(config, fine_tuning, only=steps)  # prune, fine-tune, quantize, fine-tune, evaluate
@@ -347,8 +346,6 @@ def run_all(run: Run) -> dict[str, Any]:
     """Run every stage; each skips finished work. No teacher is trained for stores that are there already."""
     for fault in faults_of_trainings(run.recipe, imports=True):
         raise RecipeError(fault)
-    for training in trainings_of(run.recipe).values():
-        class_weights(training, run.context.train_set.labels, run.context.train_set.num_classes)
     require_losses(run)
     features = list(run.check_losses_fit())
     preflight(run)

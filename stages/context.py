@@ -15,7 +15,8 @@ from kdpipe.stages.data.image_set import ImageSet, digest, normalization, pixel_
 from kdpipe.stages.data.loader.image_loader import ImageLoader
 from kdpipe.stages.errors import DataError, RecipeError
 from kdpipe.stages.evaluation.evaluate import Evaluation, LogitsAt
-from kdpipe.stages.models.build import ModelConfig, architecture, build_model
+from kdpipe.stages.models.build import ModelConfig, architecture
+from kdpipe.stages.models.classes import build_for_classes
 from kdpipe.stages.models.normalization import Normalization
 from kdpipe.stages.runtime.distributed import SINGLE, ProcessGroup
 from kdpipe.stages.runtime.events import RunMonitor
@@ -150,9 +151,9 @@ class StageContext:
 
     def build_model(self, config: ModelConfig, seed: int) -> nn.Module:
         """Build a network for these images and classes, initialized with `seed`."""
-        return build_model(
+        return build_for_classes(
             config,
-            num_classes=self.train_set.num_classes,
+            self.train_set.class_names,
             in_channels=self.train_set.in_channels,
             image_size=self.image_shape[1:],
             seed=seed,

@@ -36,7 +36,7 @@ def require_given(config: TeacherConfig, teacher: ModelBundle, context: StageCon
     if has_new_head(config.model, context.train_set.num_classes):
         raise RecipeError(
             f"the classifier of {_named(config.model)} is new and random, as they are of other classes than the data: "
-            "train the teacher ([teacher.train])."
+            "train the teacher ([teacher.train]), or take the rows of the data's classes (teacher.model.classes)."
         )
     if config.mean is None and known_scaling(config.model, teacher.model, context) is None:
         raise RecipeError(
@@ -64,7 +64,9 @@ def known_scaling(config: ModelConfig, model: nn.Module, context: StageContext) 
 
 def has_new_head(config: ModelConfig, num_classes: int) -> bool:
     """Return whether a network gets a new, random classifier: its weights are of other classes than the data."""
-    return config.weights == PUBLISHED and len(published_categories(config.name)) != num_classes
+    return config.fresh_head or (
+        config.weights == PUBLISHED and config.classes is None and len(published_categories(config.name)) != num_classes
+    )
 
 
 def _named(config: ModelConfig) -> str:

@@ -63,12 +63,15 @@ class RunVerifyReport:
         }
 
 
-def verify_run(run: Path, on_unit: Callable[[int, int], None] = lambda done, total: None) -> RunVerifyReport:
+def verify_run(
+    run: Path, on_unit: Callable[[int, int], None] = lambda done, total: None, *, with_stores: bool = True
+) -> RunVerifyReport:
     """Check every file of a run that has a sum, and every byte of the stores in its folder; collect all damage.
 
     Args:
         run: The run folder.
         on_unit: Called with (units checked, units in all) of each store; may raise to stop.
+        with_stores: Whether to check the stores too, which takes longest.
 
     Raises:
         RunError: There is no run folder.
@@ -89,7 +92,7 @@ def verify_run(run: Path, on_unit: Callable[[int, int], None] = lambda done, tot
         unchecked=tuple(
             folder / name for folder in own for name in OF_JOBS if name in folders[folder] - listed[folder]
         ),
-        stores={store: verify_store(store, on_unit) for store in stores},
+        stores={store: verify_store(store, on_unit) for store in stores if with_stores},
         num_files=sum(map(len, listed.values())),
     )
 

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from kdpipe.pipeline.recipe.load import Recipe, all_losses, fault_of, faults_of_each
+from kdpipe.stages.cache_teacher.plan import top_k_of
 from kdpipe.stages.compress.compress import dry_run
 from kdpipe.stages.context import IMAGENET, StageContext
 from kdpipe.stages.data.image_set import ImageSet
@@ -23,6 +24,7 @@ from kdpipe.stages.given_teacher import require_given
 from kdpipe.stages.losses.base import Loss
 from kdpipe.stages.models.build import PUBLISHED, build_model, weights_path
 from kdpipe.stages.models.bundle import ModelBundle
+from kdpipe.stages.models.classes import read_class_list
 from kdpipe.stages.models.normalization import Normalization
 from kdpipe.stages.models.registry import SMALL_IMAGE_NETWORKS
 from kdpipe.stages.models.user_models import is_user_model
@@ -127,10 +129,13 @@ def _blank_context(recipe: Recipe) -> StageContext | None:
 
 def _blank(recipe: Recipe, num_classes: int, channels: int, side: int) -> StageContext:
     """Return a white and a black image of each class: the std of equal images would be 0."""
+    names = tuple(str(number) for number in range(num_classes))
+    if recipe.teacher.model.classes is not None:
+        names = tuple(each[0] for each in read_class_list(recipe.teacher.model))[:num_classes]
+        num_classes = len(names)
     num_images = 2 * num_classes
     images = torch.zeros(num_images, channels, side, side, dtype=torch.uint8)
     images[num_classes:] = 255
-    names = tuple(str(number) for number in range(num_classes))
     ids = torch.arange(num_images)
     blank = ImageSet(recipe.data.name, "train", images, ids % num_classes, ids, names)
     return StageContext(Path(), blank, blank, recipe.views, torch.device("cpu"), RunMonitor())
@@ -174,6 +179,9 @@ def _faults_of_cache(recipe: Recipe, teacher: ModelBundle, context: StageContext
             source_shapes(teacher.model, [parse_feature(text)], context.image_shape)
         except (ModelError, RecipeError) as error:
             yield f"cache.layers.{number}: {error}"
+    if recipe.data.name in SHAPES:  # the number of classes is known
+        fault = fault_of(top_k_of, recipe.cache, context)
+        yield from [fault] if fault else []
 
 
 def _faults_of_losses(recipe: Recipe, teacher: ModelBundle, context: StageContext) -> Iterator[str]:
@@ -204,4 +212,5 @@ def _without_weights(section: Config) -> Config:
     model = section.model
     if model.weights == PUBLISHED and model.name in SMALL_IMAGE_NETWORKS:
         return section
-    return replace(section, model=replace(model, weights=None))
+    classes = model.classes if is_user_model(model.name) else None
+    return replace(section, model=replace(model, weights=None, classes=classes))

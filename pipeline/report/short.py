@@ -45,7 +45,7 @@ def print_short(run: PageRun, page: Path | None) -> None:
 def _wrapped(text: str, width: int) -> str:
     """Break a sentence into lines, but not before a percent sign or around a ±."""
     joined = text.replace(" %", "\xa0%").replace(" ± ", "\xa0±\xa0")
-    return textwrap.fill(joined, width, break_on_hyphens=False).replace("\xa0", " ")
+    return textwrap.fill(joined, max(width, 1), break_on_hyphens=False).replace("\xa0", " ")
 
 
 def recommended(run: PageRun) -> tuple[str, Path] | None:

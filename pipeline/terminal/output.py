@@ -90,7 +90,7 @@ def console(file: TextIO | None = None) -> Console:
     from rich.console import Console
 
     made = Console(file=file, markup=False, highlight=False, soft_wrap=False)
-    if not made.is_terminal and not os.environ.get("COLUMNS", "").isdecimal():
+    if not made.is_terminal and not os.environ.get("COLUMNS", "").strip("0").isdecimal():
         made.width = FILE_WIDTH
     return made
 

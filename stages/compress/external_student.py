@@ -9,14 +9,16 @@ from typing import Any
 
 import safetensors
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from kdpipe.stages.compress.fine_tune import FineTuneContext
 from kdpipe.stages.compress.resume import with_widths
 from kdpipe.stages.errors import ModelError
 from kdpipe.stages.models.bundle import ModelBundle
 from kdpipe.stages.models.safetensors_io import RECORD
-from kdpipe.stages.models.weights import load_weights, read_weights
+from kdpipe.stages.models.weights import load_weights
+from kdpipe.stages.models.weights_file import read_weights
+from kdpipe.stages.models.weights_match import find_state_dict
 from kdpipe.stages.training.finalize import finalize
 from kdpipe.stages.training.job_dir import JobDir
 from kdpipe.store import FingerprintMismatch, differences
@@ -62,9 +64,9 @@ def measure_external(fine_tuning: FineTuneContext, network: ModelBundle) -> dict
     return finalize(folder, network, [], fine_tuning.evaluation(network.normalize), with_onnx=fine_tuning.exports_onnx)
 
 
-def low_precision_dtypes(path: Path) -> dict[str, torch.dtype]:
-    """Return the dtypes narrower than float32 of a file's tensors, by name: a BF16 student stays BF16."""
-    stored = {name: tensor for name, tensor in read_weights(path).items() if isinstance(tensor, Tensor)}
+def low_precision_dtypes(path: Path, model: nn.Module) -> dict[str, torch.dtype]:
+    """Return the dtypes narrower than float32 of a file's tensors, by the model's names: a BF16 student stays BF16."""
+    stored: Mapping[str, Tensor] = find_state_dict(model, read_weights(path), str(path)).entries
     return {name: tensor.dtype for name, tensor in stored.items() if tensor.is_floating_point() and tensor.itemsize < 4}
 
 

@@ -123,7 +123,7 @@ def try_class_order(model: nn.Module, test: Evaluation) -> Finding | None:
     if not moved:
         return None
     some = ", ".join(moved[:MAX_NAMED]) + (", ..." if len(moved) > MAX_NAMED else "")
-    advice = "put its classifier's rows into the order of the data's classes"
+    advice = "name its classes in their order (teacher.model.classes)"
     labels, predicted = labels[1::2], predicted[1::2]
     finding = _finding(
         f"its classes in another order ({some})", advice, order[predicted] == labels, predicted == labels
@@ -167,7 +167,8 @@ def _predictions(
     model: nn.Module, test: Evaluation, indices: Tensor, scaling: Normalization, *, flip: bool = False
 ) -> tuple[Tensor, Tensor]:
     """Return labels and predictions, int64 [n], of the test images at `indices`. The model is in eval mode."""
-    labels, predicted = [], []
+    labels: list[Tensor] = []
+    predicted: list[Tensor] = []
     for image_batch in test.loader.stream(ViewRequest(some) for some in torch.split(indices, BATCH_SIZE)):
         test.before_batch()
         scaled = scaling(image_batch.images)

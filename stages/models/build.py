@@ -47,11 +47,19 @@ class ModelConfig:
             small-image network's, or `python:package.module:factory`.
         args: The network's own arguments, such as a width.
         weights: None (random), "published" (torchvision's), or the path of a .safetensors file or torch state dict.
+        classes: The names of the classes that the weights are of, where they are more than the data's or in another
+            order: "published", or the path of a file with one class a line. The rows of the data's classes are kept.
+        weights_key: The key in the file, and prefix, of the weights to take, where there are several:
+            `state_dict_ema`, `model.module.student`.
+        fresh_head: Whether the classifier is new, for weights from a file of other classes; it has to be trained.
     """
 
     name: PathStr
     args: dict[str, Any] = field(default_factory=dict)
     weights: PathStr | None = None
+    classes: PathStr | None = None
+    weights_key: str | None = None
+    fresh_head: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,7 +99,13 @@ def build_model(
             keep_main_logits(config.name, model, image_shape, notify)
         _check_fit(config.name, model, num_classes, image_shape)
     if config.weights is not None and config.weights != PUBLISHED:
-        load_weights(model, weights_path(config.weights))
+        load_weights(
+            model,
+            weights_path(config.weights),
+            weights_key=config.weights_key,
+            fresh_head=num_classes if config.fresh_head else None,
+            notify=notify,
+        )
     return model
 
 
@@ -167,7 +181,13 @@ def _construct(
     is_small, is_own = config.name in SMALL_IMAGE_NETWORKS, is_user_model(config.name)
     if not is_small and not is_own and name in classifier_names():
         return build_classifier(
-            name, config.args, num_classes=num_classes, in_channels=in_channels, published=is_published
+            name,
+            config.args,
+            num_classes=num_classes,
+            in_channels=in_channels,
+            published=is_published,
+            fresh_head=config.fresh_head,
+            notify=notify,
         )
     if not is_small and not is_own:
         raise refusal(name) or _unknown(config.name)
@@ -215,7 +235,8 @@ def _check_fit(name: str, model: nn.Module, num_classes: int, image_shape: tuple
         raise ModelError(
             f"{name} makes {list(logits.shape)} of two images of {images}, wanted logits [2, {num_classes}]."
         )
-    if bool(((logits >= 0) & (logits <= 1)).all()) and (kind := _probabilities_of(model, image_shape)):
+    may_be_probabilities = not logits.is_meta and bool(((logits >= 0) & (logits <= 1)).all())
+    if may_be_probabilities and (kind := _probabilities_of(model, image_shape)):
         raise NotLogitsError(
             f"{name} ends in a {kind}: its outputs are probabilities, and losses and stores take logits. Return what "
             f"goes into the {kind}."

@@ -18,7 +18,7 @@ from kdpipe.stages.models.arguments import call_with_args
 from kdpipe.stages.models.networks.cnn import cnn
 from kdpipe.stages.models.networks.mlp import mlp
 from kdpipe.stages.models.networks.mobilenet_v2 import mobilenet_v2
-from kdpipe.stages.models.networks.resnet import NARROW, TIMES_4, resnet
+from kdpipe.stages.models.networks.resnet import NARROW, TIMES_4, resnet, resnet50_cifar
 from kdpipe.stages.models.networks.shufflenet_v1 import shufflenet_v1
 from kdpipe.stages.models.networks.shufflenet_v2 import shufflenet_v2
 from kdpipe.stages.models.networks.vgg import vgg
@@ -39,6 +39,7 @@ SMALL_IMAGE_NETWORKS: Mapping[str, SmallImageNetwork] = {
         for depth in (8, 14, 20, 32, 44, 56, 110)
     },
     **{f"resnet{depth}x4": SmallImageNetwork(partial(resnet, depth, TIMES_4), min_side=4) for depth in (8, 32)},
+    "resnet50_cifar": SmallImageNetwork(resnet50_cifar, min_side=8),
     **{
         f"wrn_{depth}_{widen}": SmallImageNetwork(partial(wide_resnet, depth, widen), min_side=4)
         for depth in (16, 40)

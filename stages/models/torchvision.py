@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from kdpipe.stages.errors import ModelError, cause
 from kdpipe.stages.models.arguments import refuse_unknown_args
 from kdpipe.stages.models.weights import load_entries
+from kdpipe.stages.models.weights_match import width_of
 
 CHANNELS = 3
 # Arguments that a family's builders take out of their **kwargs.
@@ -38,11 +39,19 @@ def classifier_names() -> tuple[str, ...]:
 
 
 def build_classifier(
-    name: str, args: Mapping[str, Any], *, num_classes: int, in_channels: int, published: bool
+    name: str,
+    args: Mapping[str, Any],
+    *,
+    num_classes: int,
+    in_channels: int,
+    published: bool,
+    fresh_head: bool = False,
+    notify: Callable[[str], None] = lambda notice: None,
 ) -> nn.Module:
     """Build torchvision's classifier `name`: images [B, 3, H, W] -> logits [B, num_classes].
 
-    With `published` it has torchvision's default weights, and a new head where their number of classes differs. Raises
+    With `published` it has torchvision's default weights, and a new head where their number of classes differs, which
+    `notify` is told, or with `fresh_head`. Raises
     ModelError for another number of channels, unknown arguments, or weights that cannot be downloaded.
     """
     if in_channels != CHANNELS:
@@ -58,8 +67,12 @@ def build_classifier(
     weights = models.get_model_weights(name).DEFAULT
     published_classes = len(published_categories(name))
     model = _construct(name, args, published_classes)
-    load_entries(model, _download(name, weights), f"the published weights of {name}")
-    if num_classes != published_classes:
+    load_entries(model, {"": _download(name, weights)}, f"the published weights of {name}")
+    if num_classes != published_classes or fresh_head:
+        notify(
+            f"the published weights of {name} are of {published_classes:,} classes, the data has {num_classes:,}: the "
+            "classifier is new, drawn from the seed."
+        )
         _replace_head(model, published_classes, num_classes)
     return model
 
@@ -115,7 +128,7 @@ def _download(name: str, weights: Any) -> Mapping[str, Tensor]:
 
 def _replace_head(model: nn.Module, published_classes: int, num_classes: int) -> None:
     """Replace the last layer of `published_classes`, a linear or a convolution, by a new one of `num_classes`."""
-    path, head = [(path, module) for path, module in model.named_modules() if _width(module) == published_classes][-1]
+    path, head = [(path, module) for path, module in model.named_modules() if width_of(module) == published_classes][-1]
     parent, _, name = path.rpartition(".")
     bias = head.bias is not None
     fresh = (
@@ -124,9 +137,3 @@ def _replace_head(model: nn.Module, published_classes: int, num_classes: int) ->
         else nn.Linear(head.in_features, num_classes, bias=bias)
     )
     setattr(model.get_submodule(parent), name, fresh)
-
-
-def _width(module: nn.Module) -> int | None:
-    if isinstance(module, nn.Linear):
-        return module.out_features
-    return module.out_channels if isinstance(module, nn.Conv2d) else None

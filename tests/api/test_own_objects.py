@@ -90,6 +90,27 @@ def test_teacher_without_normalization_is_refused(data, network):
     assert store.manifest.identity.teacher["normalization"] == {"mean": [0.5], "std": [0.5]}
 
 
+class Both(Net):
+    """Returns logits and features in both modes."""
+
+    def forward(self, images):
+        return {"hidden": self.body(images), "logits": super().forward(images)}
+
+
+@pytest.mark.usefixtures("without_onnx")
+def test_main_logits_of_several_outputs_are_used(data, network):
+    both = Both()
+    both.load_state_dict(network.state_dict())
+    one = kd.cache_teacher(network, data[0], "one.zarr", mean=[0.5], std=[0.5], **QUIET)
+    with pytest.warns(UserWarning, match="Both returns dict: its main logits are used"):
+        other = kd.cache_teacher(both, data[0], "other.zarr", mean=[0.5], std=[0.5], **QUIET)
+    assert np.array_equal(one.read_view("logits", 0), other.read_view("logits", 0))
+    assert type(both(torch.zeros(1, 1, 6, 6))) is dict
+    result = kd.train_student(both, data[0], other, test=data[1], epochs=1, batch_size=32, **QUIET)
+    kd.cache_teacher(result.model, data[0], "again.zarr", **QUIET)
+    assert type(kd.load_student(result, model=both).model(torch.zeros(1, 1, 6, 6))) is torch.Tensor
+
+
 def test_edited_class_is_another_network(tmp_path, monkeypatch, data):
     source = textwrap.dedent("""
         from torch import nn

@@ -13,7 +13,7 @@ import typer
 from support.kdpipe_process import COMMAND, RECIPE, environment, kdpipe_here
 from support.made_store import make_store
 
-from kdpipe.pipeline.main import app
+from kdpipe.pipeline.main import DEMO, app
 from kdpipe.pipeline.recipe.load import load_recipe, recipe_json
 
 ESCAPE = "a\n\x1b[31mred\x07"
@@ -207,7 +207,8 @@ def require_refused(ended, what, on_stdout=False):
     """Check for one sentence, or typer's usage and one; nothing unprintable; exit status 1 or 2."""
     assert ended.exception is None or isinstance(ended.exception, SystemExit), (what, ended.exception)
     assert ended.exit_code in (1, 2), (what, ended.stdout, ended.stderr)
-    output, silent = (ended.stdout, ended.stderr) if on_stdout and ended.stdout else (ended.stderr, ended.stdout)
+    errors = ended.stderr.removeprefix(f"kdpipe: {DEMO}\n")
+    output, silent = (ended.stdout, errors) if on_stdout and ended.stdout else (errors, ended.stdout)
     assert silent == "", what
     assert "Traceback" not in output
     lines = output.rstrip("\n").split("\n")

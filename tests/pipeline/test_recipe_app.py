@@ -134,7 +134,7 @@ def soft(num_classes): return nn.Sequential(nn.AvgPool2d(64), nn.Flatten(), nn.L
 
 def test_check_refuses_a_softmax_whatever_the_size(here):
     (here / "checked_nets.py").write_text(NETS)
-    sets = ["--set", "data.name=npz:absent", "--set", "student.model.name=python:checked_nets:soft"]
+    sets = ["--set", "data.name=npz:absent", "--set", "student.model={ name = 'python:checked_nets:soft' }"]
     shown = called("check", RECIPES / "digits.toml", *sets, code=2).stdout
     assert "student: python:checked_nets:soft ends in a softmax: its outputs are probabilities" in shown
 

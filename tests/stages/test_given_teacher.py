@@ -207,3 +207,11 @@ def test_a_network_trained_to_chance_is_told(tmp_path):
     assert result["accuracy"] < 0.4
     (warning,) = warnings
     assert f"is at chance: {100 * result['accuracy']:.2f} % of 320 test images, where guessing would reach" in warning
+
+
+def test_a_new_classifier_is_not_taken_as_it_is(tmp_path):
+    source = tiny_context(tmp_path).build_model(TEACHER.model, 1)
+    save_file(source.state_dict(), tmp_path / "w.safetensors")
+    model = replace(TEACHER.model, weights=str(tmp_path / "w.safetensors"), fresh_head=True)
+    with pytest.raises(RecipeError, match=r"w.safetensors is new and random, .* train the teacher"):
+        train_teacher(TeacherConfig(model=model, **HALF), 0, tiny_context(tmp_path))

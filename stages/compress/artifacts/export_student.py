@@ -38,7 +38,7 @@ def export_student(config: CompressConfig, fine_tuning: FineTuneContext, *, name
     """
     candidates = _candidates(config, fine_tuning)
     test = fine_tuning.evaluation(candidates[0].network.normalize)
-    latency = measure_files(config, fine_tuning, test.image_shape)
+    latency = measure_files(config, fine_tuning)
     facts = {"name": name, **_facts(fine_tuning, candidates, test, latency)}
     return write_artifacts(
         artifact_folder(fine_tuning.root, fine_tuning.seed), candidates, facts, test, opset=config.opset
@@ -51,8 +51,9 @@ def _candidates(config: CompressConfig, fine_tuning: FineTuneContext) -> list[Ca
     The student itself is first, the end of the chain is last.
     """
     student, scheme = student_source(config, fine_tuning), config.quantize.scheme
-    dtypes = low_precision_dtypes(Path(config.student).expanduser()) if config.student else {}
-    found = [Candidate("student", student_job_dir(config, fine_tuning), student.load(), dtypes)]
+    network = student.load()
+    dtypes = low_precision_dtypes(Path(config.student).expanduser(), network.model) if config.student else {}
+    found = [Candidate("student", student_job_dir(config, fine_tuning), network, dtypes)]
     if config.prunes:
         source = float_source(config, fine_tuning)
         found.append(Candidate("pruned", fine_tuning.job_dir("pruned"), source.load()))
@@ -63,8 +64,8 @@ def _candidates(config: CompressConfig, fine_tuning: FineTuneContext) -> list[Ca
     return found
 
 
-def measure_files(config: CompressConfig, fine_tuning: FineTuneContext, image_shape: tuple[int, int, int]) -> Latencies:
-    """Measure onnxruntime's time per batch, teacher to INT8 student, in turn in one process.
+def measure_files(config: CompressConfig, fine_tuning: FineTuneContext) -> Latencies:
+    """Measure onnxruntime's time per batch, teacher to INT8 student, each on its own size of images, in one process.
 
     The result is recorded and reused for the same files and number of threads. Raises RunError if the record is
     damaged.
@@ -86,7 +87,7 @@ def measure_files(config: CompressConfig, fine_tuning: FineTuneContext, image_sh
         return recorded
     found = measure_latency(
         present,
-        image_shape,
+        None,
         config.latency_batch_sizes,
         num_rounds=config.latency_rounds,
         num_threads=torch.get_num_threads(),

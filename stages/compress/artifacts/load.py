@@ -63,7 +63,7 @@ def rebuild(path: Path, *, trust_python: bool = False, given: nn.Module | None =
         raise ModelError(f"the record in {path} is damaged: it describes no valid network ({cause(error)}).") from error
     except KdpipeError as error:
         raise ModelError(f"the network in {path} cannot be built: {error}") from error
-    load_entries(network.model, tensors, str(path))
+    load_entries(network.model, {"": tensors}, str(path))
     network.model.eval()
     return network
 

@@ -33,6 +33,7 @@ from kdpipe.pipeline.report.html.write import SECTIONS, write_page
 from kdpipe.pipeline.report.report import read_report
 from kdpipe.stages.errors import RunError
 from kdpipe.stages.models.safetensors_io import load_tensors, save_tensors
+from kdpipe.stages.training.job_dir import write_json_file
 from kdpipe.store import StoreError, open_store
 
 VOID = {"meta", "br", "img", "hr", "input"}
@@ -479,10 +480,10 @@ def test_missing_data_leaves_out_only_the_samples(whole_run, tmp_path):
     try:
         for name, why in (("npz:gone", "The images could not be shown"), ("python:os:system", "from a Python module")):
             changed["data"]["name"] = name
-            recipe.write_text(json.dumps(changed))
+            write_json_file(recipe, changed)
             _, read, messages = page_of(tmp_path / "run")
             assert why in read.text
             assert "The most similar pairs" in read.text
             assert len(messages) == 2
     finally:
-        recipe.write_text(kept)
+        write_json_file(recipe, json.loads(kept))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 from urllib.error import URLError
@@ -17,9 +18,19 @@ from kdpipe.stages.models.build import ModelConfig, build_model, list_models
 from kdpipe.stages.models.weights import count_parameters
 
 
-def build(name: str, *, channels: int = 3, num_classes: int = 10, weights: str | None = None, **args: Any) -> nn.Module:
+def build(
+    name: str,
+    *,
+    channels: int = 3,
+    num_classes: int = 10,
+    weights: str | None = None,
+    notify: Callable[[str], None] = print,
+    **args: Any,
+) -> nn.Module:
     config = ModelConfig(name=name, args=args, weights=weights)
-    return build_model(config, num_classes=num_classes, in_channels=channels, image_size=(32, 32), seed=0)
+    return build_model(
+        config, num_classes=num_classes, in_channels=channels, image_size=(32, 32), seed=0, notify=notify
+    )
 
 
 def blueprint(name: str, **args: Any) -> nn.Module:
@@ -124,7 +135,12 @@ def test_published_weights_with_a_fresh_head(hub: Path, name: str, head: str) ->
     torch.manual_seed(7)
     published = models.get_model(name).state_dict()
     publish(hub, name, published)
-    model = build(name, weights="published", num_classes=10)
+    notices: list[str] = []
+    model = build(name, weights="published", num_classes=10, notify=notices.append)
+    assert notices == [
+        f"the published weights of {name} are of 1,000 classes, the data has 10: the classifier is new, drawn from the "
+        "seed."
+    ]
     assert_same(all_but(model.state_dict(), head), all_but(published, head))
     assert model.state_dict()[f"{head}weight"].shape[0] == 10
     assert_same(build(name, weights="published", num_classes=10).state_dict(), model.state_dict())

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from kdpipe.stages.errors import ModelError
 from kdpipe.stages.models.build import ModelConfig, build_model
-from kdpipe.stages.models.weights import count_parameters, load_weights, weights_sha256
+from kdpipe.stages.models.weights import count_parameters, load_weights, state_sha256, weights_sha256
 
 
 class Touch:
@@ -74,6 +74,84 @@ def test_wide_resnets_of_the_reference_code(tmp_path: Path) -> None:
     torch.save({"epoch": 240, "model": entries, "best_acc": torch.tensor(75.6)}, tmp_path / "w.pth")
     load_weights(target, tmp_path / "w.pth")
     assert weights_sha256(target) == weights_sha256(source)
+
+
+ONE, OTHER = network(1).state_dict(), network(3).state_dict()
+
+
+def with_prefix(prefix: str, entries: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {prefix + key: tensor for key, tensor in entries.items()}
+
+
+BOTH = {**with_prefix("module.student.", ONE), **with_prefix("module.teacher.", OTHER)}
+LIGHTNING = {**with_prefix("model.", ONE), "loss.weight": torch.ones(2)}
+
+
+@pytest.mark.parametrize(
+    ("content", "key", "notice"),
+    [
+        ({"net": ONE, "acc": 93.1}, None, "the weights under 'net' are taken."),
+        ({"teacher": ONE}, None, "the weights under 'teacher' are taken."),
+        ({"model_ema": ONE, "best": torch.ones(1)}, None, "the weights under 'model_ema' are taken."),
+        (with_prefix("base.", ONE), None, "the weights under 'base' are taken."),
+        ({"state_dict": LIGHTNING}, None, "under 'state_dict.model' are taken, and the other entries (1) are left"),
+        (
+            {"state_dict": ONE, "state_dict_ema": OTHER},
+            None,
+            "has 'state_dict_ema' (model.weights_key chooses)",
+        ),
+        ({"state_dict": OTHER, "state_dict_ema": ONE}, "state_dict_ema", "under 'state_dict_ema' are taken."),
+        ({"model": BOTH}, "model.module.student", "under 'model.module.student' are taken, and "),
+        ({"state_dict": ONE, "optimizer": {"state": {0: {"exp_avg": torch.ones(2)}}}}, None, None),
+    ],
+)
+def test_what_fits_is_taken_and_told(tmp_path: Path, content: object, key: str | None, notice: str | None) -> None:
+    torch.save(content, tmp_path / "w.pt")
+    target, notices = network(2), list[str]()
+    load_weights(target, tmp_path / "w.pt", weights_key=key, notify=notices.append)
+    assert state_sha256(target.state_dict()) == state_sha256(ONE)
+    assert len(notices) == (notice is not None)
+    assert (notice or "") in "".join(notices)
+
+
+@pytest.mark.parametrize(
+    ("content", "key", "sentence"),
+    [
+        ({"model": BOTH}, None, "networks that fit the model, 'model.module.student', 'model.module.teacher': choose"),
+        ({"teacher": ONE, "student": OTHER}, None, "several networks that fit the model, 'teacher', 'student'"),
+        ({"state_dict": ONE}, "ema", "no weights under model.weights_key = 'ema'; keys: 'state_dict'."),
+        ({"net": with_prefix("x.", {**ONE, "more": torch.ones(1)})}, None, "unexpected more (under 'net.x')"),
+        (ONE | {"fc.weight": torch.ones(7, 32), "fc.bias": torch.ones(7)}, None, "differs: set fresh_head = true"),
+    ],
+)
+def test_what_does_not_fit_is_described(tmp_path: Path, content: object, key: str | None, sentence: str) -> None:
+    torch.save(content, tmp_path / "w.pt")
+    with pytest.raises(ModelError, match=re.escape(sentence)):
+        load_weights(network(2), tmp_path / "w.pt", weights_key=key)
+
+
+@pytest.mark.parametrize(
+    "entries",
+    [
+        ONE | {"fc.weight": torch.ones(7, 32), "fc.bias": torch.ones(7)},
+        {key: value for key, value in ONE.items() if not key.startswith("fc")},
+        ONE,
+    ],
+    ids=["other classes", "no classifier", "as many classes"],
+)
+def test_a_fresh_head_is_drawn_from_the_seed(tmp_path: Path, entries: dict[str, Tensor]) -> None:
+    torch.save(entries, tmp_path / "w.pt")
+    target, fresh, notices = network(2), network(2), list[str]()
+    load_weights(target, tmp_path / "w.pt", fresh_head=10, notify=notices.append)
+    head = {"fc.weight", "fc.bias"}
+    for name, value in target.state_dict().items():
+        assert torch.equal(value, fresh.state_dict()[name] if name in head else ONE[name]), name
+    assert notices == [f"{tmp_path / 'w.pt'}: the classifier (fc.weight, fc.bias) is new, drawn from the seed."]
+
+
+def test_a_torchscript_file_is_refused_as_a_program(tmp_path: Path) -> None:
+    torch.jit.trace(nn.Linear(2, 2), torch.zeros(1, 2)).save(str(tmp_path / "w.pt"))
+    refused(tmp_path / "w.pt", "is a TorchScript file: a program, not weights alone")
 
 
 def test_a_model_may_itself_have_a_module_called_module(tmp_path: Path) -> None:

@@ -1,0 +1,163 @@
+"""Networks of more classes than the data has: the rows of their classifier that belong to the data's classes."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import nn
+
+from kdpipe.stages.errors import ModelError, RecipeError, cause
+from kdpipe.stages.models.build import PUBLISHED, ModelConfig, build_model, weights_path
+from kdpipe.stages.models.torchvision import published_categories
+
+WORDNET_ID = re.compile(r"(n\d{8})[\s,]+(.+)")
+
+MAX_NAMED = 5
+
+
+def build_for_classes(
+    config: ModelConfig,
+    class_names: Sequence[str],
+    *,
+    in_channels: int,
+    image_size: tuple[int, int],
+    seed: int,
+    notify: Callable[[str], None] = lambda notice: None,
+) -> nn.Module:
+    """Build a network for these classes: as `build_model`, or with the rows of those among `config.classes`.
+
+    Raises:
+        RecipeError: A class is not among the network's, or several of that name are.
+        ModelError: As `build_model`, or the network does not end in a classifier of one layer.
+    """
+    shape: dict[str, Any] = {"in_channels": in_channels, "image_size": image_size, "seed": seed, "notify": notify}
+    if config.classes is None:
+        return build_model(config, num_classes=len(class_names), **shape)
+    known = read_class_list(config)
+    rows = _find(class_names, known, config.classes)
+    model = build_model(replace(config, classes=None), num_classes=len(known), **shape)
+    _select_classes(model, rows, len(known), (in_channels, *image_size), config.name)
+    found = [f"{name} is {row} ({known[row][-1]})" for name, row in zip(class_names, rows, strict=True)]
+    some = ", ".join(found[:MAX_NAMED]) + (", ..." if len(found) > MAX_NAMED else "")
+    notify(f"{config.name} keeps {len(rows)} of its {len(known):,} classes: {some}.")
+    return model
+
+
+def read_class_list(config: ModelConfig) -> list[tuple[str, ...]]:
+    """Return the names of each class of the network that `config` describes, in the order of its outputs.
+
+    `config.classes` is "published", or a file: a text with one class a line, where names of the same class are
+    separated by tabs or commas, or a WordNet id comes first; or JSON with a list, a table by number, or what timm and
+    transformers write (`label_names`, `id2label`).
+
+    Raises RecipeError if the file cannot be read, or is no such list.
+    """
+    assert config.classes is not None
+    if config.classes == PUBLISHED:
+        if config.weights != PUBLISHED:
+            raise RecipeError("model.classes = 'published' is for published weights: give a file with a class a line.")
+        return [(name,) for name in published_categories(config.name)]
+    path = weights_path(config.classes)
+    try:
+        text = path.read_text()
+        entries = list(_entries(json.loads(text))) if path.suffix == ".json" else text.strip().splitlines()
+        classes = [tuple(_names(entry)) for entry in entries]
+    except (OSError, ValueError, TypeError, KeyError, RecursionError) as error:
+        raise RecipeError(f"model.classes: {path} is no list of class names ({cause(error)}).") from error
+    if not classes or not all(classes):
+        raise RecipeError(f"model.classes: {path} has {len(classes)} classes, and not all have a name.")
+    return classes
+
+
+def _entries(content: Any) -> Iterator[Any]:
+    for key in ("pretrained_cfg", "id2label", "label_names"):
+        content = content[key] if isinstance(content, dict) and key in content else content
+    if isinstance(content, dict):
+        yield from (content[key] for key in sorted(content, key=int))
+    else:
+        yield from content
+
+
+def _names(entry: str | list[str]) -> Iterator[str]:
+    """Yield the names of a class."""
+    if isinstance(entry, list):
+        yield from entry
+        return
+    entry = entry.strip()
+    if match := WORDNET_ID.fullmatch(entry):
+        yield match[1]
+        entry = match[2]
+    parts = [part.strip() for part in re.split(r"\t|, ", entry) if part.strip()]
+    yield from [*parts, entry] if len(parts) > 1 else parts
+
+
+def _find(class_names: Sequence[str], known: Sequence[Sequence[str]], where: str) -> list[int]:
+    """Return the position of each of the data's classes among the network's."""
+    rows_of: dict[str, set[int]] = {}
+    for row, names in enumerate(known):
+        for name in names:
+            rows_of.setdefault(_plain(name), set()).add(row)
+    found = [sorted(rows_of.get(_plain(name), ())) for name in class_names]
+    absent = [name for name, rows in zip(class_names, found, strict=True) if not rows]
+    if absent:
+        raise RecipeError(
+            f"model.classes: {len(absent)} of the data's {len(class_names)} classes are not among the {len(known):,} "
+            f"of {where}: {_some(absent)}. It has {_some([names[0] for names in known])}; add the data's names to its "
+            "lines."
+        )
+    for name, rows in zip(class_names, found, strict=True):
+        if len(rows) > 1:
+            raise RecipeError(f"model.classes: {where} has several classes {name!r}, {rows}: give them other names.")
+    rows = [one for one, *_ in found]
+    if twice := [name for name, row in zip(class_names, rows, strict=True) if rows.count(row) > 1]:
+        raise RecipeError(f"model.classes: the data's classes {_some(twice)} are the same class of {where}.")
+    return rows
+
+
+def _plain(name: str) -> str:
+    return re.sub(r"[\s_-]+", " ", name).strip().casefold()
+
+
+def _some(names: Sequence[str]) -> str:
+    return ", ".join(names[:MAX_NAMED]) + (", ..." if len(names) > MAX_NAMED else "")
+
+
+def _select_classes(
+    model: nn.Module, rows: Sequence[int], num_classes: int, image_shape: tuple[int, int, int], name: str
+) -> None:
+    """Keep only `rows` of the last layer of `num_classes`, in place. Raises ModelError if the logits do not follow."""
+    heads = [
+        module
+        for module in model.modules()
+        if isinstance(module, nn.Linear | nn.Conv2d) and len(module.weight) == num_classes
+    ]
+    was_training, images = model.training, torch.linspace(-1, 1, 2 * math.prod(image_shape)).view(2, *image_shape)
+    model.eval()
+    with torch.no_grad():
+        wanted = model(images)[:, list(rows)]
+        for head in heads[-1:]:
+            _keep_rows(head, list(rows))
+        try:
+            logits = model(images)
+        except RuntimeError:  # of other layers, for another number of classes
+            logits = images
+    model.train(was_training)
+    if logits.shape != wanted.shape or not torch.allclose(logits, wanted, atol=1e-4, rtol=1e-3):
+        raise ModelError(
+            f"{name} does not end in one linear layer or convolution of {num_classes:,} classes: select those of the "
+            "data (model.classes) in a python: factory."
+        )
+
+
+def _keep_rows(head: nn.Linear | nn.Conv2d, rows: list[int]) -> None:
+    for key in ("weight", "bias"):
+        tensor = getattr(head, key)
+        if tensor is not None:
+            setattr(head, key, nn.Parameter(tensor[rows].clone(), requires_grad=tensor.requires_grad))
+    setattr(head, "out_features" if isinstance(head, nn.Linear) else "out_channels", len(rows))

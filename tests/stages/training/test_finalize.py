@@ -1,0 +1,44 @@
+"""What a finished training leaves where its network cannot be exported."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from support.tiny_run import STUDENT, TEACHER, TRAIN, tiny_context
+
+from kdpipe.pipeline.steps import train_student, train_teacher
+from kdpipe.stages.errors import ModelError
+from kdpipe.stages.export import onnx_export
+from kdpipe.stages.runtime.events import WARNING, ProgressEvent, RunMonitor
+
+
+@pytest.fixture
+def small_limit(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(onnx_export, "MAX_WEIGHT_BYTES", 100)
+
+
+@pytest.mark.usefixtures("small_limit")
+def test_teacher_beyond_the_limit_has_no_onnx_file(tmp_path: Path) -> None:
+    warnings: list[str] = []
+
+    def report(event: ProgressEvent) -> None:
+        if event.unit == WARNING:
+            warnings.append(event.job)
+
+    config = replace(TEACHER, train=replace(TRAIN, epochs=1))
+    figures = train_teacher(config, 0, tiny_context(tmp_path, RunMonitor(report)))
+    assert (figures["onnx_bytes"], figures["onnx_agreement"]) == (None, None)
+    assert (tmp_path / "teacher" / "model.safetensors").exists()
+    assert not (tmp_path / "teacher" / "model.onnx").exists()
+    assert [line for line in warnings if "no ONNX file of the teacher" in line and "GiB, and a file holds 2" in line]
+
+
+@pytest.mark.usefixtures("small_limit")
+def test_student_beyond_the_limit_is_refused_untrained(tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match=r"a file holds 2.*student\.export = false"):
+        train_student(STUDENT, 0, None, tiny_context(tmp_path))
+    assert not list(tmp_path.iterdir())
+    figures = train_student(replace(STUDENT, export=False), 0, None, tiny_context(tmp_path))
+    assert figures["onnx_bytes"] is None
