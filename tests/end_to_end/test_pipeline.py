@@ -162,23 +162,6 @@ def test_students_without_their_baseline(done, recipe, tmp_path):
     assert status["num_networks_done"] == status["num_networks"]
 
 
-def test_student_without_onnx_file_gets_it_later(done, recipe, tmp_path):
-    run = copied(done, tmp_path)
-    for folder in (run / "students", run / "compressed"):
-        shutil.rmtree(folder)
-    asked = (recipe, "--run", run, "--set", "student.baseline=false")
-    off = ("--set", "student.export=false")
-    assert kdpipe_here("train-student", *asked, *off).exit_code == 0
-    file = Path("students", "distilled-seed0", "model.onnx")
-    assert not (run / file).exists()
-    refused = kdpipe_here("compress", *asked, *off)
-    assert refused.exit_code == 2
-    assert "student.export = false" in refused.stderr
-    assert kdpipe_here("report", run, "--no-html").exit_code == 0
-    assert kdpipe_here("train-student", *asked).exit_code == 0
-    assert (run / file).read_bytes() == (done[0] / file).read_bytes()
-
-
 def copied(done, tmp_path):
     run = tmp_path / "copy"
     shutil.copytree(done[0], run)

@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 from support.tiny_run import STUDENT, TEACHER, TRAIN, tiny_context
 
-from kdpipe.pipeline.steps import train_student, train_teacher
-from kdpipe.stages.errors import ModelError
+from kdpipe.pipeline.steps import compress_student, train_student, train_teacher
+from kdpipe.stages.compress.compress import CompressConfig
+from kdpipe.stages.errors import ModelError, RecipeError
 from kdpipe.stages.export import onnx_export
 from kdpipe.stages.runtime.events import WARNING, ProgressEvent, RunMonitor
 
@@ -42,3 +43,15 @@ def test_student_beyond_the_limit_is_refused_untrained(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
     figures = train_student(replace(STUDENT, export=False), 0, None, tiny_context(tmp_path))
     assert figures["onnx_bytes"] is None
+
+
+def test_student_without_onnx_file_gets_it_later(tmp_path: Path) -> None:
+    config = replace(STUDENT, train=replace(TRAIN, epochs=1))
+    later, at_once = tiny_context(tmp_path / "later"), tiny_context(tmp_path / "at-once")
+    assert train_student(replace(config, export=False), 0, None, later)["onnx_bytes"] is None
+    with pytest.raises(RecipeError, match=r"student\.export = false"):
+        compress_student(CompressConfig(), replace(config, export=False), 0, None, later)  # type: ignore[arg-type]
+    figures = train_student(config, 0, None, later)
+    assert {**figures, "wall_s": 0} == {**train_student(config, 0, None, at_once), "wall_s": 0}
+    file = Path("students", "alone-seed0", "model.onnx")
+    assert (later.run_dir / file).read_bytes() == (at_once.run_dir / file).read_bytes()
