@@ -185,16 +185,6 @@ def test_layer_before_a_hard_coded_view_is_named():
     assert pruned.model.stem.out_channels == 4
 
 
-@pytest.mark.parametrize("name", ["weight_norm", "spectral_norm"])
-def test_layers_with_computed_weights_keep_them(name):
-    model = build("residual")
-    getattr(nn.utils.parametrizations, name)(model.stem[0])
-    with pytest.raises(ModelError, match=r"cannot follow its channels .* prune\.kind = 'weights'"):
-        prune(model, EXAMPLE, PruneConfig())
-    pruned = prune(model, EXAMPLE, PruneConfig(kind="weights"))
-    assert "computed" in pruned.excluded["stem.0"]
-
-
 @pytest.mark.parametrize("shuffle", [Shuffled(), nn.ChannelShuffle(2)])
 def test_shuffled_channels_stay(shuffle):
     after = [nn.Conv2d(16, 8, 3), nn.Conv2d(8, NUM_CLASSES, 6), nn.Flatten()]
