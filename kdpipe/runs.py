@@ -145,7 +145,8 @@ def require_same_student(folder: Path, sections: Mapping[str, Any]) -> None:
     def settings(recipe: Mapping[str, Any]) -> dict[str, Any]:
         student = recipe.get("student") or {}
         train = {key: value for key, value in student.get("train", {}).items() if key != "checkpoint_every_s"}
-        model = {key: value for key, value in (student.get("model") or {}).items() if value is not None}  # later keys
+        given = student.get("model") or {}
+        model = {key: value for key, value in given.items() if value not in (None, False)}  # some keys came later
         own = {"model": model, "train": train, "image_size": student.get("image_size")}
         return {"student": own, "distill": recipe.get("distill")}
 

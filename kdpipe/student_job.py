@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -52,7 +52,7 @@ class StudentJob:
     config: StudentConfig
     seed: int
     losses: tuple[Loss, ...]
-    places: tuple[Path | str, ...]
+    places: tuple[Path | str, ...] = field(repr=False)
     train_set: ImageSet
     test_set: ImageSet
     views: Views
@@ -164,8 +164,9 @@ def _settings(config: CompressConfig) -> dict[str, Any]:
 def _other_inputs(trained: StudentJob, job: StudentJob) -> dict[str, Any]:
     """Return the images and stores to fine-tune on where they are not those of the training."""
     found: dict[str, Any] = {}
-    if job.places != trained.places:
-        found["stores"] = redacted_json(list(map(str, job.places)))
+    places, before = (redacted_json(list(map(str, one.places))) for one in (job, trained))
+    if places != before:  # other passwords are no other stores
+        found["stores"] = places
     if job.train_set is not trained.train_set:
         before, now = (samples_of(one).digests() for one in (trained.train_set, job.train_set))
         found |= {"data": now} if now != before else {}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from kdpipe.pipeline.recipe.load import trainings_of
 from kdpipe.pipeline.run import Run
-from kdpipe.stages.compress.compress import dry_run, is_done
+from kdpipe.stages.compress.compress import CompressConfig, dry_run, is_done
 from kdpipe.stages.context import StageContext
 from kdpipe.stages.distillation.student_config import ALONE, DISTILLED, StudentConfig, student_folder
 from kdpipe.stages.distillation.task_builder import build_student
@@ -63,9 +63,9 @@ def try_student(config: StudentConfig, student: ModelBundle, job_dir: JobDir, co
     context.process_group.on_main(attempt)
 
 
-def require_export(student: StudentConfig) -> None:
-    """Raise RecipeError if the recipe's students are not exported, which compression needs."""
-    if not student.export:
+def require_export(student: StudentConfig, compression: CompressConfig) -> None:
+    """Raise RecipeError if the students to compress are not exported."""
+    if not student.export and compression.student is None:
         raise RecipeError(
             "student.export = false: compress measures and hands over ONNX files. Set it to true and run "
             "`kdpipe train-student` again, which adds them to finished students."

@@ -292,7 +292,7 @@ def run_compress(run: Run, only: Step | None = None) -> dict[str, Any]:
         raise RecipeError(f"--only {only}: compress.steps is {list(config.steps)}; add the step to the recipe.")
     if config.steps:
         require_losses(run)
-    require_export(student)
+    require_export(student, config)
     if not is_done(config, student, context.run_dir):
         dry_run(config, student, context)
     lower_priority(config.niceness)
@@ -320,7 +320,7 @@ def compress_student(
     Returns:
         The figures of each network, and the card of the exported artifacts, None if `steps` lacks "export".
     """
-    require_export(student)
+    require_export(student, config)
     root = root or compressed_root(context.run_dir, config)
     fine_tuning = build_fine_tuning(student, seed, spec, context, root)  # student, task, test images
     figures = compress(config, fine_tuning, only=steps)  # prune, fine-tune, quantize, fine-tune, evaluate

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from kdpipe.pipeline.recipe.load import Recipe, all_losses, fault_of, faults_of_each
+from kdpipe.stages.cache_teacher.plan import top_k_of
 from kdpipe.stages.compress.compress import dry_run
 from kdpipe.stages.context import IMAGENET, StageContext
 from kdpipe.stages.data.image_set import ImageSet
@@ -178,6 +179,9 @@ def _faults_of_cache(recipe: Recipe, teacher: ModelBundle, context: StageContext
             source_shapes(teacher.model, [parse_feature(text)], context.image_shape)
         except (ModelError, RecipeError) as error:
             yield f"cache.layers.{number}: {error}"
+    if recipe.data.name in SHAPES:  # the number of classes is known
+        fault = fault_of(top_k_of, recipe.cache, context)
+        yield from [fault] if fault else []
 
 
 def _faults_of_losses(recipe: Recipe, teacher: ModelBundle, context: StageContext) -> Iterator[str]:

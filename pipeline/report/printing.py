@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shlex
 import textwrap
 from collections.abc import Iterator, Sequence
@@ -55,10 +56,14 @@ def print_reports(runs: Sequence[Path], as_json: bool, *, full: bool = False, pa
 def page_path(runs: Sequence[Path], file: Path | None) -> Path:
     """Return the page's path: `file`, or report.html in the only run's folder, or in the current one.
 
+    A run folder that may only be read, such as a colleague's, has its page in the current folder, with its name.
+
     Raises:
         RunError: If no file can be written there.
     """
     path = file or (runs[0] if len(runs) == 1 else Path()) / "report.html"
+    if file is None and path.parent.is_dir() and not os.access(path.parent, os.W_OK):
+        path = Path(f"report-{path.parent.resolve().name}.html")
     if file is not None or path.parent.is_dir():
         require_writable(path, "--html")
     return path

@@ -30,6 +30,7 @@ from kdpipe.stages.export.trial import try_export
 from kdpipe.stages.losses.features.simkd import SimKD
 from kdpipe.stages.training.job_dir import JobDir
 from kdpipe.stages.training.optim import TrainConfig
+from kdpipe.stages.training.preflight import try_batches
 from kdpipe.stages.training.saved_model import finished_record
 from kdpipe.store import FingerprintMismatch, differences
 
@@ -187,10 +188,14 @@ def dry_run(config: CompressConfig, student: StudentConfig, context: StageContex
         if pruning.budget == "latency":  # measuring would take too long here
             pruning = replace(pruning, budget="parameters", ratio=0.1)
         model = prune(model, example, pruning, gradients=gradients).model
+        try_batches(replace(network, model=model), config.prune_train, role="pruned student", device=example.device)
     if config.quantizes:
         model = prepare(model, context.image_shape, config.quantize)
         if config.quantize.scheme == "int8":
             calibrate(model, [example + 1])
+        try_batches(
+            replace(network, model=model), config.quantize_train, role="quantized student", device=example.device
+        )
     if config.steps or config.opset is not None:
         try_export(model, context.image_shape, opset=config.opset)
 

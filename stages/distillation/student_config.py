@@ -49,7 +49,7 @@ class StudentConfig:
     export: bool = True
     hard_label_weight: Scheduled = 0.1
     label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    stores: tuple[PathStr, ...] = ()
+    stores: tuple[PathStr, ...] = Field(default=(), repr=False)
     teachers: TeachersConfig = Field(default_factory=TeachersConfig)
     missing_targets: Missing = "error"
     target_loading: TargetLoadingConfig = Field(default_factory=TargetLoadingConfig)

@@ -167,7 +167,8 @@ def _predictions(
     model: nn.Module, test: Evaluation, indices: Tensor, scaling: Normalization, *, flip: bool = False
 ) -> tuple[Tensor, Tensor]:
     """Return labels and predictions, int64 [n], of the test images at `indices`. The model is in eval mode."""
-    labels, predicted = [], []
+    labels: list[Tensor] = []
+    predicted: list[Tensor] = []
     for image_batch in test.loader.stream(ViewRequest(some) for some in torch.split(indices, BATCH_SIZE)):
         test.before_batch()
         scaled = scaling(image_batch.images)

@@ -58,7 +58,7 @@ class ModelConfig:
     args: dict[str, Any] = field(default_factory=dict)
     weights: PathStr | None = None
     classes: PathStr | None = None
-    weights_key: str | None = None
+    weights_key: PathStr | None = None
     fresh_head: bool = False
 
 
@@ -235,11 +235,8 @@ def _check_fit(name: str, model: nn.Module, num_classes: int, image_shape: tuple
         raise ModelError(
             f"{name} makes {list(logits.shape)} of two images of {images}, wanted logits [2, {num_classes}]."
         )
-    if (
-        not logits.is_meta
-        and bool(((logits >= 0) & (logits <= 1)).all())
-        and (kind := _probabilities_of(model, image_shape))
-    ):
+    may_be_probabilities = not logits.is_meta and bool(((logits >= 0) & (logits <= 1)).all())
+    if may_be_probabilities and (kind := _probabilities_of(model, image_shape)):
         raise NotLogitsError(
             f"{name} ends in a {kind}: its outputs are probabilities, and losses and stores take logits. Return what "
             f"goes into the {kind}."

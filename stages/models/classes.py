@@ -43,9 +43,8 @@ def build_for_classes(
     rows = _find(class_names, known, config.classes)
     model = build_model(replace(config, classes=None), num_classes=len(known), **shape)
     _select_classes(model, rows, len(known), (in_channels, *image_size), config.name)
-    found = [f"{name} is {row} ({known[row][-1]})" for name, row in zip(class_names, rows, strict=True)]
-    some = ", ".join(found[:MAX_NAMED]) + (", ..." if len(found) > MAX_NAMED else "")
-    notify(f"{config.name} keeps {len(rows)} of its {len(known):,} classes: {some}.")
+    found = [f"{name} is {row}" for name, row in zip(class_names, rows, strict=True)]
+    notify(f"{config.name} keeps {len(rows)} of its {len(known):,} classes: {_some(found)}.")
     return model
 
 

@@ -11,10 +11,9 @@ from torch import Tensor, fx, nn
 from kdpipe.stages.errors import ModelError
 from kdpipe.stages.models.clone import preserve_modes
 from kdpipe.stages.models.hooks import snapshot
+from kdpipe.stages.plugins.user_source import OWN_CLASS
 
 T = TypeVar("T")
-
-RETURNS_MORE = "_kdpipe_returns_more"
 
 
 def main_logits(output: Any) -> Any:
@@ -30,7 +29,7 @@ def main_logits(output: Any) -> Any:
 
 def returns_more(model: nn.Module) -> bool:
     """Return whether `keep_main_logits` found that a network returns more than logits."""
-    return hasattr(model, RETURNS_MORE)
+    return hasattr(model, OWN_CLASS)
 
 
 def keep_main_logits(
@@ -52,7 +51,7 @@ def keep_main_logits(
         return main_logits(own.forward(self, images))
 
     names = {"__module__": own.__module__, "__qualname__": own.__qualname__, "__doc__": own.__doc__}
-    model.__class__ = type(own.__name__, (own,), {**names, "forward": forward, RETURNS_MORE: True})
+    model.__class__ = type(own.__name__, (own,), {**names, "forward": forward, OWN_CLASS: own})
     if True in found and (untrained := _untrained(model, image_shape)):
         raise ModelError(
             f"{name} returns {_kind(found[True])} in training, and {untrained[0]} decides its logits in evaluation, "

@@ -50,6 +50,10 @@ def object_sha256(found: Any, where: str, error: type[KdpipeError], *, module: s
         return description.sha256()
 
 
+OWN_CLASS = "_kdpipe_own_class"
+"""Attribute of a class that kdpipe derived from a user's: the user's."""
+
+
 def network_sha256(model: nn.Module) -> dict[str, str]:
     """Return the digests of a network object: of the source of its modules' own classes, and of their attributes.
 
@@ -61,7 +65,8 @@ def network_sha256(model: nn.Module) -> dict[str, str]:
     kind = type(model)
     with _without_source(f"the network {kind.__qualname__}", kind.__module__, ModelError):
         classes, values = Description(strict=False), Description(strict=False, tensors=False)
-        for own in own_bases(dict.fromkeys(map(type, model.modules()))):
+        kinds = (vars(type(module)).get(OWN_CLASS, type(module)) for module in model.modules())
+        for own in own_bases(dict.fromkeys(kinds)):
             classes.code(own)
         firsts: dict[int, str] = {}
         parameters = model.named_parameters(remove_duplicate=False)

@@ -166,6 +166,7 @@ def _write(
         "onnx_bytes": None if agreement is None else job_dir.onnx.stat().st_size,
         "wall_s": round(sum(line["wall_s"] for line in history), 3),
         "examined": report.to_json(),
+        **({"at_chance": True} if report.is_at_chance() else {}),
         **more,
     }
     job_dir.finish(result)

@@ -64,6 +64,18 @@ def try_network(
     )
     if digest in _passed:
         return
+    try_batches(network, config, role=role, device=device)
+    if exports:
+        _require_export(network.model, _image_shape(network.architecture))
+    _passed.add(digest)
+
+
+def try_batches(network: ModelBundle, config: TrainConfig | None, *, role: str, device: torch.device) -> None:
+    """Evaluate a copy of a network on batches of one, two and three, and train it for a step on batches of each kind.
+
+    Raises:
+        ModelError, RecipeError: As `try_network`.
+    """
     image_shape = _image_shape(network.architecture)
     model = clone_without_hooks(network.model)
     cuda = [device] if device.type == "cuda" else []
@@ -71,11 +83,8 @@ def try_network(
         for size in (3, 2, 1):
             images = torch.rand(size, *image_shape, generator=torch.Generator().manual_seed(size))
             try_batch(model.to(device), images.to(device), network.architecture["num_classes"], role=role)
-        if config and trains:
+        if config is not None and config.epochs > 0:
             _try_training(replace(network, model=model), config, image_shape, role=role, device=device)
-    if exports:
-        _require_export(network.model, image_shape)
-    _passed.add(digest)
 
 
 def try_batch(model: nn.Module, images: Tensor, num_classes: int, *, role: str) -> None:
@@ -116,7 +125,8 @@ def _try_training(
             model=network.model,
             task=TrainingTask(loader, 1, network.normalize),
             test=None,
-            config=replace(config, epochs=1, batch_size=size),
+            # The weights of the classes are for the labels of the training set.
+            config=replace(config, epochs=1, batch_size=size, class_weights=None, sampler="shuffle"),
             seed=0,
             job_dir=JobDir(Path()),
         )

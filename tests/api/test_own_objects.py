@@ -97,6 +97,7 @@ class Both(Net):
         return {"hidden": self.body(images), "logits": super().forward(images)}
 
 
+@pytest.mark.usefixtures("without_onnx")
 def test_main_logits_of_several_outputs_are_used(data, network):
     both = Both()
     both.load_state_dict(network.state_dict())

@@ -134,17 +134,25 @@ class PrefetchPool:
             with _signals_blocked():
                 results = iter(self._loader)
             yield from results
-        except (EOFError, OSError) as error:  # from a dying worker, before torch notices
-            dead = _first_dead(_workers(self._loader))
-            if not dead and isinstance(error, OSError) and error.errno in _NO_ROOM and error.filename is None:
+        except (EOFError, OSError, RuntimeError) as error:  # from a dying worker, before torch notices
+            if _is_no_room(error):
+                reason = getattr(error, "strerror", None) or str(error).partition(". ")[0]
                 raise DataError(
-                    f"no process that decodes images can be started ({error.strerror}): /dev/shm is full, or too many "
-                    "files are open. Give it more (docker run --shm-size=1g, ulimit -n 4096), or set "
+                    f"processes that decode images cannot work ({reason}): /dev/shm is full, "
+                    "or too many files are open. Give it more (docker run --shm-size=1g, ulimit -n 4096), or set "
                     "data.num_workers = 0."
                 ) from error
+            dead = [] if isinstance(error, RuntimeError) else _first_dead(_workers(self._loader))
             if not dead:
                 raise
             raise RuntimeError(f"DataLoader worker (pid {dead[0]}) was killed.") from error
+
+
+def _is_no_room(error: Exception) -> bool:
+    """Return whether shared memory or file descriptors ran out; torch raises RuntimeError for the latter."""
+    if isinstance(error, OSError):
+        return error.errno in _NO_ROOM and error.filename is None
+    return str(error).startswith("Too many open files")
 
 
 @contextmanager

@@ -169,6 +169,14 @@ def test_summary_gives_gain_by_distillation(tmp_path):
     assert "closes 53 % of the gap to the teacher's 90.00 %" in read.text
 
 
+def test_summary_names_networks_at_chance(tmp_path):
+    run = made_run(tmp_path / "run")
+    assert "At chance" not in page_of(run)[1].text
+    path = run / "students/alone-seed1/result.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"at_chance": True}))
+    assert "At chance, no better than guessing: student alone." in page_of(run)[1].text
+
+
 def test_run_without_baseline_is_complete_and_says_so(tmp_path):
     run = made_run(tmp_path / "run")
     for folder in (run / "students").glob("alone-*"):

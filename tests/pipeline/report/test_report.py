@@ -1,12 +1,15 @@
 """`kdpipe report` of synthetic run folders: tables and JSON."""
 
 import json
+import os
 import re
+from pathlib import Path
 
 import pytest
 from support.kdpipe_process import kdpipe_here
 
 from kdpipe.pipeline.report.networks import network_entries
+from kdpipe.pipeline.report.report import page_path
 
 FIGURES = {
     "accuracy": 0.5,
@@ -212,3 +215,12 @@ def test_short_result_has_the_gain_the_main_networks_and_the_places(tmp_path, mo
         assert f"tables kdpipe report --full '{run}'" in text
     (artifacts / "card.json").write_text('{"ranking": 3}')
     assert kdpipe_here("report", run, "--no-html").exit_code == 1
+
+
+def test_page_of_a_read_only_run_goes_into_the_current_folder(tmp_path, monkeypatch):
+    run = tmp_path / "theirs"
+    run.mkdir()
+    assert page_path([run], None) == run / "report.html"
+    monkeypatch.setattr(os, "access", lambda path, mode: path != run)
+    assert page_path([run], None) == Path("report-theirs.html")
+    assert page_path([run], tmp_path / "a.html") == tmp_path / "a.html"

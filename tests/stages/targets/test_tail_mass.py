@@ -1,11 +1,18 @@
 """The mass of the classes that top-k logits do not keep is told, and need not be charged to a student."""
 
+import dataclasses
+import math
+
 import numpy as np
 import pytest
 import torch
 from support.loss_inputs import drawn
+from support.tiny_run import CACHE, STUDENT, tiny_context
+from torch import nn
 
+from kdpipe.pipeline.steps import cache_teacher
 from kdpipe.stages.distillation.compatibility import temperatures_of
+from kdpipe.stages.distillation.stores import open_distillation
 from kdpipe.stages.losses.distillation import build_distillation
 from kdpipe.stages.losses.inputs import DatasetInfo
 from kdpipe.stages.losses.logits.dist import DIST
@@ -16,7 +23,9 @@ from kdpipe.stages.losses.logits.nkd import NKD
 from kdpipe.stages.losses.relations.pkt import PKT
 from kdpipe.stages.losses.schedules import FINISHED, Schedule
 from kdpipe.stages.losses.weighted import DistillationBatch
+from kdpipe.stages.models.bundle import ModelBundle
 from kdpipe.stages.models.hooks import ModelOutput
+from kdpipe.stages.models.normalization import Normalization
 from kdpipe.stages.runtime.events import WARNING, RunMonitor
 from kdpipe.stages.targets.ensemble import TeacherEnsemble, TeachersConfig
 from kdpipe.stages.targets.outputs import TopKTargets
@@ -117,3 +126,30 @@ def test_the_rest_of_the_student_compares_the_sum_of_all_others():
     rows = torch.tensor([5, 2])
     spread = targets().with_rest_of(student)
     torch.testing.assert_close(spread.rows(rows).logits_at(4.0), spread.logits_at(4.0)[rows])
+
+
+def test_a_student_is_warned_of_what_its_store_lacks(tmp_path):
+    """The padding of the store's last shard does not count."""
+    told = []
+    context = tiny_context(tmp_path, RunMonitor(lambda event: told.append((event.unit == WARNING, event.job))))
+    context = dataclasses.replace(context, views=dataclasses.replace(context.views, num_views=1))
+    teacher = ModelBundle(Sharp(), {"name": "sharp"}, Normalization((0.5,), (0.5,)))
+    cache_teacher(dataclasses.replace(CACHE, top_k=1), tmp_path / "store.zarr", teacher, [], context)
+    losses = [KD(temperature=20.0), KD(temperature=1.0)]
+    open_distillation([tmp_path / "store.zarr"], losses, STUDENT, {}, context)
+    found = [(is_warning, text) for is_warning, text in told if "of 4 classes" in text]
+    mass = [3 / (3 + math.exp(6 / temperature)) for temperature in (20.0, 1.0)]
+    assert [is_warning for is_warning, _ in found] == [True, False]
+    assert f"the rest {100 * mass[0]:.1f} %" in found[0][1]
+    assert f"the rest {100 * mass[1]:.1f} %" in found[1][1]
+
+
+class Sharp(nn.Module):
+    """A teacher that gives the first class a logit of 6, and the others 0."""
+
+    def __init__(self):
+        super().__init__()
+        self.logits = nn.Parameter(torch.tensor([6.0, 0, 0, 0]))
+
+    def forward(self, images):
+        return self.logits.expand(len(images), -1)

@@ -88,6 +88,7 @@ def test_network_and_random_numbers_stay_unchanged() -> None:
         (NoOddBatch, TRAIN, ["does not run on a batch of 3", "of test_preflight.py, in the forward of NoOddBatch"]),
         (InPlace, TRAIN, ["cannot be trained on a batch of 2", "leaf Variable", "Change its forward"]),
         (Net, TrainConfig(epochs=1, batch_size=1), []),
+        (Net, TrainConfig(epochs=1, class_weights=(0.0, 0.0, 1.0), sampler="balanced"), []),
     ],
 )
 def test_batches_of_other_sizes_are_tried(network: type[Net], config: TrainConfig | None, words: list[str]) -> None:

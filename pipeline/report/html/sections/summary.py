@@ -52,7 +52,13 @@ def gain_of(run: PageRun) -> Gain | None:
 
 
 def sentence(run: PageRun) -> str:
-    """Return what was gained, in one sentence."""
+    """Return what was gained, in one sentence, and which networks are at chance."""
+    useless = [one.name for one in run.networks if any((job.result or {}).get("at_chance") for job in one.done)]
+    note = f" At chance, no better than guessing: {', '.join(useless)}." if useless else ""
+    return f"{_result(run)}{note}"
+
+
+def _result(run: PageRun) -> str:
     gain, distilled, teacher = gain_of(run), run.row("student"), run.row("teacher")
     if gain is not None and distilled is not None:
         return _gained(gain, distilled, teacher)

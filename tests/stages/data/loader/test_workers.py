@@ -154,12 +154,20 @@ def test_worker_that_cannot_send_ends_the_job(equal, monkeypatch):
         list(loader_of(equal, 2).stream(requests(0)))
 
 
-def test_workers_that_cannot_start_are_told_the_cure(equal, monkeypatch):
+@pytest.mark.parametrize(
+    "error",
+    [
+        OSError(errno.ENOSPC, "No space left on device"),
+        RuntimeError("Too many open files. Communication with the workers is no longer possible. Please"),  # torch's
+    ],
+)
+def test_workers_without_room_are_told_the_cure(equal, monkeypatch, error):
     def full(*_, **__):
-        raise OSError(errno.ENOSPC, "No space left on device")
+        raise error
 
     monkeypatch.setattr(multiprocessing.synchronize.SemLock, "__init__", full)
-    with pytest.raises(DataError, match=r"No space left.*/dev/shm is full.*--shm-size=1g.*data.num_workers = 0"):
+    cure = r"\((No space left on device|Too many open files)\): .*--shm-size=1g.*data.num_workers = 0"
+    with pytest.raises(DataError, match=cure):
         list(loader_of(equal, 2).stream(requests(0)))
 
 
