@@ -220,7 +220,7 @@ def _print_results(command: str, run: Run, results: dict[str, Any], as_json: boo
     from kdpipe.pipeline.commands.generations import print_generations
     from kdpipe.pipeline.commands.summary import print_summary
     from kdpipe.pipeline.report.pareto import write_pareto_plot
-    from kdpipe.pipeline.report.report import print_reports
+    from kdpipe.pipeline.report.printing import print_reports
     from kdpipe.pipeline.terminal.exit_codes import DONE
 
     if command in ("run", "compress"):

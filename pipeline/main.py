@@ -240,7 +240,7 @@ def report(
     if html is not None and no_html:
         raise typer.BadParameter("--html and --no-html exclude each other.")
     with guarded():
-        from kdpipe.pipeline.report.report import page_path, print_reports
+        from kdpipe.pipeline.report.printing import page_path, print_reports
 
         page = page_path(runs, html) if html is not None or not (no_html or as_json) else None
         code = print_reports(runs, as_json, full=full, page=page)

@@ -82,14 +82,15 @@ def warn_of_neighbor(run: Run, features: Sequence[FeatureSpec]) -> None:
             if replace(planned.identity, teacher=own) == stored.identity and has_all and stored.finished:
                 run.monitor.warn(
                     "cache-teacher",
-                    f"{path} already has the outputs of this teacher for these views: stop, and add --set "
-                    f"cache.store={path} to use them instead of computing them again ({path.parent.name} stays as it "
-                    "is).",
+                    f"{path} already has the outputs of this teacher for these views: to use them instead of computing "
+                    f"them again, stop, and add --set cache.store={path}.",
                 )
                 return
 
 
 def _neighbors(folder: Path) -> Iterator[Path]:
     """Yield the stores of the run folders next to `folder`."""
-    stores = (path / "store.zarr" for path in sorted(folder.absolute().parent.iterdir()) if path != folder.absolute())
-    return islice((store for store in stores if store.is_dir()), MAX_NEIGHBORS)
+    own = folder.absolute()
+    with suppress(OSError):  # a folder that cannot be listed
+        stores = (path / "store.zarr" for path in sorted(own.parent.iterdir()) if path != own)
+        yield from islice((store for store in stores if store.is_dir()), MAX_NEIGHBORS)

@@ -9,6 +9,7 @@ import subprocess
 import sys
 from html.parser import HTMLParser
 from itertools import pairwise
+from types import SimpleNamespace
 
 import matplotlib
 import numpy as np
@@ -16,6 +17,7 @@ import pytest
 from support.kdpipe_process import RECIPE, kdpipe_here
 from support.made_store import make_store
 
+from kdpipe.pipeline.job import _print_results
 from kdpipe.pipeline.report.chart import spread, thinned, with_unique_ids
 from kdpipe.pipeline.report.html.heat import NUM_LEVELS, level_of
 from kdpipe.pipeline.report.html.read import Job, Network
@@ -463,6 +465,13 @@ def test_real_run_has_similarity_and_samples(whole_run):
     assert read.text.count("teacher ") > len(images)
     assert "Selected from the first 359 test images." in read.text
     assert page_of(whole_run, file=whole_run / "again.html")[0] == text
+
+
+def test_demo_ends_with_the_page(whole_run, capsys):
+    page = whole_run / "report.html"
+    _print_results("run", SimpleNamespace(folder=whole_run), {}, as_json=False, page=True)
+    assert f"page     {page}" in capsys.readouterr().out
+    assert page.read_text() == page_of(whole_run, file=whole_run / "again.html")[0]
 
 
 def test_networks_of_users_are_shown_from_their_onnx_files(whole_run, tmp_path):

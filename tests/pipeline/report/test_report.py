@@ -9,7 +9,7 @@ import pytest
 from support.kdpipe_process import kdpipe_here
 
 from kdpipe.pipeline.report.networks import network_entries
-from kdpipe.pipeline.report.report import page_path
+from kdpipe.pipeline.report.printing import page_path
 
 FIGURES = {
     "accuracy": 0.5,

@@ -1,22 +1,90 @@
-"""The short result of a run on the terminal: what was gained, the main networks, and where the files are."""
+"""Print the results of runs: what was gained, the main networks and where the files are, or all tables."""
 
 from __future__ import annotations
 
+import os
 import shlex
 import textwrap
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from rich.text import Text
 
 from kdpipe.pipeline.report.formatting import integer, kib, mean_std, size_ratio
-from kdpipe.pipeline.report.html.read import MAIN_KINDS, PageRun
+from kdpipe.pipeline.report.html.read import MAIN_KINDS, PageRun, read_run
 from kdpipe.pipeline.report.html.sections.summary import sentence
-from kdpipe.pipeline.report.rows import Row
-from kdpipe.pipeline.terminal.output import console
+from kdpipe.pipeline.report.report import read_report
+from kdpipe.pipeline.report.rows import Report, Row
+from kdpipe.pipeline.report.tables import report_tables
+from kdpipe.pipeline.session.paths import require_writable
+from kdpipe.pipeline.terminal.exit_codes import DONE, DONE_IN_PART
+from kdpipe.pipeline.terminal.output import console, print_json
 from kdpipe.pipeline.terminal.tables import Table, print_table
 from kdpipe.stages.errors import RunError
 from kdpipe.stages.training.job_dir import read_json_file
+
+
+def print_reports(runs: Sequence[Path], as_json: bool, *, full: bool = False, page: Path | None = None) -> int:
+    """Print the reports of runs and return the exit status: 3 if any of their jobs are unfinished.
+
+    Args:
+        runs: The run folders.
+        as_json: Whether to print JSON, which has everything.
+        full: Whether to print all tables.
+        page: The HTML page that is written too.
+
+    Raises:
+        RunError: Before anything is printed, as `read_report` does.
+    """
+    if full or as_json:
+        reports = [read_report(run) for run in runs]
+    else:
+        page_runs = [read_run(run, number) for number, run in enumerate(runs, 1)]
+        reports = [run.report for run in page_runs]
+    if as_json:
+        documents = [report.to_json() for report in reports]
+        print_json(documents[0] if len(documents) == 1 else {"reports": documents})
+    elif full:
+        for report in reports:
+            print_report(report)
+    else:
+        for run in page_runs:
+            print_short(run, page)
+    return DONE_IN_PART if any(report.missing for report in reports) else DONE
+
+
+def page_path(runs: Sequence[Path], file: Path | None) -> Path:
+    """Return the page's path: `file`, or report.html in the only run's folder, or in the current one.
+
+    A run folder that may only be read, such as a colleague's, has its page in the current folder, with its name.
+
+    Raises:
+        RunError: If no file can be written there.
+    """
+    path = file or (runs[0] if len(runs) == 1 else Path()) / "report.html"
+    if file is None and path.parent.is_dir() and not os.access(path.parent, os.W_OK):
+        path = Path(f"report-{path.parent.resolve().name}.html")
+    if file is not None or path.parent.is_dir():
+        require_writable(path, "--html")
+    return path
+
+
+def print_report(report: Report) -> None:
+    """Print all tables and the paths of the files to stdout."""
+    screen = console()
+    screen.print(report.recipe, style="bold")
+    for table in report_tables(report):
+        print_table(screen, table)
+    screen.print("Files:", style="bold")
+    files = [(row.name, row.files[0]) for row in report.rows if row.files]
+    files += [("Pareto plot", report.pareto)] if report.pareto else []
+    files += [("artifacts", folder) for folder in report.artifacts]
+    for name, path in files:
+        screen.print(f"  {name:<18} {path}", soft_wrap=True)
+    if (Path(report.run) / "compare").is_dir():
+        screen.print("This run compares distillation variants: run `kdpipe compare` again for their table.")
+    if report.missing:
+        screen.print(f"Not finished: {', '.join(report.missing)}. Run the recipe again to complete it.", soft_wrap=True)
 
 
 def print_short(run: PageRun, page: Path | None) -> None:
