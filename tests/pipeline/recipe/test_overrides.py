@@ -183,7 +183,8 @@ def test_plan_shows_keys_that_are_not_default(path, capsys):
     plan = {
         "store": "s", "exists": False, "num_views": 1, "num_samples": 1, "num_units": 1, "num_units_missing": 0,
         "unit_rows": 1, "arrays": {}, "layers_wanted_by": {}, "missing_bytes": 0, "free_bytes": 1, "probe": None,
-        "test_store": {"num_samples": 1, "store_bytes": 1, "store": "t"}, "num_images": 1, "teacher_trained": True, "tail_mass": [],
+        "test_store": {"num_samples": 1, "store_bytes": 1, "store": "t"}, "num_images": 1, "teacher_trained": True,
+        "tail_mass": [],
     }  # fmt: skip
     print_plan(plan, origins)
     shown = capsys.readouterr().out
