@@ -99,7 +99,8 @@ def print_generations(recipe: str, results: dict[str, Any]) -> None:
     headers = ["network", "its teacher %", "test accuracy %", "best epoch %", "agreement with its teacher %", "seeds"]
     first = results["generations"][0]
     cells = [["teacher", "", f"{100 * first['teacher']['accuracy']:.2f}", "", "", "1"]]
-    cells.append(_row("student alone", "", first["alone"]))
+    if first["alone"]:  # none with student.baseline = false
+        cells.append(_row("student alone", "", first["alone"]))
     for result in results["generations"]:
         teacher = f"{100 * result['teacher']['accuracy']:.2f}"
         cells.append(_row(f"generation {result['generation']}", teacher, result["students"]))
