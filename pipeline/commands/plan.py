@@ -16,9 +16,10 @@ from kdpipe.stages.cache_teacher.estimate import first_logits, plan_cache, probe
 from kdpipe.stages.cache_teacher.plan import top_k_of
 from kdpipe.stages.context import test_context
 from kdpipe.stages.given_teacher import require_given
-from kdpipe.stages.targets.tail_mass import TAIL, TailMass, tail_of
+from kdpipe.stages.targets.tail_mass import TailMass, tail_of
 from kdpipe.stages.teacher import load_teacher, teacher_folder, untrained_teacher
 from kdpipe.store import encode_topk, open_store
+from kdpipe.store.format.topk import TAIL
 
 if TYPE_CHECKING:
     from kdpipe.pipeline.recipe.overrides import Setting, Settings

@@ -65,7 +65,7 @@ def open_distillation(
             )
         loss.require_classes(context.train_set.num_classes)
     for warning in class_warnings(losses, context.train_set.num_classes):
-        context.monitor.warn("train-student", warning)
+        context.monitor.warn_once("train-student", warning)
     shapes = student_shapes(student, losses, context)  # fails for unknown layers, before stores are staged
     paths = [local_store_path(place, context.monitor) for place in places]
     stores = [open_with_views(path, context.view_identity(), identity) for path in paths]
