@@ -194,7 +194,7 @@ def cache_teacher(
         shard = opened.process_group.work_shard
         steps.cache_teacher(config, path, bundle, wanted, opened, work_shard=shard)
         if test_set is not None:
-            test_config, test_images = replace(config, top_k=None), test_context(opened)
+            test_config, test_images = config.for_test, test_context(opened)
             steps.cache_teacher(test_config, Path(test_store_path(path)), bundle, [], test_images, work_shard=shard)
         opened.process_group.barrier()
     return open_store(path)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from dataclasses import replace
 from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
@@ -102,7 +101,7 @@ def run_plan(run: Run, with_probe: bool) -> dict[str, Any]:
     required = run.required_features(teacher)
     preflight(run)
     plan = plan_cache(config, run.store, teacher, list(required), run.context, trained=trained)
-    test_config, test_images = replace(config, top_k=None), test_context(run.context)
+    test_config, test_images = config.for_test, test_context(run.context)
     test_plan = plan_cache(test_config, run.test_store, teacher, [], test_images, trained=trained)
     plan |= {key: plan[key] + test_plan[key] for key in ("missing_bytes", "num_images")} | {"test_store": test_plan}
     timed = with_probe and plan["num_images"] > 0

@@ -78,9 +78,10 @@ def open_distillation(
         require_views(store, context.views.num_views)
     require_logits(stores, losses, student.teachers)
     for number, store in enumerate(stores):
-        temperatures = temperatures_of(losses, student.teachers, number)
-        for found in measure_tails(temperatures, store.manifest.top_k, tail_of(store)) if store.manifest.top_k else ():
-            report_tail(found, "train-student", context.monitor)
+        if store.manifest.top_k is not None:
+            temperatures = temperatures_of(losses, student.teachers, number)
+            for found in measure_tails(temperatures, store.manifest.top_k, tail_of(store)):
+                report_tail(found, "train-student", context.monitor)
     spec = DistillationSpec(
         stores,
         shapes,

@@ -42,6 +42,7 @@ class Match:
         entries: The entries with that prefix, which is removed.
         num_left_out: The number of entries with another prefix.
         fresh: The entries that are the network's own, as its classifier is new.
+        others: The places of other state dicts in the file that fit, too.
     """
 
     key: str
