@@ -351,13 +351,14 @@ def run_all(run: Run) -> dict[str, Any]:
         raise RecipeError(fault)
     require_losses(run)
     features = list(run.check_losses_fit())
-    preflight(run)
+    trains_teacher = needs_teacher(run, features)
+    preflight(run, with_teacher=trains_teacher)
     stages: dict[str, Callable[[Run], dict[str, Any]]] = {
         **STAGES,
         "cache-teacher": partial(run_cache_teacher, hint=False),
         "compress": partial(run_compress, is_tried=True),
     }
-    if needs_teacher(run, features):
+    if trains_teacher:
         warn_of_neighbor(run, features)
     else:
         stages = {name: stages[name] for name in ("train-student", "compress")}

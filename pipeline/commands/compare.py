@@ -7,6 +7,7 @@ from functools import partial
 from statistics import mean, stdev
 from typing import Any
 
+from kdpipe.pipeline.preflight import preflight
 from kdpipe.pipeline.report.formatting import mean_std
 from kdpipe.pipeline.run import Run
 from kdpipe.pipeline.shared_store import needs_teacher, warn_of_neighbor
@@ -34,7 +35,9 @@ def run_compare(run: Run) -> dict[str, Any]:
         )
     teacher = None
     features = list(run.check_losses_fit())
-    if needs_teacher(run, features):
+    trains_teacher = needs_teacher(run, features)
+    preflight(run, with_teacher=trains_teacher, compresses=False)
+    if trains_teacher:
         warn_of_neighbor(run, features)
         teacher = run_train_teacher(run)["teacher"]
         run_cache_teacher(run, hint=False)
