@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from kdpipe.stages.errors import ModelError
-from kdpipe.stages.models.weights_file import Entries
+from kdpipe.stages.models.weights.file import Entries
 
 PREFERRED = ("", "state_dict", "model", "model_state_dict", "net", "network")
 """Keys of the trained weights themselves, which are taken before others, such as averages, in this order."""
