@@ -23,7 +23,7 @@ from kdpipe.stages.models.bundle import ModelBundle
 from kdpipe.stages.models.classes import build_for_classes
 from kdpipe.stages.models.clone import unwrap
 from kdpipe.stages.models.normalization import Normalization
-from kdpipe.stages.models.weights import weights_sha256
+from kdpipe.stages.models.weights.state_dict import weights_sha256
 
 INFO = "_kdpipe_info"
 

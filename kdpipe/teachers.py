@@ -28,7 +28,7 @@ from kdpipe.stages.models.bundle import ModelBundle
 from kdpipe.stages.models.clone import unwrap
 from kdpipe.stages.models.normalization import Normalization, Numbers
 from kdpipe.stages.models.safetensors_io import load_tensors
-from kdpipe.stages.models.weights import weights_sha256
+from kdpipe.stages.models.weights.state_dict import weights_sha256
 from kdpipe.stages.targets.open import test_store_path
 from kdpipe.stages.teacher import TeacherConfig, build_teacher, teacher_fingerprint, teacher_folder
 from kdpipe.stages.training.job_dir import JobDir, read_json_file
@@ -194,7 +194,7 @@ def cache_teacher(
         shard = opened.process_group.work_shard
         steps.cache_teacher(config, path, bundle, wanted, opened, work_shard=shard)
         if test_set is not None:
-            test_config, test_images = replace(config, top_k=None), test_context(opened)
+            test_config, test_images = config.for_test, test_context(opened)
             steps.cache_teacher(test_config, Path(test_store_path(path)), bundle, [], test_images, work_shard=shard)
         opened.process_group.barrier()
     return open_store(path)

@@ -16,8 +16,13 @@ from kdpipe.stages.training.job_dir import JobDir
 from kdpipe.stages.training.preflight import try_network
 
 
-def preflight(run: Run) -> None:
+def preflight(run: Run, *, with_teacher: bool = True, compresses: bool = True) -> None:
     """Try the networks that a recipe trains and compresses, without those whose jobs have begun.
+
+    Args:
+        run: The recipe in its run folder.
+        with_teacher: Whether the teacher is trained.
+        compresses: Whether the student is compressed.
 
     Raises:
         ModelError: A network cannot be evaluated, trained, exported, pruned or quantized.
@@ -26,12 +31,13 @@ def preflight(run: Run) -> None:
     recipe, context = run.recipe, run.context
     for training in trainings_of(recipe).values():
         class_weights(training, context.train_set.labels, context.train_set.num_classes)
-    try_teacher(recipe.teacher, build_teacher(recipe.teacher, recipe.seed, context), context)
+    if with_teacher:
+        try_teacher(recipe.teacher, build_teacher(recipe.teacher, recipe.seed, context), context)
     seed = recipe.student.seeds[0]
     student = build_student(recipe.student, seed, context)
     for kind in [ALONE] * recipe.student.baseline + [DISTILLED]:
         try_student(recipe.student, student, student_folder(run.folder, kind, seed), context)
-    if recipe.student.export and not is_done(recipe.compress, recipe.student, run.folder):
+    if compresses and recipe.student.export and not is_done(recipe.compress, recipe.student, run.folder):
         dry_run(recipe.compress, recipe.student, context)
 
 

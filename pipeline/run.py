@@ -66,6 +66,10 @@ class Run:
     process_group: ProcessGroup = SINGLE
     phase: Callable[[str], AbstractContextManager[Any]] = nullcontext
 
+    def __post_init__(self) -> None:
+        if self.recipe.student.target_loading.follow_links:  # before anything reads the stores
+            trust_links(self.stores)
+
     def begin(self) -> None:
         """Create the run folder and set up the machine.
 
@@ -182,11 +186,8 @@ class Run:
     @property
     def stores(self) -> list[Path | str]:
         """The stores that students learn from: folders, or URLs."""
-        student = self.recipe.student
-        found = [where if is_url(where) else Path(where).absolute() for where in student.stores] or [self.store]
-        if student.target_loading.follow_links:
-            trust_links(found)
-        return found
+        named = self.recipe.student.stores
+        return [where if is_url(where) else Path(where).absolute() for where in named] or [self.store]
 
     def check_losses_fit(self) -> dict[FeatureSpec, list[str]]:
         """Check that all losses fit student and teacher, and the store its format, before the teacher is trained.

@@ -11,7 +11,7 @@ from pathlib import Path
 from kdpipe.pipeline.recipe.load import all_losses
 from kdpipe.pipeline.run import Run
 from kdpipe.stages.cache_teacher.estimate import plan_cache
-from kdpipe.stages.cache_teacher.plan import CacheConfig, plan_store, samples_in_row_order
+from kdpipe.stages.cache_teacher.plan import plan_store, samples_in_row_order
 from kdpipe.stages.context import test_context
 from kdpipe.stages.losses.features.simkd import SimKD
 from kdpipe.stages.runtime.events import ProgressEvent
@@ -47,7 +47,7 @@ def _is_cached(run: Run, features: Sequence[FeatureSpec]) -> bool:
     is_made_here = not recipe.cache.store or teacher_folder(run.folder).path.exists()
     if is_made_here or recipe.teacher.train is None or not run.store.exists() or _reads_weights(run):
         return False
-    teacher, test_config = untrained_teacher(recipe.teacher, recipe.seed, run.context), _test_config(recipe.cache)
+    teacher, test_config = untrained_teacher(recipe.teacher, recipe.seed, run.context), recipe.cache.for_test
     plans = [
         plan_cache(recipe.cache, run.store, teacher, features, run.context, trained=False),
         plan_cache(test_config, run.test_store, teacher, [], test_context(run.context), trained=False),
@@ -59,10 +59,6 @@ def _reads_weights(run: Run) -> bool:
     """Return whether a loss reads the teacher's own weights from the run folder."""
     losses = (loss for entry in all_losses(run.recipe).values() for loss in entry)
     return any(isinstance(loss, SimKD) and not loss.teacher for loss in losses)
-
-
-def _test_config(config: CacheConfig) -> CacheConfig:
-    return replace(config, top_k=None)
 
 
 def warn_of_neighbor(run: Run, features: Sequence[FeatureSpec]) -> None:

@@ -137,7 +137,7 @@ def run_cache_teacher(run: Run, *, hint: bool = True) -> dict[str, Any]:
     features = list(run.required_features(teacher))
     if hint:
         warn_of_neighbor(run, features)
-    test_config, test_store, test_images = replace(recipe.cache, top_k=None), run.test_store, test_context(context)
+    test_config, test_store, test_images = recipe.cache.for_test, run.test_store, test_context(context)
     samples = samples_in_row_order(test_images)  # errors of the test store must come before the long work
     missing_bytes(test_store, plan_store(test_config, teacher, [], samples, test_images), samples)
     store = cache_teacher(recipe.cache, run.store, teacher, features, context, work_shard=run.work_shard)
@@ -284,8 +284,11 @@ def require_losses(run: Run) -> None:
 # --- Stage 3: prune, quantize and export the distilled students
 
 
-def run_compress(run: Run, only: Step | None = None) -> dict[str, Any]:
-    """Prune, quantize and export each seed's student, or do `only` one of these."""
+def run_compress(run: Run, only: Step | None = None, *, is_tried: bool = False) -> dict[str, Any]:
+    """Prune, quantize and export each seed's student, or do `only` one of these.
+
+    Without `is_tried`, an untrained student is tried first.
+    """
     recipe, context = run.recipe, run.context
     config, student = recipe.compress, recipe.student
     if only in ("prune", "quantize") and only not in config.steps:
@@ -293,7 +296,7 @@ def run_compress(run: Run, only: Step | None = None) -> dict[str, Any]:
     if config.steps:
         require_losses(run)
     require_export(student, config)
-    if not is_done(config, student, context.run_dir):
+    if not is_tried and not is_done(config, student, context.run_dir):
         dry_run(config, student, context)
     lower_priority(config.niceness)
     steps = STEPS if only is None else (only,)
@@ -348,12 +351,14 @@ def run_all(run: Run) -> dict[str, Any]:
         raise RecipeError(fault)
     require_losses(run)
     features = list(run.check_losses_fit())
-    preflight(run)
+    trains_teacher = needs_teacher(run, features)
+    preflight(run, with_teacher=trains_teacher)
     stages: dict[str, Callable[[Run], dict[str, Any]]] = {
         **STAGES,
         "cache-teacher": partial(run_cache_teacher, hint=False),
+        "compress": partial(run_compress, is_tried=True),
     }
-    if needs_teacher(run, features):
+    if trains_teacher:
         warn_of_neighbor(run, features)
     else:
         stages = {name: stages[name] for name in ("train-student", "compress")}

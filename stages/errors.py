@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import textwrap
+from collections.abc import Sequence
 
 from kdpipe.store.errors import KdpipeError
 
@@ -44,6 +45,11 @@ class NotFiniteError(KdpipeError):
 
 class StoppedEarly(BaseException):  # not an error: rerunning the command continues the work
     """The job was asked to stop and its progress is saved; the text is the reason, as in "at SIGTERM"."""
+
+
+def first_few(names: Sequence[str], limit: int = 5) -> str:
+    """Return the first of these names, and "..." if there are more, for a message."""
+    return ", ".join(names[:limit]) + (", ..." if len(names) > limit else "")
 
 
 def cause(error: BaseException) -> str:

@@ -26,12 +26,12 @@ class StoreError(KdpipeError):
     """An unusable target store: damaged, incomplete, or not a store at all."""
 
 
-MAX_SHOWN, MAX_VALUE_LENGTH = 4, 80
-"""Differences that a message shows, and letters of each of their values."""
-
-
 class LinkedStoreError(StoreError):
     """A store with links that lead out of it, which are followed only where the user asks for it."""
+
+
+MAX_SHOWN, MAX_VALUE_LENGTH = 4, 80
+"""Differences that a message shows, and letters of each of their values."""
 
 
 class FingerprintMismatch(KdpipeError):

@@ -7,6 +7,7 @@ from functools import partial
 from statistics import mean, stdev
 from typing import Any
 
+from kdpipe.pipeline.preflight import preflight
 from kdpipe.pipeline.report.formatting import mean_std
 from kdpipe.pipeline.run import Run
 from kdpipe.pipeline.shared_store import needs_teacher, warn_of_neighbor
@@ -34,7 +35,9 @@ def run_compare(run: Run) -> dict[str, Any]:
         )
     teacher = None
     features = list(run.check_losses_fit())
-    if needs_teacher(run, features):
+    trains_teacher = needs_teacher(run, features)
+    preflight(run, with_teacher=trains_teacher, compresses=False)
+    if trains_teacher:
         warn_of_neighbor(run, features)
         teacher = run_train_teacher(run)["teacher"]
         run_cache_teacher(run, hint=False)
@@ -55,6 +58,8 @@ def run_compare(run: Run) -> dict[str, Any]:
                 results[variant.name].append(result)
             except NotFiniteError as error:  # the other variants go on
                 run.monitor.warn("compare", str(error))
+    if not any(results.values()):
+        raise NotFiniteError("every variant diverged: try lower weights of the losses, or a lower learning rate.")
     costs = measure_costs(
         variants,
         partial(build_step_job, context=context),
@@ -108,15 +113,15 @@ def _mean(values: Sequence[float | None], factor: float) -> float | None:
 def print_compare(recipe: str, results: dict[str, Any]) -> None:
     """Print the table to stdout, the best variant first."""
     num_seeds = len(results["rows"][0]["accuracies"])
-    headers = ["variant", "test accuracy %", "over alone", "best epoch %", "agreement %", "KL, nats", "ms / step"]
-    alone, teacher = results["rows"][0]["accuracy_mean"], results["teacher"]
+    first, teacher = results["rows"][0], results["teacher"]  # the student alone, unless student.baseline is false
+    headers = ["variant", "test accuracy %", f"over {first['name']}", "best epoch %", "agreement %", "KL, nats"]
     cells = [["teacher", f"{100 * teacher['accuracy']:.2f}", *[""] * 6]] if teacher else []
     for row in sorted(results["rows"], key=lambda row: -row["accuracy_mean"]):
         cells.append(
             [
                 row["name"],
                 mean_std(row["accuracy_mean"], row["accuracy_std"]),
-                f"{row['accuracy_mean'] - alone:+.2f}",
+                f"{row['accuracy_mean'] - first['accuracy_mean']:+.2f}",
                 f"{row['best_accuracy_mean']:.2f}",
                 mean_std(row["agreement_mean"]),
                 mean_std(row["teacher_kl_mean"], digits=3),
@@ -125,6 +130,7 @@ def print_compare(recipe: str, results: dict[str, Any]) -> None:
             ]
         )
     out = console()
-    print_table(out, Table(f"{recipe}: comparison over {num_seeds} seeds", [*headers, "vs alone"], cells))
+    headers += ["ms / step", f"vs {first['name']}"]
+    print_table(out, Table(f"{recipe}: comparison over {num_seeds} seeds", headers, cells))
     for name, number in results["num_diverged"].items():
         out.print(f"{name}: {number} of {num_seeds} seeds diverged: try a lower weight or learning rate.")

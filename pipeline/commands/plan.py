@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from dataclasses import replace
 from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
@@ -16,9 +15,10 @@ from kdpipe.stages.cache_teacher.estimate import first_logits, plan_cache, probe
 from kdpipe.stages.cache_teacher.plan import top_k_of
 from kdpipe.stages.context import test_context
 from kdpipe.stages.given_teacher import require_given
-from kdpipe.stages.targets.tail_mass import TAIL, TailMass, tail_of
+from kdpipe.stages.targets.tail_mass import TailMass, tail_of
 from kdpipe.stages.teacher import load_teacher, teacher_folder, untrained_teacher
 from kdpipe.store import encode_topk, open_store
+from kdpipe.store.format.topk import TAIL
 
 if TYPE_CHECKING:
     from kdpipe.pipeline.recipe.overrides import Setting, Settings
@@ -101,7 +101,7 @@ def run_plan(run: Run, with_probe: bool) -> dict[str, Any]:
     required = run.required_features(teacher)
     preflight(run)
     plan = plan_cache(config, run.store, teacher, list(required), run.context, trained=trained)
-    test_config, test_images = replace(config, top_k=None), test_context(run.context)
+    test_config, test_images = config.for_test, test_context(run.context)
     test_plan = plan_cache(test_config, run.test_store, teacher, [], test_images, trained=trained)
     plan |= {key: plan[key] + test_plan[key] for key in ("missing_bytes", "num_images")} | {"test_store": test_plan}
     timed = with_probe and plan["num_images"] > 0

@@ -77,8 +77,8 @@ def _shared_memory_advice(error: BaseException) -> str:
     if "/dev/shm" not in text and "shared memory" not in text:
         return ""
     return (
-        " The shared memory /dev/shm is too small: give the container more (docker run --shm-size=2g, or --ipc=host), "
-        "or load images in this process (data.num_workers = 0)."
+        " The shared memory /dev/shm is too small: give the container more (docker run --shm-size=1g), or load images "
+        "in this process (data.num_workers = 0)."
     )
 
 

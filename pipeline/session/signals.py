@@ -18,6 +18,8 @@ SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2, signal
 UNIT_S = {"d": 86400.0, "h": 3600.0, "m": 60.0, "s": 1.0}
 
 EXIT_STATUS = 75
+"""As in terminal/exit_codes.py, whose imports take too long here."""
+
 AGAIN = "; all finished work is saved. Run the same command again to continue."
 
 Handler = Callable[[int, FrameType | None], Any]

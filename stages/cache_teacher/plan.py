@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -69,6 +70,11 @@ class CacheConfig:
     store: PathStr | None = None
     batch_size: Count = 256
     shard_bytes: Annotated[int, Field(ge=4096, le=2**32)] = 64 * 2**20
+
+    @property
+    def for_test(self) -> CacheConfig:
+        """The configuration of the store of the test images, which has all logits."""
+        return replace(self, top_k=None)
 
 
 def samples_in_row_order(context: StageContext) -> Samples:

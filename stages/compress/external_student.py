@@ -16,9 +16,9 @@ from kdpipe.stages.compress.resume import with_widths
 from kdpipe.stages.errors import ModelError
 from kdpipe.stages.models.bundle import ModelBundle
 from kdpipe.stages.models.safetensors_io import RECORD
-from kdpipe.stages.models.weights import load_weights
-from kdpipe.stages.models.weights_file import read_weights
-from kdpipe.stages.models.weights_match import find_state_dict
+from kdpipe.stages.models.weights.file import read_weights
+from kdpipe.stages.models.weights.match import find_state_dict
+from kdpipe.stages.models.weights.state_dict import load_weights
 from kdpipe.stages.training.finalize import finalize
 from kdpipe.stages.training.job_dir import JobDir
 from kdpipe.store import FingerprintMismatch, differences

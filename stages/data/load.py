@@ -21,7 +21,7 @@ from kdpipe.stages.data.sources.torchvision import NAMES as TORCHVISION_NAMES
 from kdpipe.stages.data.sources.torchvision import list_digits, list_torchvision
 from kdpipe.stages.data.sources.user_function import DATASETS, is_user_dataset, list_user_dataset
 from kdpipe.stages.data.splits import Indices, Split, stratified_split, stratified_subset
-from kdpipe.stages.errors import DataError, RecipeError, UnknownDataError
+from kdpipe.stages.errors import DataError, RecipeError, UnknownDataError, first_few
 from kdpipe.store.errors import did_you_mean
 
 KNOWN_NAMES = ("digits", *TORCHVISION_NAMES, "imagefolder:PATH", "npz:PATH", "python:MODULE:FUNCTION")
@@ -153,7 +153,6 @@ def _labels_of(classes: tuple[str, ...], listing: Listing) -> list[int]:
     known = listing.class_names
     for name in classes:
         if name not in known:
-            some = ", ".join(known[:5]) + (", ..." if len(known) > 5 else "")
-            advice = did_you_mean(name, known, limit=3, otherwise=f"its classes are {some}.")
+            advice = did_you_mean(name, known, limit=3, otherwise=f"its classes are {first_few(known)}.")
             raise RecipeError(f"data.classes: {listing.name} has no class {name!r}: {advice}")
     return [label for label, name in enumerate(known) if name in classes]

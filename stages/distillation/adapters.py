@@ -14,7 +14,7 @@ from torch import Tensor, nn, tensor
 from kdpipe.stages.errors import RunError
 from kdpipe.stages.losses.distillation import Distillation
 from kdpipe.stages.models.safetensors_io import load_tensors, save_tensors
-from kdpipe.stages.models.weights import state_sha256
+from kdpipe.stages.models.weights.state_dict import state_sha256
 from kdpipe.stages.training.job_dir import JobDir
 
 SHA256 = "adapters_sha256"

@@ -27,7 +27,7 @@ from kdpipe.stages.losses.features.simkd import SimKD
 from kdpipe.stages.models.bundle import ModelBundle
 from kdpipe.stages.models.hooks import feature_shapes, get_module
 from kdpipe.stages.models.safetensors_io import load_tensors
-from kdpipe.stages.models.weights import state_sha256
+from kdpipe.stages.models.weights.state_dict import state_sha256
 from kdpipe.store import FingerprintMismatch, differences
 
 ImageShape = tuple[int, int, int]

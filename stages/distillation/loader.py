@@ -136,7 +136,8 @@ class DistillationLoader:
             rank: This process's number; by default that of torch.distributed, if it is initialized.
             num_replicas: The number of processes; likewise.
             mix_partners: The whole data set, if `dataset` lacks images that the store mixed into its own.
-            target_loading: Sizes up to which targets are kept in memory, mapped, or streamed.
+            target_loading: Sizes up to which targets are kept in memory, mapped, or streamed; when mapped ones are
+                checked; whether links that lead out of the store are followed.
             monitor: Receives progress and warnings.
 
         Raises:
@@ -145,7 +146,10 @@ class DistillationLoader:
             RecipeError: The processes cannot share the batches, or an argument is invalid.
         """
         monitor = monitor or RunMonitor()
-        opened = store if isinstance(store, TargetStore) else open_store_anywhere(store, monitor)
+        follow_links = target_loading is not None and target_loading.follow_links
+        opened = (
+            store if isinstance(store, TargetStore) else open_store_anywhere(store, monitor, follow_links=follow_links)
+        )
         self.store, self.seed = opened, whole_number("seed", seed)
         self.batch_size = batch_size = whole_number("batch_size", batch_size, minimum=1)
         num_workers = None if num_workers is None else whole_number("num_workers", num_workers)

@@ -65,7 +65,7 @@ def open_distillation(
             )
         loss.require_classes(context.train_set.num_classes)
     for warning in class_warnings(losses, context.train_set.num_classes):
-        context.monitor.warn("train-student", warning)
+        context.monitor.warn_once("train-student", warning)
     shapes = student_shapes(student, losses, context)  # fails for unknown layers, before stores are staged
     paths = [local_store_path(place, context.monitor) for place in places]
     stores = [open_with_views(path, context.view_identity(), identity) for path in paths]
@@ -78,9 +78,10 @@ def open_distillation(
         require_views(store, context.views.num_views)
     require_logits(stores, losses, student.teachers)
     for number, store in enumerate(stores):
-        temperatures = temperatures_of(losses, student.teachers, number)
-        for found in measure_tails(temperatures, store.manifest.top_k, tail_of(store)) if store.manifest.top_k else ():
-            report_tail(found, "train-student", context.monitor)
+        if store.manifest.top_k is not None:
+            temperatures = temperatures_of(losses, student.teachers, number)
+            for found in measure_tails(temperatures, store.manifest.top_k, tail_of(store)):
+                report_tail(found, "train-student", context.monitor)
     spec = DistillationSpec(
         stores,
         shapes,

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from kdpipe.stages.data.loader.image_loader import ViewRequest
+from kdpipe.stages.errors import first_few
 from kdpipe.stages.evaluation.evaluate import BATCH_SIZE, Evaluation
 from kdpipe.stages.models.normalization import Normalization
 from kdpipe.stages.runtime.memory import run_in_chunks
@@ -24,8 +25,6 @@ ORDER_IMAGES = 1000
 MAX_ORDERED = 1000
 """Classes beyond which no order is searched: it takes a matrix of all pairs."""
 
-MAX_NAMED = 3
-
 MIN_ORDERED = {20: 0.5, MAX_ORDERED: 0.25}
 """Accuracies in another order that are reported, by the largest number of classes.
 
@@ -36,7 +35,7 @@ MIN_GAIN = 0.05
 """The smallest gain of accuracy that is reported."""
 
 MIN_SIGMAS = 4.0
-"""Standard errors that a gain must exceed: ten scalings are tried."""
+"""Standard errors that a gain must exceed: many scalings are tried."""
 
 SCALINGS: dict[str, tuple[tuple[float, ...], tuple[float, ...]]] = {
     "ImageNet's": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
@@ -122,11 +121,10 @@ def try_class_order(model: nn.Module, test: Evaluation) -> Finding | None:
     moved = [f"output {one} is {names[order[one]]!r}" for one in range(len(names)) if order[one] != one]
     if not moved:
         return None
-    some = ", ".join(moved[:MAX_NAMED]) + (", ..." if len(moved) > MAX_NAMED else "")
     advice = "name its classes in their order (teacher.model.classes)"
     labels, predicted = labels[1::2], predicted[1::2]
     finding = _finding(
-        f"its classes in another order ({some})", advice, order[predicted] == labels, predicted == labels
+        f"its classes in another order ({first_few(moved, 3)})", advice, order[predicted] == labels, predicted == labels
     )
     lowest = next(accuracy for num_classes, accuracy in MIN_ORDERED.items() if len(names) <= num_classes)
     return finding if finding and finding.accuracy >= lowest else None

@@ -94,9 +94,8 @@ class WeightedLoss(nn.Module):
             return batch.student.logits.new_zeros(())
         num_local = len(inputs.labels)
         sample_weights = compute_sample_weights(self.config.samples, inputs.teacher, inputs.labels)
-        if (
-            num_local == num_used == 1 < batch.num_samples
-        ):  # batch norm needs two rows; twice the same has the same mean
+        # Batch norm needs two rows; twice the same has the same mean.
+        if num_local == num_used == 1 < batch.num_samples:
             inputs = inputs.rows(torch.zeros(2, dtype=torch.int64, device=inputs.labels.device))
         loss: Tensor = self.loss(self._normalize_logits(inputs))
         wanted = [len(inputs.labels)] if self.config.per_sample else []

@@ -20,7 +20,7 @@ from kdpipe.stages.models.main_logits import keep_main_logits
 from kdpipe.stages.models.registry import SMALL_IMAGE_NETWORKS, build_small_image_network
 from kdpipe.stages.models.torchvision import WITH_AUXILIARY_HEADS, build_classifier, classifier_names, refusal
 from kdpipe.stages.models.user_models import MODELS, build_user_model, is_user_model, model_source_sha256
-from kdpipe.stages.models.weights import load_weights
+from kdpipe.stages.models.weights.state_dict import load_weights
 from kdpipe.stages.numerics import PROBABILITIES, kinds_of_outputs
 from kdpipe.stages.plugins.user_source import network_sha256
 from kdpipe.store.errors import did_you_mean

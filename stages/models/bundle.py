@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from kdpipe.stages.errors import ModelError
 from kdpipe.stages.models.normalization import Normalization
-from kdpipe.stages.models.weights import weights_sha256
+from kdpipe.stages.models.weights.state_dict import weights_sha256
 
 
 @dataclass(frozen=True)

@@ -12,13 +12,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from kdpipe.stages.errors import ModelError, RecipeError, cause
+from kdpipe.stages.errors import ModelError, RecipeError, cause, first_few
 from kdpipe.stages.models.build import PUBLISHED, ModelConfig, build_model, weights_path
 from kdpipe.stages.models.torchvision import published_categories
 
 WORDNET_ID = re.compile(r"(n\d{8})[\s,]+(.+)")
-
-MAX_NAMED = 5
 
 
 def build_for_classes(
@@ -44,7 +42,7 @@ def build_for_classes(
     model = build_model(replace(config, classes=None), num_classes=len(known), **shape)
     _select_classes(model, rows, len(known), (in_channels, *image_size), config.name)
     found = [f"{name} is {row}" for name, row in zip(class_names, rows, strict=True)]
-    notify(f"{config.name} keeps {len(rows)} of its {len(known):,} classes: {_some(found)}.")
+    notify(f"{config.name} keeps {len(rows)} of its {len(known):,} classes: {first_few(found)}.")
     return model
 
 
@@ -107,24 +105,20 @@ def _find(class_names: Sequence[str], known: Sequence[Sequence[str]], where: str
     if absent:
         raise RecipeError(
             f"model.classes: {len(absent)} of the data's {len(class_names)} classes are not among the {len(known):,} "
-            f"of {where}: {_some(absent)}. It has {_some([names[0] for names in known])}; add the data's names to its "
-            "lines."
+            f"of {where}: {first_few(absent)}. It has {first_few([names[0] for names in known])}; add the data's names "
+            "to its lines."
         )
     for name, rows in zip(class_names, found, strict=True):
         if len(rows) > 1:
             raise RecipeError(f"model.classes: {where} has several classes {name!r}, {rows}: give them other names.")
     rows = [one for one, *_ in found]
     if twice := [name for name, row in zip(class_names, rows, strict=True) if rows.count(row) > 1]:
-        raise RecipeError(f"model.classes: the data's classes {_some(twice)} are the same class of {where}.")
+        raise RecipeError(f"model.classes: the data's classes {first_few(twice)} are the same class of {where}.")
     return rows
 
 
 def _plain(name: str) -> str:
     return re.sub(r"[\s_-]+", " ", name).strip().casefold()
-
-
-def _some(names: Sequence[str]) -> str:
-    return ", ".join(names[:MAX_NAMED]) + (", ..." if len(names) > MAX_NAMED else "")
 
 
 def _select_classes(

@@ -16,6 +16,8 @@ from torch import Tensor, nn
 
 from kdpipe.stages.errors import ModelError, RecipeError, RunError
 from kdpipe.stages.models.safetensors_io import RECORD
+from kdpipe.store.errors import KdpipeError
+from kdpipe.store.fs.safe_read import read_json
 
 CONFIGS = ("config.json", "preprocessor_config.json")
 """Files beside downloaded weights that have their input scaling, as timm and transformers write them."""
@@ -147,10 +149,8 @@ def _records(model: nn.Module, weights: Path | None) -> Iterator[tuple[str, Mapp
         pass  # not from kdpipe
     for path in (*(weights.with_name(name) for name in CONFIGS), weights.with_suffix(".json")):
         try:
-            text = path.read_text() if path.stat().st_size <= MAX_CONFIG_BYTES else ""
-            config = json.loads(text)
-        except (OSError, ValueError, RecursionError):
+            config = read_json(path, MAX_CONFIG_BYTES)
+        except (OSError, KdpipeError):
             continue
-        if isinstance(config, Mapping):
-            own = next((config[key] for key in ("pretrained_cfg", "normalization") if key in config), config)
-            yield str(path), own if isinstance(own, Mapping) else {}
+        own = next((config[key] for key in ("pretrained_cfg", "normalization") if key in config), config)
+        yield str(path), own if isinstance(own, Mapping) else {}

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 from kdpipe.stages.errors import ModelError, cause
 from kdpipe.stages.models.arguments import refuse_unknown_args
-from kdpipe.stages.models.weights import load_entries
-from kdpipe.stages.models.weights_match import width_of
+from kdpipe.stages.models.weights.match import width_of
+from kdpipe.stages.models.weights.state_dict import load_entries
 
 CHANNELS = 3
 # Arguments that a family's builders take out of their **kwargs.

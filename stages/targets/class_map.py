@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from kdpipe.stages.data.image_set import ImageSet
-from kdpipe.stages.errors import RecipeError
+from kdpipe.stages.errors import RecipeError, first_few
 from kdpipe.store import StoreError, TargetStore
 from kdpipe.store.errors import did_you_mean
 
@@ -78,8 +78,8 @@ def read_class_map(store: TargetStore, image_set: ImageSet, config: ClassMapConf
     pairs = {name: name for name in stored if name in names} if isinstance(config, str) else config
     if not pairs:
         raise RecipeError(
-            f"{store.path} and the data set share no class names ({_some(stored)}; {_some(names)}): map them with a "
-            "table, as in student.teachers.classes = [{ tabby = 'cat' }]."
+            f"{store.path} and the data set share no class names ({first_few(stored, 3)}; {first_few(names, 3)}): map "
+            "them with a table, as in student.teachers.classes = [{ tabby = 'cat' }]."
         )
     student_class = np.full(len(stored), -1, np.int64)
     for teacher_name, student_name in pairs.items():
@@ -104,9 +104,5 @@ def _find(name: str, names: Sequence[str], owner: str) -> int:
         )
     if count:
         return names.index(name)
-    hint = did_you_mean(name, names, limit=3, otherwise=f"its classes are {_some(names)}.")
+    hint = did_you_mean(name, names, limit=3, otherwise=f"its classes are {first_few(names, 3)}.")
     raise RecipeError(f"student.teachers.classes: {owner} has no class {name!r}; {hint}")
-
-
-def _some(names: Sequence[str]) -> str:
-    return ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")

@@ -15,8 +15,7 @@ from numpy.typing import NDArray
 
 from kdpipe.stages.runtime.events import ProgressEvent, RunMonitor
 from kdpipe.store import TargetStore, TopK, interpolation
-
-TAIL = "logits/tail"
+from kdpipe.store.format.topk import TAIL
 
 MEASURED_ROWS = 4096
 
@@ -64,8 +63,8 @@ def measure_tails(temperatures: Sequence[tuple[str, float]], top_k: TopK, tail: 
 
 
 def report_tail(found: TailMass, stage: str, monitor: RunMonitor) -> None:
-    """Report a mass, as a warning if it is large."""
+    """Report a mass, as a warning if it is large: one for all stages and variants of a run."""
     if found.is_large:
-        monitor.warn(stage, str(found))
+        monitor.warn_once(stage, str(found))
     else:
         monitor.report(ProgressEvent(stage, str(found), 1, 1, "loss"))

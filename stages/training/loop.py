@@ -18,6 +18,7 @@ from kdpipe.stages.evaluation.evaluate import evaluate
 from kdpipe.stages.models.hooks import extract_features
 from kdpipe.stages.runtime.circumstances import circumstances, resume_circumstances
 from kdpipe.stages.runtime.events import ProgressEvent, RunMonitor
+from kdpipe.stages.runtime.sync_batch_norm import batch_norm_over_processes
 from kdpipe.stages.training.callbacks import Hooks, callbacks_of
 from kdpipe.stages.training.checkpoint import Progress, TrainState, load_checkpoint, save_checkpoint
 from kdpipe.stages.training.class_balance import with_class_balance
@@ -30,7 +31,6 @@ from kdpipe.stages.training.optimization.averaging import (
     use_evaluated_weights,
 )
 from kdpipe.stages.training.step import TrainStep, autocast_dtype
-from kdpipe.stages.training.sync_batch_norm import batch_norm_over_processes
 from kdpipe.stages.training.task import Batch
 
 

@@ -10,7 +10,7 @@ from torch import nn
 
 from kdpipe.stages.errors import ModelError, RunError
 from kdpipe.stages.models.safetensors_io import load_tensors, save_tensors
-from kdpipe.stages.models.weights import weights_sha256
+from kdpipe.stages.models.weights.state_dict import weights_sha256
 from kdpipe.stages.training.job_dir import JobDir
 from kdpipe.store import FingerprintMismatch, differences
 

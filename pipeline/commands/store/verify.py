@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -50,7 +49,7 @@ def repair(run: Run) -> Repaired:
     layers = list(run.required_features(teacher))
     repaired = {run.store: repair_store(config, run.store, teacher, layers, run.context)}
     if run.test_store.exists():
-        test_config, test_images = replace(config, top_k=None), test_context(run.context)
+        test_config, test_images = config.for_test, test_context(run.context)
         repaired[run.test_store] = repair_store(test_config, run.test_store, teacher, [], test_images)
     return repaired
 

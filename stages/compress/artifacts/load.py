@@ -24,7 +24,7 @@ from kdpipe.stages.models.bundle import ModelBundle
 from kdpipe.stages.models.normalization import Normalization
 from kdpipe.stages.models.safetensors_io import load_tensors
 from kdpipe.stages.models.user_models import is_user_model
-from kdpipe.stages.models.weights import load_entries
+from kdpipe.stages.models.weights.state_dict import load_entries
 from kdpipe.stages.plugins.user_code import is_user_reference
 from kdpipe.store import KdpipeError
 

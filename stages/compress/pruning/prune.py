@@ -41,7 +41,7 @@ from kdpipe.stages.evaluation.macs import count_macs
 from kdpipe.stages.models.clone import clone_without_hooks
 from kdpipe.stages.models.hooks import get_module
 from kdpipe.stages.models.main_logits import returns_more
-from kdpipe.stages.models.weights import count_parameters
+from kdpipe.stages.models.weights.state_dict import count_parameters
 
 
 @section

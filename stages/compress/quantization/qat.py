@@ -67,12 +67,12 @@ def prepare_qat(model: nn.Module, example: Tensor, exclude: Sequence[str] = ()) 
         raise ModelError(f"the model already has a module {QUANTIZERS!r}: it was prepared before.")
     prepared = trace_folded(model, example, QatModel)
     nodes = rounded_nodes(prepared, model, logits_of(prepared), exclude)
-    _round_weights(prepared)
     if not nodes:
         raise ModelError(
             "the model cannot be quantized: none of its layers reads or writes a value that INT8 can represent. Take "
             "'quantize' out of compress.steps."
         )
+    _round_weights(prepared)
     place_quantizers(prepared, nodes, next(model.parameters(), example).device)
     set_input_grids(prepared)
     prepared.recompile()

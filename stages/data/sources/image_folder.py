@@ -21,7 +21,7 @@ from kdpipe.stages.data.sources.listing import Listing
 from kdpipe.stages.data.sources.split_folders import LOOKED_FOR, Role, notices_of_splits, role_of, split_folders
 from kdpipe.stages.data.sources.walk import SUFFIXES, LeftOut, walk_images
 from kdpipe.stages.data.splits import Split
-from kdpipe.stages.errors import DataError
+from kdpipe.stages.errors import DataError, first_few
 
 T = TypeVar("T")
 
@@ -106,7 +106,7 @@ def _image_files(
     if unknown := [name for name in classes if name not in class_names]:
         raise DataError(
             f"{folder.absolute()} has the class folder {unknown[0]!r}, which is missing from the train split: "
-            f"its classes are {_few(class_names)}."
+            f"its classes are {first_few(class_names)}."
         )
     for entry in os.scandir(folder):
         if entry.name.startswith("."):
@@ -118,7 +118,7 @@ def _image_files(
         found = _class_files(class_folder, left_out, is_only=len(classes) == 1)
         if not found and not may_be_empty:
             raise DataError(
-                f"{class_folder.absolute()} has no images ({_few(sorted(SUFFIXES), 30)}): add some, or remove the "
+                f"{class_folder.absolute()} has no images ({', '.join(sorted(SUFFIXES))}): add some, or remove the "
                 f"folder. {left_out}".rstrip()
             )
         files += [(path[len(str(folder)) + 1 :].replace(os.sep, "/"), path) for path in found]
@@ -140,16 +140,16 @@ def _class_files(class_folder: Path, left_out: LeftOut, *, is_only: bool) -> lis
 def _require_class(class_folder: Path, folders: list[str], *, is_only: bool) -> None:
     """Raise DataError if the folders in a class folder are splits, or those in the only one are the classes."""
     roles = {role_of(name) for name in folders}
-    is_split = "train" in roles and len(roles - {None}) > 1
+    is_split, names = "train" in roles and len(roles - {None}) > 1, first_few(sorted(folders))
     if is_only and (is_split or len(folders) > 1):
         raise DataError(
-            f"{class_folder.absolute()} would be the only class, and it holds the folders {_few(sorted(folders))}: use "
-            "it as PATH, if these are the splits or the classes."
+            f"{class_folder.absolute()} would be the only class, and it holds the folders {names}: use it as "
+            "PATH, if these are the splits or the classes."
         )
     if is_split:
         raise DataError(
-            f"the class folder {class_folder.absolute()} holds the folders {_few(sorted(folders))}: splits come first. "
-            "Move the images to PATH/train/<class>/ and PATH/test/<class>/."
+            f"the class folder {class_folder.absolute()} holds the folders {names}: splits come first. Move the "
+            "images to PATH/train/<class>/ and PATH/test/<class>/."
         )
 
 
@@ -161,7 +161,3 @@ def _by_nfc_name(named: Iterable[tuple[str, T]]) -> dict[str, T]:
         if twin != path:
             raise DataError(f"{twin} and {path} differ only in Unicode normalization: rename one.")
     return dict(sorted(paths.items()))
-
-
-def _few(names: tuple[str, ...] | list[str], limit: int = 5) -> str:
-    return ", ".join(names[:limit]) + (", ..." if len(names) > limit else "")

@@ -13,7 +13,7 @@ from torch import Tensor
 from kdpipe.stages.data.decode import Pixels
 from kdpipe.stages.data.image_files import ImageFileList
 from kdpipe.stages.data.splits import Indices, Split
-from kdpipe.stages.errors import DataError
+from kdpipe.stages.errors import DataError, first_few
 
 MAX_NUMBERED_CLASSES = 1_000_000
 """Limit for the number of classes inferred from the largest label, against typos."""
@@ -91,7 +91,7 @@ def absent_classes(
     absent = [number for number in np.flatnonzero(~present) if wanted is None or class_names[number] in wanted]
     if not absent:
         return ()
-    some = ", ".join(repr(class_names[number]) for number in absent[:5]) + (", ..." if len(absent) > 5 else "")
+    some = first_few([repr(class_names[number]) for number in absent])
     found = f"data set {where} ({split}): {len(absent)} of {len(class_names)} classes have no sample: {some}."
     if split == "test":
         return (f"{found} Their accuracy is not measured.",)

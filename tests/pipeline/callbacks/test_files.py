@@ -37,11 +37,11 @@ def state_of(folder, *history, job="distilled student, seed 0", warn=print):
 
 
 def train(folder, callback, **more):
-    """Train the tiny teacher; return the warnings."""
+    """Train the tiny teacher; return the warnings, but for that of its accuracy."""
     events = []
     monitor = RunMonitor(events.append, callbacks=(callback,), run_dir=folder, **more)
     train_teacher(TEACHER, 0, tiny_context(folder, monitor))
-    return [event.job for event in events if event.unit == WARNING]
+    return [event.job for event in events if event.unit == WARNING and "is at chance" not in event.job]
 
 
 def test_a_resumed_training_repeats_no_line_of_the_csv_file(tmp_path):

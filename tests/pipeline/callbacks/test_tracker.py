@@ -17,11 +17,11 @@ CONFIG = {"name": "tiny", "teacher": {"train": {"lr": 0.05}}}
 
 
 def train(folder, callback, **more):
-    """Train the tiny teacher; return the warnings."""
+    """Train the tiny teacher; return the warnings, but for that of its accuracy."""
     events = []
     monitor = RunMonitor(events.append, callbacks=(callback,), config=CONFIG, run_dir=folder, **more)
     train_teacher(TEACHER, 0, tiny_context(folder, monitor))
-    return [event.job for event in events if event.unit == WARNING]
+    return [event.job for event in events if event.unit == WARNING and "is at chance" not in event.job]
 
 
 def train_with_a_stop(folder, backend):

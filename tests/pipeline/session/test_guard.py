@@ -43,7 +43,7 @@ def test_only_errors_of_stdout_are_blamed_on_it(capsys, error, sentence):
 def test_full_shared_memory_has_its_cure(capsys, error):
     with pytest.raises(typer.Exit), guarded():
         raise error
-    assert "docker run --shm-size=2g" in capsys.readouterr().err
+    assert "docker run --shm-size=1g" in capsys.readouterr().err
 
 
 def test_a_reader_that_is_gone_is_no_error_for_rich(capsys):

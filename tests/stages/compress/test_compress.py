@@ -28,7 +28,7 @@ from kdpipe.stages.distillation.task_builder import build_student
 from kdpipe.stages.errors import ModelError, RunError, StoppedEarly
 from kdpipe.stages.models.build import ModelConfig
 from kdpipe.stages.models.safetensors_io import load_tensors, save_tensors
-from kdpipe.stages.models.weights import count_parameters
+from kdpipe.stages.models.weights.state_dict import count_parameters
 from kdpipe.stages.runtime.events import RunMonitor
 from kdpipe.stages.training.job_dir import read_json_file
 from kdpipe.store import FingerprintMismatch

@@ -10,7 +10,7 @@ from torch import nn
 from kdpipe.stages.compress.quantization.qat import prepare_qat
 from kdpipe.stages.errors import ModelError
 from kdpipe.stages.evaluation.macs import count_macs
-from kdpipe.stages.models.weights import count_parameters
+from kdpipe.stages.models.weights.state_dict import count_parameters
 
 
 def test_conv_macs():

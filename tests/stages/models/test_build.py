@@ -19,7 +19,7 @@ from kdpipe.stages.export.exportable import export_form
 from kdpipe.stages.models.build import GivenModel, ModelConfig, architecture, build_model, list_models
 from kdpipe.stages.models.clone import clone_without_hooks
 from kdpipe.stages.models.user_models import MODELS
-from kdpipe.stages.models.weights import weights_sha256
+from kdpipe.stages.models.weights.state_dict import weights_sha256
 
 FACTORIES = """
 import types

@@ -15,7 +15,7 @@ from torchvision import models
 
 from kdpipe.stages.errors import ModelError
 from kdpipe.stages.models.build import ModelConfig, build_model, list_models
-from kdpipe.stages.models.weights import count_parameters
+from kdpipe.stages.models.weights.state_dict import count_parameters
 
 
 def build(

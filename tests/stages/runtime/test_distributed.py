@@ -46,7 +46,7 @@ from kdpipe.stages.losses.user_loss import as_loss
 from kdpipe.stages.losses.weighted import DistillationBatch, WeightedLoss
 from kdpipe.stages.models.hooks import ModelOutput
 from kdpipe.stages.models.normalization import Normalization
-from kdpipe.stages.models.weights import weights_sha256
+from kdpipe.stages.models.weights.state_dict import weights_sha256
 from kdpipe.stages.runtime.collectives import all_gather_with_grad
 from kdpipe.stages.runtime.distributed import (
     SINGLE,
@@ -56,13 +56,13 @@ from kdpipe.stages.runtime.distributed import (
     require_single_process,
 )
 from kdpipe.stages.runtime.events import RunMonitor
+from kdpipe.stages.runtime.sync_batch_norm import batch_norm_over_processes
 from kdpipe.stages.targets.feature_spec import compute_statistic
 from kdpipe.stages.targets.outputs import DenseTargets
 from kdpipe.stages.training.job import TrainJob
 from kdpipe.stages.training.job_dir import JobDir
 from kdpipe.stages.training.loop import train
 from kdpipe.stages.training.optim import TrainConfig
-from kdpipe.stages.training.sync_batch_norm import batch_norm_over_processes
 from kdpipe.stages.training.task import TrainingTask
 from kdpipe.store import FingerprintMismatch
 

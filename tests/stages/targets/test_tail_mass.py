@@ -29,8 +29,9 @@ from kdpipe.stages.models.normalization import Normalization
 from kdpipe.stages.runtime.events import WARNING, RunMonitor
 from kdpipe.stages.targets.ensemble import TeacherEnsemble, TeachersConfig
 from kdpipe.stages.targets.outputs import TopKTargets
-from kdpipe.stages.targets.tail_mass import TAIL, measure_tails, report_tail
+from kdpipe.stages.targets.tail_mass import measure_tails, report_tail
 from kdpipe.store import TopK, default_temperatures, encode_topk
+from kdpipe.store.format.topk import TAIL
 
 LOGITS = 3 * drawn(64, 100, seed=1).float()
 LABELS = torch.arange(64)

@@ -16,7 +16,7 @@ from kdpipe.pipeline.steps import train_student, train_teacher
 from kdpipe.stages.distillation.student_config import student_folder
 from kdpipe.stages.errors import RunError, StoppedEarly
 from kdpipe.stages.losses.features.fitnet import FitNet
-from kdpipe.stages.models.weights import weights_sha256
+from kdpipe.stages.models.weights.state_dict import weights_sha256
 from kdpipe.stages.runtime.callbacks import HOOKS, Callback
 from kdpipe.stages.runtime.events import RunMonitor
 from kdpipe.stages.training.job_dir import JobDir

@@ -70,9 +70,6 @@ def _result(run: PageRun) -> str:
             f"The distilled student reaches {_accuracy(distilled)} % test accuracy{goal}. It was not trained alone "
             "(student.baseline = false), so that its gain by distillation is not known."
         )
-    if distilled is not None and run.network("alone") is None:
-        than = f"; the teacher reaches {teacher.accuracy_mean:.2f} %" if teacher else ""
-        return f"The distilled student reaches {_accuracy(distilled)} % test accuracy{than}."
     best = max(run.report.rows, key=lambda row: row.accuracy_mean)
     return f"Best network finished so far: {best.name}, {_accuracy(best)} % test accuracy."
 

@@ -14,7 +14,7 @@ from kdpipe.stages.compress.pruning.prune import PruneConfig, prune
 from kdpipe.stages.compress.pruning.widths import record_widths
 from kdpipe.stages.errors import ModelError
 from kdpipe.stages.evaluation.macs import count_macs
-from kdpipe.stages.models.weights import count_parameters
+from kdpipe.stages.models.weights.state_dict import count_parameters
 
 
 def macs(model: nn.Module) -> int:

@@ -13,7 +13,7 @@ from torch import Tensor, fx, nn
 from kdpipe.stages.models.build import ModelConfig, build_model
 from kdpipe.stages.models.hooks import get_module
 from kdpipe.stages.models.registry import SMALL_IMAGE_NETWORKS, build_small_image_network
-from kdpipe.stages.models.weights import count_parameters
+from kdpipe.stages.models.weights.state_dict import count_parameters
 
 # Counted on the reference code (RepDistiller b84f547) at 100 classes and 3 channels.
 PARAMETERS = {

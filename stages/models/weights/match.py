@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from kdpipe.stages.errors import ModelError
-from kdpipe.stages.models.weights_file import Entries
+from kdpipe.stages.models.weights.file import Entries
 
 PREFERRED = ("", "state_dict", "model", "model_state_dict", "net", "network")
 """Keys of the trained weights themselves, which are taken before others, such as averages, in this order."""
@@ -42,6 +42,7 @@ class Match:
         entries: The entries with that prefix, which is removed.
         num_left_out: The number of entries with another prefix.
         fresh: The entries that are the network's own, as its classifier is new.
+        others: The places of other state dicts in the file that fit, too.
     """
 
     key: str

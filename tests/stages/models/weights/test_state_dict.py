@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from kdpipe.stages.errors import ModelError
 from kdpipe.stages.models.build import ModelConfig, build_model
-from kdpipe.stages.models.weights import count_parameters, load_weights, state_sha256, weights_sha256
+from kdpipe.stages.models.weights.state_dict import count_parameters, load_weights, state_sha256, weights_sha256
 
 
 class Touch:

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from kdpipe.stages.errors import ModelError
-from kdpipe.stages.models.weights_file import Entries, read_weights
-from kdpipe.stages.models.weights_match import find_state_dict
+from kdpipe.stages.models.weights.file import Entries, read_weights
+from kdpipe.stages.models.weights.match import find_state_dict
 
 STATISTICS = ("running_mean", "running_var")
 
