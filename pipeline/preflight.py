@@ -47,12 +47,8 @@ def try_teacher(config: TeacherConfig, teacher: ModelBundle, context: StageConte
     Raises:
         ModelError, RecipeError: That fails.
     """
-
-    def attempt() -> None:
-        if _is_new(teacher_folder(context.run_dir)):
-            try_network(teacher, config.train, role="teacher", device=context.device)
-
-    context.process_group.on_main(attempt)
+    if _is_new(teacher_folder(context.run_dir)):  # in every process: a step in training takes all of them
+        try_network(teacher, config.train, role="teacher", device=context.device)
 
 
 def try_student(config: StudentConfig, student: ModelBundle, job_dir: JobDir, context: StageContext) -> None:
@@ -61,12 +57,8 @@ def try_student(config: StudentConfig, student: ModelBundle, job_dir: JobDir, co
     Raises:
         ModelError, RecipeError: That fails.
     """
-
-    def attempt() -> None:
-        if _is_new(job_dir):
-            try_network(student, config.train, role="student", device=context.device, exports=config.export)
-
-    context.process_group.on_main(attempt)
+    if _is_new(job_dir):
+        try_network(student, config.train, role="student", device=context.device, exports=config.export)
 
 
 def require_export(student: StudentConfig, compression: CompressConfig) -> None:

@@ -7,6 +7,7 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from difflib import get_close_matches
+from itertools import takewhile
 from typing import Any
 
 from kdpipe.store.redact import redacted_json
@@ -44,8 +45,8 @@ class FingerprintMismatch(KdpipeError):
     def __init__(self, what: str, differences: Sequence[tuple[str, Any, Any]], advice: str) -> None:
         self.differences = tuple((key, *redacted_json((stored, wanted))) for key, stored, wanted in differences)
         pairs = "; ".join(
-            f"{key}: stored {_shorten(stored)}, wanted {_shorten(wanted)}"
-            for key, stored, wanted in differences[:MAX_SHOWN]
+            f"{key}: stored {_shorten(stored, wanted)}, wanted {_shorten(wanted, stored)}"
+            for key, stored, wanted in self.differences[:MAX_SHOWN]
         )
         pairs += f"; and {len(differences) - MAX_SHOWN} more differences" if len(differences) > MAX_SHOWN else ""
         if any(key.endswith("source_sha256") and stored and wanted for key, stored, wanted in differences):
@@ -53,9 +54,13 @@ class FingerprintMismatch(KdpipeError):
         super().__init__(f"{what} was made from other inputs - {pairs}. {advice}")
 
 
-def _shorten(value: Any) -> str:
-    """Return the repr of a value, of a sha256 digest or a long value its beginning."""
-    text = repr(value)
+def _shorten(value: Any, other: Any) -> str:
+    """Return the repr of a value, without what a list begins with as the `other` does, cut if it is long."""
+    if isinstance(value, list | tuple) and isinstance(other, list | tuple):
+        same = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(value, other, strict=False)))
+        text = f"[{'..., ' if same else ''}{', '.join(map(repr, value[same:]))}]"
+    else:
+        text = repr(value)
     if re.fullmatch("'[0-9a-f]{64}'", text):
         return f"{text[:13]}...'"
     if len(text) <= MAX_VALUE_LENGTH:

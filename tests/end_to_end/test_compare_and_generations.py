@@ -31,7 +31,9 @@ def recipe(tmp_path_factory):
 @pytest.fixture(scope="module")
 def compared(recipe, tmp_path_factory):
     run = tmp_path_factory.mktemp("compared") / "run"
-    return run, kdpipe_here("compare", recipe, "--run", run, *SHORT)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("COLUMNS", "160")  # the whole table side by side
+        return run, kdpipe_here("compare", recipe, "--run", run, *SHORT)
 
 
 def test_the_table_has_every_variant_and_its_step_cost(compared):
@@ -137,7 +139,8 @@ def test_a_diverged_variant_does_not_stop_the_others(compared, recipe, tmp_path)
     assert re.search(r"^\s*kd-and-rkd\s+\d", ended.stdout, re.MULTILINE)
 
 
-def test_variants_compare_without_the_student_alone(compared, recipe, tmp_path):
+def test_variants_compare_without_the_student_alone(compared, recipe, tmp_path, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "160")
     run = tmp_path / "run"
     shutil.copytree(compared[0], run)
     shutil.rmtree(run / "students")

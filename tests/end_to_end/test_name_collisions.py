@@ -24,7 +24,7 @@ RECIPE = """
 name = "tiny"
 data = { name = "digits" }
 teacher = { model = { name = "python:own_networks:tiny" }, train = { epochs = 1 } }
-student = { model = { name = "mlp", args = { hidden = [4] } } }
+student = { model = { name = "mlp", args = { hidden = [16] } } }
 distill = [{ loss = "kd" }]
 """
 

@@ -17,6 +17,7 @@ from kdpipe.pipeline.recipe.load import load_recipe
 from kdpipe.pipeline.run import Run
 from kdpipe.pipeline.shared_store import warn_of_neighbor
 from kdpipe.stages.runtime.events import RunMonitor
+from kdpipe.store.fs.checksums import SUMS, write_with_sum
 
 
 def full_report(run):
@@ -170,7 +171,8 @@ def copied(done, tmp_path):
 
 def test_a_swapped_network_is_refused(done, recipe, tmp_path):
     run = copied(done, tmp_path)
-    shutil.copy(run / "students/alone-seed0/model.safetensors", run / "students/distilled-seed0/model.safetensors")
+    other = (run / "students/alone-seed0/model.safetensors").read_bytes()
+    write_with_sum(run / "students/distilled-seed0/model.safetensors", other)
     shutil.rmtree(run / "compressed")
     ended = kdpipe_here("compress", recipe, "--run", run)
     assert ended.exit_code == 12, ended.stderr
@@ -183,7 +185,7 @@ def test_a_refused_command_changes_nothing_in_the_run_folder(done, recipe, tmp_p
     assert kdpipe_here("run", recipe, "--run", run, "--set", "teacher.train.lr=0.01").exit_code == 12
     after = folder_bytes(run)
     # That it was tried, and refused, is noted; what the folder says of itself stays.
-    noted = {".kdpipe.lock", ".run.json.lock", "events.jsonl", "run.json"}
+    noted = {".kdpipe.lock", ".run.json.lock", "events.jsonl", "run.json", SUMS}
     assert {name for name in before | after if before.get(name) != after.get(name)} <= noted
     were, are = (json.loads(files["run.json"]) for files in (before, after))
     assert are["sessions"][-1]["exit_code"] == 12

@@ -14,7 +14,15 @@ from support.paths import ROOT
 from kdpipe.pipeline.main import app
 from kdpipe.pipeline.recipe.load import load_recipe_with_origins
 
-OTHER_PROGRAMS = {"--extra", "--max-restarts", "--porcelain", "--shm-size", "--signals-to-handle", "--untracked-files"}
+OTHER_PROGRAMS = {
+    "--extra",
+    "--ipc",
+    "--max-restarts",
+    "--porcelain",
+    "--shm-size",
+    "--signals-to-handle",
+    "--untracked-files",
+}
 """Options of git, docker, torchrun and uv."""
 
 FILES = {"views.png", "compare.html"}

@@ -301,7 +301,7 @@ def test_unwritable_folder_is_an_error_and_keeps_the_file(tmp_path, monkeypatch)
     def refuse(_path, *_parts):
         raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
 
-    monkeypatch.setattr(onnx_file, "write_atomically", refuse)
+    monkeypatch.setattr(onnx_file, "write_with_sum", refuse)
     with pytest.raises(ModelError, match=rf"{path} cannot be written: Permission denied\."):
         export_onnx(nn.Flatten(), EXAMPLE, path, metadata={})
     assert path.read_bytes() == b"earlier"

@@ -121,7 +121,7 @@ def test_unwritable_folder_is_an_error(tmp_path, monkeypatch):
     def refuse(_path, *_parts):
         raise PermissionError("Permission denied")
 
-    monkeypatch.setattr(torch_program, "write_atomically", refuse)
+    monkeypatch.setattr(torch_program, "write_with_sum", refuse)
     with pytest.raises(ModelError, match=r"file cannot be written: PermissionError: Permission denied\."):
         export_program(nn.Flatten(), EXAMPLE, tmp_path / "file")
     assert (tmp_path / "file").read_bytes() == b"earlier"
