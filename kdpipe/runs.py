@@ -140,14 +140,15 @@ def require_same_student(folder: Path, sections: Mapping[str, Any]) -> None:
 
     Reports average the students of a folder.
     """
-    stored = read_json_file(folder / "recipe.json") or {}
+    from kdpipe.pipeline.recipe import load
+
+    known = load.read_run_recipe(folder)  # keys that came later have their defaults
+    stored = json.loads(json.dumps(load.recipe_json(known))) if known else {}
 
     def settings(recipe: Mapping[str, Any]) -> dict[str, Any]:
         student = recipe.get("student") or {}
         train = {key: value for key, value in student.get("train", {}).items() if key != "checkpoint_every_s"}
-        given = student.get("model") or {}
-        model = {key: value for key, value in given.items() if value not in (None, False)}  # some keys came later
-        own = {"model": model, "train": train, "image_size": student.get("image_size")}
+        own = {"model": student.get("model"), "train": train, "image_size": student.get("image_size")}
         return {"student": own, "distill": recipe.get("distill")}
 
     before, wanted = settings(stored), settings(json.loads(json.dumps(sections)))

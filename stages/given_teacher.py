@@ -40,8 +40,8 @@ def require_given(config: TeacherConfig, teacher: ModelBundle, context: StageCon
         )
     if config.mean is None and known_scaling(config.model, teacher.model, context) is None:
         raise RecipeError(
-            f"the input scaling of {_named(config.model)} is not known, and a wrong one lowers the accuracy without a "
-            "word: set teacher.mean and teacher.std to those of its training, for pixels in [0, 1]; ImageNet's are "
+            f"the input scaling of {_named(config.model)} is not known, and a wrong one lowers the accuracy "
+            "silently: set teacher.mean and teacher.std to those of its training, for pixels in [0, 1]; ImageNet's are "
             f"{IMAGENET}."
         )
     for where, other in stated_by_weights(config.model, teacher.model, context).items():

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from importlib.metadata import version
@@ -26,7 +25,7 @@ from kdpipe.stages.models.bundle import ModelBundle
 from kdpipe.stages.runtime.cpu import cpu_name
 from kdpipe.stages.training.job_dir import JobDir, read_json_file, write_json_file
 from kdpipe.store import make_folders
-from kdpipe.store.fs.checksums import require_intact
+from kdpipe.store.fs.checksums import file_sha256, require_intact
 
 
 def export_student(config: CompressConfig, fine_tuning: FineTuneContext, *, name: str) -> dict[str, Any]:
@@ -80,7 +79,7 @@ def measure_files(config: CompressConfig, fine_tuning: FineTuneContext) -> Laten
         "batch_sizes": list(config.latency_batch_sizes),
         "num_rounds": config.latency_rounds,
         "num_threads": torch.get_num_threads(),
-        "files_sha256": {name: hashlib.sha256(path.read_bytes()).hexdigest() for name, path in present.items()},
+        "files_sha256": {name: file_sha256(path) for name, path in present.items()},
     }
     recorded, previous = read_latencies(record), read_json_file(record) or {}
     if recorded is not None and {key: previous.get(key) for key in measured_on} == measured_on:

@@ -10,7 +10,6 @@ card.json, README.md       all networks, ranked, and which one is recommended
 
 from __future__ import annotations
 
-import hashlib
 import json
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
@@ -34,7 +33,7 @@ from kdpipe.stages.training.job_dir import JobDir, read_json_file, write_json_fi
 from kdpipe.store import fsync_path, make_folders, write_atomically
 from kdpipe.store.format.identity import sha256_of
 from kdpipe.store.fs.atomic_write import PARTIAL_SUFFIX
-from kdpipe.store.fs.checksums import SUMS, damages, record_sums, require_intact, write_with_sum
+from kdpipe.store.fs.checksums import SUMS, damages, file_sha256, record_sums, require_intact, write_with_sum
 
 
 @dataclass(frozen=True)
@@ -176,8 +175,7 @@ def _intact_card(folder: Path) -> dict[str, Any]:
 
 
 def _describe(path: Path) -> dict[str, Any]:
-    content = path.read_bytes()
-    return {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+    return {"bytes": path.stat().st_size, "sha256": file_sha256(path)}
 
 
 def _as_json(record: Mapping[str, Any]) -> dict[str, Any]:
