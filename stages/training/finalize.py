@@ -181,8 +181,13 @@ def _write_onnx(job_dir: JobDir, network: ModelBundle, test: Evaluation) -> floa
 
 
 def onnx_metadata(network: ModelBundle, test: Evaluation) -> dict[str, str]:
-    """Return the metadata of an ONNX file: normalization, image shape (C, H, W), test crop and class names."""
+    """Return the metadata of an ONNX file: normalization, image shape (C, H, W), test crop and class names.
+
+    `view_size`, (H, W), is there if images are resized to the size of the views first, for `student.image_size`.
+    """
+    view_size = test.loader.dataset.image_size if test.loader.size is not None else None
     return {
+        **({} if view_size is None else {"view_size": canonical_json(list(view_size))}),
         "normalization": canonical_json(network.normalize.to_json()),
         "image_shape": canonical_json(list(test.image_shape)),
         "test_crop": canonical_json(test.crop),

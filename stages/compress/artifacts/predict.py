@@ -15,6 +15,7 @@ from PIL import Image, ImageOps
 SESSION = onnxruntime.InferenceSession(Path(__file__).with_name("model.onnx"), providers=["CPUExecutionProvider"])
 FACTS = {key: json.loads(value) for key, value in SESSION.get_modelmeta().custom_metadata_map.items()}
 CHANNELS, HEIGHT, WIDTH = FACTS["image_shape"]
+FIRST_HEIGHT, FIRST_WIDTH = FACTS.get("view_size", (HEIGHT, WIDTH))  # images were resized twice, if these differ
 MEAN, STD = (np.float32(FACTS["normalization"][key]).reshape(-1, 1, 1) for key in ("mean", "std"))
 
 
@@ -24,10 +25,12 @@ def load_image(path: str | Path) -> NDArray[np.uint8]:
     if image.mode.startswith(("I", "F")):
         raise ValueError(f"{path} has more than 8 bits per channel (mode {image.mode}): convert it to 8 bits")
     image = image.convert("L" if CHANNELS == 1 else "RGB")
-    if image.size != (WIDTH, HEIGHT) or FACTS["test_crop"] != 1:
+    if image.size != (FIRST_WIDTH, FIRST_HEIGHT) or FACTS["test_crop"] != 1:
         side = min(image.size) * FACTS["test_crop"]
         left, top = (image.width - side) / 2, (image.height - side) / 2
-        image = image.resize((WIDTH, HEIGHT), Image.Resampling.BILINEAR, box=(left, top, left + side, top + side))
+        box, size = (left, top, left + side, top + side), (FIRST_WIDTH, FIRST_HEIGHT)
+        image = image.resize(size, Image.Resampling.BILINEAR, box=box)
+    image = image.resize((WIDTH, HEIGHT), Image.Resampling.BILINEAR)
     return np.asarray(image).reshape(HEIGHT, WIDTH, CHANNELS).transpose(2, 0, 1)
 
 
