@@ -201,7 +201,7 @@ R = TypeVar("R")
 def isolated(function: Callable[P, R]) -> Callable[P, R]:
     """Run a function apart from torch's ambient state: autocast, grad mode, generators; they stay as they were.
 
-    Raises RecipeError if torch's default dtype is not float32.
+    Raises RecipeError if torch's default dtype is not float32, or its default device not the CPU.
     """
 
     @wraps(function)
@@ -210,6 +210,11 @@ def isolated(function: Callable[P, R]) -> Callable[P, R]:
             raise RecipeError(
                 f"torch's default dtype is {torch.get_default_dtype()}, and kdpipe computes in float32: call "
                 "torch.set_default_dtype(torch.float32) first."
+            )
+        if torch.get_default_device().type != "cpu":
+            raise RecipeError(
+                f"torch's default device is {torch.get_default_device()}, and kdpipe builds on the CPU: call "
+                "torch.set_default_device(None) first, and choose the device by device=."
             )
         devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()  # type: ignore[no-untyped-call]
         with (

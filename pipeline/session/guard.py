@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -74,7 +75,8 @@ def _os_sentence(error: OSError) -> str:
 def _shared_memory_advice(error: BaseException) -> str:
     """Return what to do if shared memory, through which image-loading processes pass tensors, is full; else nothing."""
     text = f"{error} {getattr(error, 'filename', None)}"
-    if "/dev/shm" not in text and "shared memory" not in text:
+    is_full = not isinstance(error, OSError) or error.errno in (errno.ENOSPC, errno.ENOMEM)
+    if not is_full or ("/dev/shm" not in text and "shared memory" not in text):
         return ""
     return (
         " The shared memory /dev/shm is too small: give the container more (docker run --shm-size=1g), or load images "

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from kdpipe.stages.config import PathStr, section
 from kdpipe.stages.errors import ModelError, NotLogitsError, UnknownModelError, cause
 from kdpipe.stages.models.clone import clone_without_hooks, unwrap, unwrap_all
-from kdpipe.stages.models.main_logits import keep_main_logits
+from kdpipe.stages.models.main_logits import keep_main_logits, require_repeatable
 from kdpipe.stages.models.registry import SMALL_IMAGE_NETWORKS, build_small_image_network
 from kdpipe.stages.models.torchvision import WITH_AUXILIARY_HEADS, build_classifier, classifier_names, refusal
 from kdpipe.stages.models.user_models import MODELS, build_user_model, is_user_model, model_source_sha256
@@ -90,6 +90,7 @@ def build_model(
         given = _copy(name, config.module)
         keep_main_logits(name, given, image_shape, notify)
         _check_fit(name, given, num_classes, image_shape)
+        require_repeatable(name, given, image_shape)
         return given
     # On the CPU only: torch.manual_seed would also reset the generators of every GPU.
     with torch.random.fork_rng(devices=[]):
@@ -106,6 +107,8 @@ def build_model(
             fresh_head=num_classes if config.fresh_head else None,
             notify=notify,
         )
+    if is_user_model(config.name):
+        require_repeatable(config.name, model, image_shape)
     return model
 
 

@@ -1,4 +1,4 @@
-"""Networks that return more than their logits: auxiliary heads, a tuple, a dictionary, an output object."""
+"""What networks of users return: more than their logits, or others for the same image."""
 
 from __future__ import annotations
 
@@ -14,6 +14,9 @@ from kdpipe.stages.models.hooks import snapshot
 from kdpipe.stages.plugins.user_source import OWN_CLASS
 
 T = TypeVar("T")
+
+TOLERANCE = 1e-3
+"""How far the logits of an image may differ, as a share of the largest: far more than rounding does."""
 
 
 def main_logits(output: Any) -> Any:
@@ -62,6 +65,36 @@ def keep_main_logits(
     notify(
         f"{name} returns {_kind(next(iter(found.values())))}{when}: its main logits are used (`logits`, or the first)."
     )
+
+
+def require_repeatable(name: str, model: nn.Module, image_shape: tuple[int, int, int]) -> None:
+    """Check that the logits of an image are a function of the image alone in evaluation; it leaves no trace.
+
+    Raises ModelError if they are random, or depend on the other images of the batch: each run would store others.
+    """
+    pixels = torch.rand(3, *image_shape, generator=torch.Generator().manual_seed(0))
+    restore = snapshot(model, pixels)
+    with preserve_modes(model), torch.no_grad():
+        try:
+            model.eval()
+            first, again, beside = (model(pixels[rows])[0].clone() for rows in ([0, 1], [0, 1], [0, 2]))
+        except Exception:  # reported by whoever runs it in earnest
+            return
+        finally:
+            restore()
+    if first.is_meta or not first.isfinite().all():
+        return
+    allowed = TOLERANCE * float(first.abs().max())
+    if not torch.allclose(first, again, rtol=0, atol=allowed):
+        raise ModelError(
+            f"{name} gives an image other logits at each call in eval mode: let its random operations end there, as in "
+            "nn.Dropout, or F.dropout(x, training=self.training)."
+        )
+    if not torch.allclose(first, beside, rtol=0, atol=allowed):
+        raise ModelError(
+            f"{name} gives an image other logits in eval mode beside other images of a batch: let eval() reach all of "
+            "its layers, and its batch norms have track_running_stats=True."
+        )
 
 
 def _kind(output: Any) -> str:

@@ -18,6 +18,8 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import torch
+
 from kdpipe.stages.errors import cause
 from kdpipe.stages.plugins.module_source import ALIAS, LIBRARIES, find_spec
 from kdpipe.stages.plugins.user_source import object_sha256
@@ -38,15 +40,36 @@ def is_user_reference(name: str) -> bool:
 
 @contextlib.contextmanager
 def user_code_context() -> Iterator[None]:
-    """Let user code find modules of the current folder, also later; send prints to stderr: stdout is for results."""
+    """Let user code find modules of the current folder, also later; send prints to stderr: stdout is for results.
+
+    The current folder and torch's settings are afterwards as they were: paths of the recipe are relative, and its
+    `num_threads` holds.
+    """
     if (folder := str(Path.cwd())) not in sys.path:
         entries = [entry for entry in sys.path if entry not in _added]
         installed = [place for place, entry in enumerate(entries, 1) if Path(entry).name in LIBRARIES]
         # Before the checkouts that are installed in place, of which kdpipe's has folders named store and pipeline.
         entries.insert(max(installed, default=len(entries)), folder)
         sys.path[:], _added[:] = entries, [folder]
-    with contextlib.redirect_stdout(sys.stderr):
+    with contextlib.redirect_stdout(sys.stderr), _settings_kept():
         yield
+
+
+@contextlib.contextmanager
+def _settings_kept() -> Iterator[None]:
+    """Restore the current folder, and torch's default dtype and device, grad mode and threads."""
+    folder, dtype, device = Path.cwd(), torch.get_default_dtype(), torch.get_default_device()
+    grad, threads = torch.is_grad_enabled(), torch.get_num_threads()
+    try:
+        yield
+    finally:
+        os.chdir(folder)
+        torch.set_default_dtype(dtype)
+        torch.set_grad_enabled(grad)
+        if torch.get_default_device() != device:
+            torch.set_default_device(None if device.type == "cpu" else device)
+        if torch.get_num_threads() != threads:
+            torch.set_num_threads(threads)
 
 
 def import_callable(reference: str, key: str, error: type[KdpipeError]) -> Callable[..., Any]:

@@ -60,13 +60,25 @@ def test_surrounding_modes_change_no_number(data, state):
     assert folder_bytes(stores[0].path) == folder_bytes(stores[1].path)
 
 
-def test_other_default_dtype_is_refused(data):
-    torch.set_default_dtype(torch.float64)
+@pytest.mark.parametrize(
+    ("change", "restore", "message"),
+    [
+        (
+            lambda: torch.set_default_dtype(torch.float64),
+            lambda: torch.set_default_dtype(torch.float32),
+            "torch.float64",
+        ),
+        (lambda: torch.set_default_device("meta"), lambda: torch.set_default_device(None), "device is meta"),
+    ],
+    ids=["dtype", "device"],
+)
+def test_other_defaults_of_torch_are_refused(data, change, restore, message):
+    change()
     try:
-        with pytest.raises(kd.KdpipeError, match="default dtype is torch.float64"):
+        with pytest.raises(kd.KdpipeError, match=message):
             kd.create_model("cnn", data[0])
     finally:
-        torch.set_default_dtype(torch.float32)
+        restore()
 
 
 @pytest.mark.parametrize("wrap", [nn.DataParallel, lambda model: torch.compile(model, backend="eager")])

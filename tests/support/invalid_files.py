@@ -61,7 +61,8 @@ def refused(*arguments: str | Path, code: int = 1) -> str:
     ended = answer(*arguments)
     assert isinstance(ended.exception, SystemExit), (arguments, ended.exception)
     assert ended.exit_code == code, (ended.stdout, ended.stderr)
-    errors = [line for line in ended.stderr.splitlines() if line.startswith("kdpipe: ")]
+    lines = [line for line in ended.stderr.splitlines() if line.startswith("kdpipe: ")]
+    errors = [line for line in lines if not line.startswith("kdpipe: warning: ")]
     assert len(errors) == 1, errors
     assert errors[0].startswith("kdpipe: error: ")
     assert errors[0].isprintable()

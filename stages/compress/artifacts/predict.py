@@ -20,7 +20,10 @@ MEAN, STD = (np.float32(FACTS["normalization"][key]).reshape(-1, 1, 1) for key i
 
 def load_image(path: str | Path) -> NDArray[np.uint8]:
     """Return a file's pixels as the network was tested with them: uint8 [C, H, W]."""
-    image = ImageOps.exif_transpose(Image.open(path)).convert("L" if CHANNELS == 1 else "RGB")
+    image = ImageOps.exif_transpose(Image.open(path))
+    if image.mode.startswith(("I", "F")):
+        raise ValueError(f"{path} has more than 8 bits per channel (mode {image.mode}): convert it to 8 bits")
+    image = image.convert("L" if CHANNELS == 1 else "RGB")
     if image.size != (WIDTH, HEIGHT) or FACTS["test_crop"] != 1:
         side = min(image.size) * FACTS["test_crop"]
         left, top = (image.width - side) / 2, (image.height - side) / 2

@@ -31,7 +31,7 @@ def list_npz(path: Path, split: Split) -> Listing:
     name = f"npz:{path.name}"
     unsplit = not path.is_dir()
     file = path if unsplit else path / f"{split}.npz"
-    if unsplit and (splits := _splits(path)):
+    if unsplit and path.is_file() and (splits := _splits(path)):
         return _list_split(path, split, splits)
     arrays = read_npz(file, required=("images", "labels"), optional=("ids", "classes"))
     if unsplit or split == "train":

@@ -371,3 +371,42 @@ def test_probabilities_are_refused(monkeypatch, last, kind):
     else:
         with pytest.raises(ModelError, match=f"mine ends in a {kind}: its outputs are probabilities"):
             build("mine")
+
+
+class Applied(nn.Module):
+    def __init__(self, function: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        super().__init__()
+        self.function = function
+
+    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+        return self.function(inputs)
+
+
+class AlwaysTraining(nn.BatchNorm2d):
+    def train(self, mode: bool = True) -> AlwaysTraining:
+        return super().train(True)
+
+
+@pytest.mark.parametrize(
+    ("layer", "sentence"),
+    [
+        (lambda: Applied(nn.functional.dropout), "other logits at each call"),
+        (lambda: nn.BatchNorm2d(3, track_running_stats=False), "beside other images"),
+        (lambda: AlwaysTraining(3), "beside other images"),
+        (lambda: nn.Sequential(nn.BatchNorm2d(3), nn.Dropout(), nn.InstanceNorm2d(3)), None),
+        (lambda: Applied(lambda images: images * float("nan")), None),  # said where it is trained or evaluated
+    ],
+)
+def test_logits_are_a_function_of_the_image(layer: Callable[[], nn.Module], sentence: str | None) -> None:
+    network = nn.Sequential(layer(), nn.Flatten(), nn.Linear(3 * 8 * 8, 4))
+    before = weights_sha256(network)
+
+    def build() -> nn.Module:
+        config = GivenModel(name="own", module=network)
+        return build_model(config, num_classes=4, in_channels=3, image_size=(8, 8), seed=0)
+
+    if sentence is None:
+        assert weights_sha256(build()) == before
+    else:
+        with pytest.raises(ModelError, match=sentence):
+            build()

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 
 from kdpipe.stages.errors import RecipeError
 from kdpipe.stages.plugins.user_code import import_callable, source_sha256
@@ -41,6 +42,30 @@ def test_user_code_imports_its_modules_at_any_time(here: Path) -> None:
         (here / f"{name}.py").write_text("OWNER = 'user'")
     assert value_of("own_one:early") == "user"
     assert value_of("own_one:late") == "user"
+
+
+CARELESS = """
+import os, torch
+os.chdir("/")
+torch.set_default_dtype(torch.float64)
+torch.set_default_device("meta")
+torch.set_grad_enabled(False)
+torch.set_num_threads(torch.get_num_threads() + 1)
+def who(): return 'user'
+"""
+
+
+def test_user_code_changes_no_settings(here: Path) -> None:
+    def settings() -> list[object]:
+        return [
+            Path.cwd(), torch.get_default_dtype(), torch.empty(0).device, torch.is_grad_enabled(),
+            torch.get_num_threads(),
+        ]  # fmt: skip
+
+    before = settings()
+    (here / "own_one.py").write_text(CARELESS)
+    assert value_of("own_one:who") == "user"
+    assert settings() == before
 
 
 def test_the_current_folder_follows_installed_packages(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -77,3 +77,9 @@ def test_predict_gives_the_networks_answers(tmp_path, bare, channels, crop):
         for path, row in zip(files, shares, strict=True)
     ]
     assert ended.stdout.splitlines() == expected
+    spec = importlib.util.spec_from_file_location("handed_over", handed_over / "predict.py")
+    predict = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(predict)
+    Image.fromarray(np.full((12, 12), 40_000, dtype=np.uint16)).save(tmp_path / "deep.png")
+    with pytest.raises(ValueError, match="more than 8 bits"):  # converted, it would be white
+        predict.load_image(tmp_path / "deep.png")
