@@ -31,6 +31,16 @@ from kdpipe.stages.training.job_dir import note_on_old_jobs, read_json_file, swe
 from kdpipe.stages.views.config import Views
 from kdpipe.store import FingerprintMismatch, canonical_json, differences, exclusive, make_folders, shared
 
+LATER_KEYS = {
+    "classes": None,
+    "weights_key": None,
+    "fresh_head": False,
+    "class_weights": None,
+    "sampler": "shuffle",
+    "rest": "equal",
+}
+"""Keys of a student's model, training and losses that older recipes of runs lack, with their defaults."""
+
 CallbackLike = Callback | str | dict[str, Any]
 
 RUNS = Path("runs")
@@ -140,16 +150,17 @@ def require_same_student(folder: Path, sections: Mapping[str, Any]) -> None:
 
     Reports average the students of a folder.
     """
-    from kdpipe.pipeline.recipe import load
+    stored = read_json_file(folder / "recipe.json") or {}
 
-    known = load.read_run_recipe(folder)  # keys that came later have their defaults
-    stored = json.loads(json.dumps(load.recipe_json(known))) if known else {}
+    def without_later(section: Mapping[str, Any]) -> dict[str, Any]:
+        return {key: value for key, value in section.items() if key not in LATER_KEYS or value != LATER_KEYS[key]}
 
     def settings(recipe: Mapping[str, Any]) -> dict[str, Any]:
         student = recipe.get("student") or {}
         train = {key: value for key, value in student.get("train", {}).items() if key != "checkpoint_every_s"}
-        own = {"model": student.get("model"), "train": train, "image_size": student.get("image_size")}
-        return {"student": own, "distill": recipe.get("distill")}
+        model = without_later(student.get("model") or {})
+        own = {"model": model, "train": without_later(train), "image_size": student.get("image_size")}
+        return {"student": own, "distill": [without_later(loss) for loss in recipe.get("distill") or ()]}
 
     before, wanted = settings(stored), settings(json.loads(json.dumps(sections)))
     if not (before["distill"] and wanted["distill"]):  # one of them was trained alone

@@ -55,6 +55,7 @@ def pytest_unconfigure() -> None:
 @pytest.fixture
 def without_onnx(monkeypatch: pytest.MonkeyPatch) -> None:
     """Write no ONNX files after trainings, for tests of something else: their export takes most of the time."""
+    import kdpipe.stages.compress.artifacts.write  # noqa: F401 - has its own names of what is replaced here
     from kdpipe.stages.training import finalize, preflight
 
     monkeypatch.setattr(preflight, "try_export", lambda model, image_shape: None)
