@@ -14,6 +14,7 @@ from kdpipe.pipeline.terminal.rate import duration_text
 from kdpipe.stages.cache_teacher.estimate import first_logits, plan_cache, probe
 from kdpipe.stages.cache_teacher.plan import top_k_of
 from kdpipe.stages.context import test_context
+from kdpipe.stages.errors import ModelError
 from kdpipe.stages.given_teacher import require_given
 from kdpipe.stages.targets.tail_mass import TailMass, tail_of
 from kdpipe.stages.teacher import load_teacher, teacher_folder, untrained_teacher
@@ -99,7 +100,10 @@ def run_plan(run: Run, with_probe: bool) -> dict[str, Any]:
     teacher = load(recipe.teacher, recipe.seed, run.context)
     require_given(recipe.teacher, teacher, run.context)
     required = run.required_features(teacher)
-    preflight(run)
+    try:
+        preflight(run)
+    except ModelError as error:  # the store can be planned all the same
+        run.monitor.warn("plan", f"`kdpipe run` would be refused: {error}")
     plan = plan_cache(config, run.store, teacher, list(required), run.context, trained=trained)
     test_config, test_images = config.for_test, test_context(run.context)
     test_plan = plan_cache(test_config, run.test_store, teacher, [], test_images, trained=trained)

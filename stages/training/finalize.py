@@ -107,8 +107,8 @@ def _warnings(report: EvalReport) -> Iterator[str]:
     """Yield what makes a network useless as it is, or its outputs something else than logits."""
     if report.is_at_chance():
         yield (
-            f"is at chance: {100 * report.top1:.2f} % of {report.num_samples:,} test images, where guessing would "
-            f"reach {100 * report.chance:.2f} %"
+            f"is not clearly above chance: {100 * report.top1:.2f} % of {report.num_samples:,} test images, where "
+            f"guessing would reach {100 * report.chance:.2f} %"
         )
     if report.outputs == PROBABILITIES:
         yield "returns probabilities, and losses take logits: return what goes into its softmax"
