@@ -13,6 +13,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from kdpipe.pipeline.preflight import preflight, require_export, try_student, try_teacher
 from kdpipe.pipeline.recipe.load import faults_of_trainings
 from kdpipe.pipeline.run import Run
@@ -269,7 +271,21 @@ def try_distillation(run: Run, spec: DistillationSpec, config: StudentConfig) ->
     if task.targets and task.targets.num_without_targets:
         count = f"{task.targets.num_without_targets:,} of {task.num_samples:,} samples have no targets"
         run.monitor.warn("train-student", f"{count}: they are trained on their labels alone.")
+    warn_of_absent_samples(run, spec)
     return task
+
+
+def warn_of_absent_samples(run: Run, spec: DistillationSpec) -> None:
+    """Warn of a store's samples that the data set has lost; a recipe that selects some of them says so itself."""
+    data = run.recipe.data
+    if data.num_train is not None or data.classes is not None:
+        return
+    for store in spec.stores:
+        absent = store.samples.ids[~np.isin(store.samples.ids, run.context.train_set.sample_ids.numpy())]
+        if len(absent):
+            count = f"{len(absent):,} of the {len(store.samples.ids):,} samples of {store.path}"
+            some = f"such as {absent[:3].tolist()}"
+            run.monitor.warn("train-student", f"{count}, {some}, are not in the data set: it is trained on the others.")
 
 
 def require_losses(run: Run) -> None:
