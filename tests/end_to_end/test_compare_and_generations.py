@@ -31,9 +31,7 @@ def recipe(tmp_path_factory):
 @pytest.fixture(scope="module")
 def compared(recipe, tmp_path_factory):
     run = tmp_path_factory.mktemp("compared") / "run"
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("COLUMNS", "160")  # the whole table side by side
-        return run, kdpipe_here("compare", recipe, "--run", run, *SHORT)
+    return run, kdpipe_here("compare", recipe, "--run", run, *SHORT)
 
 
 def test_the_table_has_every_variant_and_its_step_cost(compared):
@@ -139,8 +137,7 @@ def test_a_diverged_variant_does_not_stop_the_others(compared, recipe, tmp_path)
     assert re.search(r"^\s*kd-and-rkd\s+\d", ended.stdout, re.MULTILINE)
 
 
-def test_variants_compare_without_the_student_alone(compared, recipe, tmp_path, monkeypatch):
-    monkeypatch.setenv("COLUMNS", "160")
+def test_variants_compare_without_the_student_alone(compared, recipe, tmp_path):
     run = tmp_path / "run"
     shutil.copytree(compared[0], run)
     shutil.rmtree(run / "students")

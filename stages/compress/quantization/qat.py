@@ -68,10 +68,8 @@ def prepare_qat(model: nn.Module, example: Tensor, exclude: Sequence[str] = ()) 
     prepared = trace_folded(model, example, QatModel)
     nodes = rounded_nodes(prepared, model, logits_of(prepared), exclude)
     if not nodes:
-        raise ModelError(
-            "the model cannot be quantized: none of its layers reads or writes a value that INT8 can represent. Take "
-            "'quantize' out of compress.steps."
-        )
+        reason = "every layer is in quantize.exclude" if exclude else "no layer of it has an INT8 form"
+        raise ModelError(f"the model has nothing left to quantize: {reason}. Take 'quantize' out of compress.steps.")
     _round_weights(prepared)
     place_quantizers(prepared, nodes, next(model.parameters(), example).device)
     set_input_grids(prepared)

@@ -1,6 +1,8 @@
-"""Resize batches as Pillow does, to the bit, on any device: antialiased bilinear.
+"""Resize batches as Pillow does, on any device, with the same bits everywhere: antialiased bilinear.
 
-Pillow computes in integers. Here they are in float64, in which their products and sums are exact in any order.
+Pillow computes in integers. Here they are in float64, in which their products and sums are exact in any order. Up to
+version 12 it gives these very bits; from 13 on it shrinks the height first where that is cheaper, which rounds some
+pixels to the next gray level.
 """
 
 from __future__ import annotations

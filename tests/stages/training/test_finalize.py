@@ -13,6 +13,7 @@ from kdpipe.stages.compress.compress import CompressConfig
 from kdpipe.stages.errors import ModelError, RecipeError
 from kdpipe.stages.export import onnx_export
 from kdpipe.stages.runtime.events import WARNING, ProgressEvent, RunMonitor
+from kdpipe.stages.training import preflight
 
 
 @pytest.fixture
@@ -37,7 +38,8 @@ def test_teacher_beyond_the_limit_has_no_onnx_file(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("small_limit")
-def test_student_beyond_the_limit_is_refused_untrained(tmp_path: Path) -> None:
+def test_student_beyond_the_limit_is_refused_untrained(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(preflight, "_passed", set())  # another test may have tried the same network
     with pytest.raises(ModelError, match=r"a file holds 2.*student\.export = false"):
         train_student(STUDENT, 0, None, tiny_context(tmp_path))
     assert not list(tmp_path.iterdir())
