@@ -36,7 +36,8 @@ def test_every_loss_is_listed_with_its_paper(listed):
     assert listed["kd"]["paper"] == "Hinton et al. 2015, arXiv 1503.02531"
 
 
-def test_table_has_one_row_per_loss_and_fits_120_columns(listed):
+def test_table_has_one_row_per_loss_and_fits_120_columns(listed, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "120")
     lines = kdpipe_here("losses").stdout.splitlines()
     first_words = [line.split()[0] for line in lines if line.startswith("  ") and line[2:].strip() and line[2] != " "]
     assert [word for word in first_words if word in listed] == list(listed)
