@@ -362,7 +362,7 @@ def main() -> None:
         finally:  # here, where its errors can be reported, and not when Python ends
             if sys.stdout is not None:
                 sys.stdout.flush()
-    except OSError as error:  # while printing, which `guarded` does not cover: a full disk, or nobody reads any more
+    except OSError as error:  # while printing, which `guarded` does not cover: a full disk or a closed pipe
         if not isinstance(error, BrokenPipeError):
             print_line(f"error: {error.strerror or error}: {error.filename or STDOUT}.")
         sys.exit(1)

@@ -1,4 +1,4 @@
-"""Checks of a teacher whose weights are taken as they are: what nobody trained here cannot be trusted to fit."""
+"""Check a teacher whose weights are taken as they are: its classifier, its input scaling and its accuracy."""
 
 from __future__ import annotations
 

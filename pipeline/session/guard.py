@@ -58,7 +58,7 @@ def guarded() -> Iterator[None]:
 
 
 def _is_unread(error: BaseException) -> bool:
-    """Return whether nobody reads stdout any more, as in `kdpipe report RUN | head`."""
+    """Return whether the reader of stdout has closed it, as in `kdpipe report RUN | head`."""
     if isinstance(error, SystemExit):  # rich exits this way
         return isinstance(error.__context__, BrokenPipeError)
     return isinstance(error, BrokenPipeError) and error.filename == STDOUT

@@ -37,6 +37,7 @@ class ModelOutput:
 
 
 K = TypeVar("K")
+T = TypeVar("T")
 
 
 IMAGES = ""
@@ -77,6 +78,19 @@ def capture(
         for module in outputs:
             hooks.enter_context(module.register_forward_hook(hook))
         yield outputs
+
+
+def nearest(operation: Any, values: Mapping[Any, T]) -> list[T]:
+    """Return the `values` of the first autograd operations that have one, on the way back from `operation`."""
+    pending, found, visited = [operation], list[T](), set[Any]()
+    while pending:
+        node = pending.pop()
+        if node in values:
+            found.append(values[node])
+        elif node is not None and node not in visited:
+            visited.add(node)
+            pending += [previous for previous, _ in node.next_functions]
+    return found
 
 
 @contextmanager

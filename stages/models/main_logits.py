@@ -78,7 +78,7 @@ def require_repeatable(name: str, model: nn.Module, image_shape: tuple[int, int,
         try:
             model.eval()
             first, again, beside = (model(pixels[rows])[0].clone() for rows in ([0, 1], [0, 1], [0, 2]))
-        except Exception:  # reported by whoever runs it in earnest
+        except Exception:  # the first real run reports it
             return
         finally:
             restore()
@@ -110,7 +110,7 @@ def _trial(
     with preserve_modes(model):
         try:
             return use(model.train(training)(images))
-        except Exception:  # reported by whoever runs it in earnest
+        except Exception:  # the first real run reports it
             return None
         finally:
             restore()

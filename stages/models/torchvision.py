@@ -51,7 +51,7 @@ def build_classifier(
     """Build torchvision's classifier `name`: images [B, 3, H, W] -> logits [B, num_classes].
 
     With `published` it has torchvision's default weights, and a new head where their number of classes differs, which
-    `notify` is told, or with `fresh_head`. Raises
+    `notify` receives a sentence, or with `fresh_head`. Raises
     ModelError for another number of channels, unknown arguments, or weights that cannot be downloaded.
     """
     if in_channels != CHANNELS:

@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 
 _CHUNK_BYTES = 2**20
 _BUCKET_CHUNK_BYTES = 2**14
-"""Small, as obstore waits for a whole chunk, and a slow server is told from one that stalls by what has arrived."""
+"""Small, as obstore waits for a whole chunk, and what has arrived distinguishes a slow server from a stalled one."""
 
 _STALL_S = 10
 """Timeout for a server that sends nothing; for one that sends next to nothing see `watched`."""

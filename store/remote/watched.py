@@ -31,7 +31,7 @@ def watched(download: Callable[[Callable[[int], None]], T], check: Callable[[], 
         nonlocal received
         received += num_bytes
         if is_left.is_set():
-            raise ConnectionAbortedError("nobody waits for it")
+            raise ConnectionAbortedError("the download was stopped")
 
     def run() -> None:
         try:

@@ -240,7 +240,7 @@ def test_evaluate_measures_what_training_measured(data, network):
         kd.evaluate(Net(), test, device="cpu")
 
 
-def test_given_weights_need_their_scaling_and_reach_what_is_expected(data, network):
+def test_given_weights_need_scaling_and_expected_accuracy(data, network):
     train, test = data
     trained = kd.train_teacher(network, train, test=test, epochs=3, batch_size=32, mean=0.25, std=0.5, **QUIET)
     torch.save(network.state_dict(), "net.pt")

@@ -28,7 +28,7 @@ from kdpipe.stages.compress.pruning.exclusions import (
 from kdpipe.stages.compress.pruning.widths import SIZES
 from kdpipe.stages.errors import ModelError, cause
 from kdpipe.stages.models.clone import preserve_modes
-from kdpipe.stages.models.hooks import capture, model_errors
+from kdpipe.stages.models.hooks import capture, model_errors, nearest
 
 MAX_GROWTH = 16
 """Tracing stops if a group has this many times the channels of the widest layer, as in Swin's windows."""
@@ -99,17 +99,9 @@ def output_layers(model: nn.Module, example: Tensor) -> list[nn.Module]:
     """
     layers = [layer for layer in model.modules() if isinstance(layer, WEIGHT_LAYERS)]
     with model_errors(example), torch.enable_grad(), capture(layers, lambda output: output.grad_fn) as operations:
-        pending = [model(example).grad_fn]
+        logits = model(example).grad_fn
     layer_of = {operation: layer for layer, calls in operations.items() for operation in calls}
-    found, visited = [], set()
-    while pending:
-        node = pending.pop()
-        if node in layer_of:
-            found.append(layer_of[node])
-        elif node is not None and node not in visited:
-            visited.add(node)
-            pending += [previous for previous, _ in node.next_functions]
-    return found
+    return nearest(logits, layer_of)
 
 
 def find_channels(

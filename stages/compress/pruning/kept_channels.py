@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from kdpipe.stages.distillation.adapters import KeptChannels
 from kdpipe.stages.models.clone import preserve_modes
-from kdpipe.stages.models.hooks import capture, extract_features
+from kdpipe.stages.models.hooks import capture, extract_features, nearest
 
 
 def kept_channels(
@@ -34,24 +34,11 @@ def kept_channels(
             features = extractor(example.clone().requires_grad_()).features
     writers = {operation: paths[module] for module, calls in operations.items() for operation in calls}
     for layer, feature in features.items():
-        for path in _writers(feature.grad_fn, writers):
+        for path in nearest(feature.grad_fn, writers):
             width, lost = feature.shape[1], set(removed[path])
             if width == _width(model.get_submodule(path)):
                 found[layer] = KeptChannels(width, [index for index in range(width) if index not in lost])
                 break
-    return found
-
-
-def _writers(operation: object, writers: Mapping[object, str]) -> list[str]:
-    """Return the paths of the first modules on the way back from an autograd operation."""
-    pending, found, visited = [operation], [], set[object]()
-    while pending:
-        node = pending.pop()
-        if node in writers:
-            found.append(writers[node])
-        elif node is not None and node not in visited:
-            visited.add(node)
-            pending += [previous for previous, _ in node.next_functions]  # type: ignore[attr-defined]
     return found
 
 

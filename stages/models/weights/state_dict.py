@@ -28,7 +28,7 @@ def load_weights(
     """Fill `model` in place from a .safetensors file or a torch state dict.
 
     A torch file may hold state dicts under keys, as checkpoints do, and names may have a prefix: what fits the model is
-    taken, and `notify` is told what was taken of several, and what was left out. Only tensors are read, never pickled
+    taken, and `notify` receives what was taken of several, and what was left out. Only tensors are read, never pickled
     objects.
 
     Args:

@@ -194,7 +194,7 @@ def test_every_compressed_network_has_a_row(tmp_path):
     assert names["int4-ptq"] == "INT4, calibrated"
 
 
-def test_short_result_has_the_gain_the_main_networks_and_the_places(tmp_path, monkeypatch):
+def test_short_result_has_gain_networks_and_places(tmp_path, monkeypatch):
     accuracies = {"teacher": 99.0, "alone": 90.0, "distilled": 96.0, "pruned": 95.0, "int8": 94.0, "int8-alone": 80.0}
     run = compressed_run(tmp_path / "a run", accuracies)
     artifacts = run / "compressed" / "artifacts-seed0"

@@ -1,4 +1,4 @@
-"""The mass of the classes that top-k logits do not keep is told, and need not be charged to a student."""
+"""The mass of the classes that top-k logits do not keep is reported, and need not be charged to a student."""
 
 import dataclasses
 import math
@@ -103,7 +103,7 @@ def test_temperatures_are_the_highest_of_each_loss():
 
 @pytest.mark.parametrize("loss", [KD, DKD, DIST, MLLD])
 @pytest.mark.parametrize("num_teachers", [1, 2])
-def test_a_student_equal_to_the_teacher_is_charged_for_even_shares_alone(loss, num_teachers):
+def test_an_equal_student_is_charged_for_even_shares_alone(loss, num_teachers):
     even, _ = charged(loss(), num_teachers)
     own, gradient = charged(loss(rest="student"), num_teachers)
     assert even > 0.1

@@ -23,7 +23,7 @@ LABELS = torch.tensor([0] * 60 + [1] * 30 + [3] * 10)
 BALANCED = TrainConfig(class_weights="balanced")
 
 
-def test_balanced_weights_are_the_inverse_sizes_with_a_mean_of_one():
+def test_balanced_weights_are_inverse_sizes_of_mean_one():
     weights = class_weights(BALANCED, LABELS, 4)
     assert weights[[0, 1, 3]].tolist() == pytest.approx([100 / (3 * size) for size in (60, 30, 10)])  # scikit-learn's
     assert weights[LABELS].mean().item() == pytest.approx(1)
