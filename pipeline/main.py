@@ -26,7 +26,7 @@ EXIT_CODES = (
 )
 
 DEMO = (
-    "all stages on the digits data set, about 2 minutes on two cores, without a download: train a teacher and cache "
+    "all stages on the digits data set, 3 to 4 minutes on two cores, without a download: train a teacher and cache "
     "its outputs; train a small student alone, and distilled from the cache; prune and quantize the distilled one."
 )
 
@@ -92,7 +92,7 @@ def _add_job(command: str, help_text: str) -> None:
 @app.command()
 @with_options
 def demo(options: JobOptions) -> None:
-    """Run all stages on the digits data set (~2 minutes). No download; prints the result, and writes a page of it."""
+    """Run all stages on the digits data set (~3.5 minutes). No download; prints the result, and writes a page of it."""
     if not options.as_json:
         print_info(DEMO)
     run_job("run", _builtin_recipe("digits.toml"), options, page=True)
