@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
+from kdpipe.stages.compute.tf32 import tf32
 from kdpipe.stages.export.onnx_session import INPUT, OUTPUT, open_session
 from kdpipe.stages.models.clone import clone_without_hooks
 from kdpipe.stages.runtime.memory import run_in_chunks
@@ -57,7 +57,8 @@ def check_onnx(
     reference = clone_without_hooks(model).eval()
     device = next((tensor.device for tensor in (*model.parameters(), *model.buffers())), torch.device("cpu"))
     rows, differences = [], []  # the file's class, the network's and the label of each image
-    with torch.no_grad(), _exact_products():
+    # An INT8 grid does not survive TF32, the default of CUDA's convolutions.
+    with torch.no_grad(), tf32(enabled=False):
         for images, labels in batches:
 
             def logits_of(some: slice, images: Tensor = images) -> tuple[Tensor, Tensor]:
@@ -80,14 +81,3 @@ def check_onnx(
 
 def _share(hits: Tensor) -> float:
     return int(hits.sum()) / len(hits)
-
-
-@contextlib.contextmanager
-def _exact_products() -> Iterator[None]:
-    """Disable TF32: an INT8 grid does not survive it, and it is the default of CUDA's convolutions."""
-    before = torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32
-    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
-    try:
-        yield
-    finally:
-        torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32 = before

@@ -89,6 +89,13 @@ def cpu_features(cpuinfo: Path = CPUINFO) -> list[str]:
     return [feature for feature in FEATURES if feature in present]
 
 
+@cache
+def has_bfloat16(cpuinfo: Path = CPUINFO) -> bool:
+    """Return whether the CPU multiplies bfloat16 in hardware (AVX512-BF16, AMX, or ARM's bf16)."""
+    flags = [*_cpuinfo_values(cpuinfo, "flags"), *_cpuinfo_values(cpuinfo, "Features")]
+    return bool(flags) and not {"avx512_bf16", "amx_bf16", "bf16"}.isdisjoint(flags[0].split())
+
+
 def cgroup_dirs(root: Path = Path("/")) -> Iterator[Path]:
     """Yield the folder of this process's control group (version 2), and those above it.
 

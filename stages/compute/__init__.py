@@ -1,0 +1,1 @@
+"""How networks are computed: precision, memory format, compilation, and trials that choose among them."""

@@ -1,0 +1,89 @@
+"""How a network is computed: its precision, the memory format of its images and weights, and compilation."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from kdpipe.stages.compute.tf32 import tf32
+from kdpipe.stages.runtime.cpu import has_bfloat16
+
+Precision = Literal["float32", "tf32", "bfloat16", "float16"]
+
+MemoryFormat = Literal["contiguous", "channels_last"]
+
+_AUTOCAST = {"bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+@dataclass(frozen=True)
+class ComputeSettings:
+    """How the forward pass of a network is computed.
+
+    Attributes:
+        precision: "bfloat16" and "float16" are autocast; "tf32" rounds the inputs of float32 products on CUDA;
+            "float32" rounds nothing.
+        memory_format: Memory format of images [B, C, H, W] and of the weights of convolutions.
+        compile: Whether torch.compile compiles the network.
+    """
+
+    precision: Precision = "float32"
+    memory_format: MemoryFormat = "contiguous"
+    compile: bool = False
+
+    @property
+    def autocast_dtype(self) -> torch.dtype | None:
+        """The type of autocast; None without autocast."""
+        return _AUTOCAST.get(self.precision)
+
+    def place(self, model: nn.Module) -> None:
+        """Convert a network's weights to channels_last if that is the format, in place; values and hooks stay."""
+        if self.memory_format == "channels_last":
+            model.to(memory_format=torch.channels_last)
+
+    def place_images(self, images: Tensor) -> Tensor:
+        """Return images [B, C, H, W] in the memory format."""
+        if self.memory_format == "channels_last":
+            return images.contiguous(memory_format=torch.channels_last)
+        return images.contiguous()
+
+    @contextmanager
+    def active(self, device: torch.device) -> Iterator[None]:
+        """Compute in the precision within the block."""
+        dtype = self.autocast_dtype
+        with (
+            tf32(enabled=self.precision == "tf32"),
+            torch.autocast(device.type, dtype=dtype, enabled=dtype is not None),
+        ):
+            yield
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @staticmethod
+    def from_json(record: Mapping[str, Any]) -> ComputeSettings:
+        """Read settings from a record. Raises TypeError or KeyError for an invalid one."""
+        return ComputeSettings(record["precision"], record["memory_format"], record["compile"])
+
+
+EXACT = ComputeSettings()
+"""float32, contiguous, not compiled."""
+
+
+def fast_precisions(device: torch.device) -> tuple[Precision, ...]:
+    """Return the precisions besides float32 that a device computes in hardware, the most exact first.
+
+    CPUs without bfloat16 products, and CUDA's older GPUs, only emulate it. float16 is no faster than float32 on CPUs.
+    """
+    if device.type == "cpu":
+        return ("bfloat16",) if has_bfloat16() else ()
+    if device.type != "cuda":
+        return ()
+    major, _ = torch.cuda.get_device_capability(device)
+    with torch.cuda.device(device):
+        has_bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
+    return (*(("tf32",) if major >= 8 else ()), "float16", *(("bfloat16",) if has_bf16 else ()))
