@@ -112,7 +112,7 @@ class FeatureExtractor:
     """
 
     def __init__(self, model: nn.Module, layers: Sequence[str], no_further: bool) -> None:
-        self._model, self._layers, self._no_further = model, layers, no_further
+        self._model, self.layers, self._no_further = model, layers, no_further
         self._record: _Record | None = None  # outside of a call the model runs as without hooks
         self._num_calls: dict[bool, Counter[str]] = {}  # of each layer in a forward pass, by training mode
         self.overwritten: set[str] = set()
@@ -137,7 +137,7 @@ class FeatureExtractor:
                 f"the forward pass overwrites {_named(overwritten)} in place in some calls only: choose another layer, "
                 "or replace that operation by one that is not in place."
             )
-        if absent := [layer for layer in self._layers if layer not in record.features]:
+        if absent := [layer for layer in self.layers if layer not in record.features]:
             raise ModelError(f"module {absent[0]!r} is not used in the forward pass: choose another layer.")
         return ModelOutput(record.logits, record.features)
 
