@@ -10,6 +10,7 @@ from __future__ import annotations
 import gc
 from collections.abc import Iterable, Sequence
 from contextlib import nullcontext
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -26,7 +27,6 @@ from kdpipe.stages.runtime.events import RunMonitor
 from kdpipe.stages.runtime.memory import is_out_of_memory
 from kdpipe.stages.training.checkpoint import Progress, TrainState
 from kdpipe.stages.training.job import TrainJob, num_steps_of
-from kdpipe.stages.training.optim import TrainConfig
 from kdpipe.stages.training.optimization.clipping import clip_gradients
 from kdpipe.stages.training.task import Batch, TrainingTask
 
@@ -44,6 +44,7 @@ class TrainStep:
 
     def step(self, batch: Batch) -> None:
         """Run one batch forward and backward, step the optimizer, and add the losses to the epoch's sums."""
+        batch = replace(batch, images=self.state.settings.place_images(batch.images))
         losses = self._losses_in_memory(batch)
         if self._job.process_group.count > 1:
             losses = _averaged(self._parameters, losses, self._job.process_group)
@@ -111,14 +112,13 @@ class TrainStep:
 
     def _backward(self, batch: Batch, share: float = 1.0) -> dict[str, Tensor]:
         """Run a batch, or a micro-batch that is `share` of one, forward and backward; returns the losses."""
-        job, device = self._job, batch.images.device
-        dtype = autocast_dtype(job.config, device)
+        job = self._job
         differentiates_input = job.task.needs_input_gradient
         if differentiates_input:
             batch.images.requires_grad_()
         # Fused attention has no second derivative.
         kernels = sdpa_kernel(SDPBackend.MATH) if differentiates_input else nullcontext()
-        with kernels, torch.autocast(device.type, dtype=dtype, enabled=dtype is not None):
+        with kernels, self.state.settings.active(batch.images.device):
             losses = job.task.losses(self._student(batch.images), batch)
         values = torch.stack(list(losses.values()))
         if share != 1:
@@ -133,13 +133,6 @@ def _seed(seed: int, device: torch.device) -> None:
         torch.default_generator.manual_seed(seed)
     else:
         torch.manual_seed(seed)
-
-
-def autocast_dtype(config: TrainConfig, device: torch.device) -> torch.dtype | None:
-    """Return the low-precision type of mixed precision; None where everything runs in float32."""
-    if config.precision == "float32" or device.type != "cuda":
-        return None
-    return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
 
 
 def micro_batch_warning(model: nn.Module, task: TrainingTask, batch: Batch, micro_batches: int) -> str:
