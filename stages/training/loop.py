@@ -30,7 +30,7 @@ from kdpipe.stages.training.optimization.averaging import (
     has_modes,
     use_evaluated_weights,
 )
-from kdpipe.stages.training.step import TrainStep, autocast_dtype
+from kdpipe.stages.training.step import TrainStep, autocast_dtype, compile_key
 from kdpipe.stages.training.task import Batch
 
 
@@ -55,7 +55,9 @@ def train(job: TrainJob, device: torch.device, monitor: RunMonitor) -> list[dict
     with (
         callbacks_of(job, progress, monitor) as hooks,
         batch_norm_over_processes(state.modules),
-        extract_features(job.model, job.student_layers, no_further=job.task.hints_only) as student,
+        extract_features(
+            job.model, job.student_layers, no_further=job.task.hints_only, compile_key=compile_key(job, device, monitor)
+        ) as student,
     ):
         last_save = time.monotonic()
         while not _is_over(job, progress):
