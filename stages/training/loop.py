@@ -28,7 +28,7 @@ from kdpipe.stages.training.job import TrainJob, num_steps_of
 from kdpipe.stages.training.optim import build_schedule, learning_rate, set_learning_rate
 from kdpipe.stages.training.optimization.averaging import evaluated_weights, use_evaluated_weights
 from kdpipe.stages.training.set_up import candidates, chosen_settings, resumed_settings, set_up
-from kdpipe.stages.training.step import TrainStep
+from kdpipe.stages.training.step import TrainStep, compile_key
 from kdpipe.stages.training.task import Batch
 
 
@@ -49,7 +49,9 @@ def train(job: TrainJob, device: torch.device, monitor: RunMonitor) -> list[dict
     with (
         callbacks_of(job, progress, monitor) as hooks,
         batch_norm_over_processes(state.modules),
-        extract_features(job.model, job.student_layers, no_further=job.task.hints_only) as student,
+        extract_features(
+            job.model, job.student_layers, no_further=job.task.hints_only, compile_key=compile_key(job, device, monitor)
+        ) as student,
         tf32(enabled=state.settings.precision == "tf32"),
     ):
         last_save = time.monotonic()

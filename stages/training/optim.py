@@ -74,6 +74,7 @@ class TrainConfig:
             mixed precision on CUDA (bfloat16, else float16) and float32 elsewhere.
         memory_format: Memory format of images and convolutions. "auto" is channels_last in mixed precision and
             contiguous elsewhere; long trainings on a CPU take what is faster in a short trial.
+        compile: Whether torch.compile compiles the network's forward and backward pass; on CUDA with CUDA graphs.
         checkpoint_every_s: Seconds between checkpoints; it never changes the result.
     """
 
@@ -90,6 +91,7 @@ class TrainConfig:
         "class_weights",
         "sampler",
         "memory_format",
+        "compile",
     )
 
     epochs: Annotated[int, Field(ge=0, le=10**6)] = 20
@@ -116,6 +118,7 @@ class TrainConfig:
     sampler: Literal["shuffle", "balanced"] = "shuffle"
     precision: Literal["auto"] | Precision = "auto"
     memory_format: Literal["auto"] | MemoryFormat = "auto"
+    compile: bool = False
     checkpoint_every_s: Annotated[float, Field(ge=0, le=1e9)] = 30.0
 
     def __post_init__(self) -> None:
