@@ -15,6 +15,7 @@ import torch
 from numpy.typing import NDArray
 
 from kdpipe.pipeline.recipe.load import Recipe, all_losses, read_run_recipe, recipe_json, write_run_recipe
+from kdpipe.stages.cache_teacher.choice import require_available
 from kdpipe.stages.cache_teacher.plan import plan_store, samples_in_row_order
 from kdpipe.stages.context import StageContext, require_fitting_test_images, test_image_size
 from kdpipe.stages.data.config import DataConfig
@@ -195,6 +196,7 @@ class Run:
         Returns:
             The required features, as `required_features`.
         """
+        require_available(self.recipe.cache.precision, self.device)
         teacher = untrained_teacher(self.recipe.teacher, self.recipe.seed, self.context)
         required = self.required_features(teacher)
         plan_store(self.recipe.cache, teacher, list(required), samples_in_row_order(self.context), self.context)
