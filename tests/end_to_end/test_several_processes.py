@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import shutil
 import signal
-import socket
 import subprocess
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,6 +17,7 @@ from typing import Any
 import pytest
 import torch
 from support.kdpipe_process import environment, kdpipe, signal_when
+from support.two_processes import free_port
 from support.warm_process import WarmProcess
 
 from kdpipe.stages.models.safetensors_io import load_tensors
@@ -57,12 +57,6 @@ samples = { filter = "hard", fraction = 0.1, weighting = "entropy" }
 """
 
 KINDS = ("alone", "distilled")
-
-
-def free_port() -> str:
-    with socket.socket() as bound:
-        bound.bind(("127.0.0.1", 0))
-        return str(bound.getsockname()[1])
 
 
 def start_two(*arguments: str | Path) -> list[WarmProcess]:
