@@ -10,6 +10,7 @@ from __future__ import annotations
 import gc
 from collections.abc import Iterable
 from contextlib import nullcontext
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -17,6 +18,8 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from kdpipe.stages.compute.compiled import require_compiler
+from kdpipe.stages.errors import RecipeError
 from kdpipe.stages.losses.relations.nce import Memory
 from kdpipe.stages.models.hooks import FeatureExtractor
 from kdpipe.stages.numerics import derive_seed
@@ -26,7 +29,6 @@ from kdpipe.stages.runtime.memory import is_out_of_memory
 from kdpipe.stages.training.checkpoint import Progress, TrainState
 from kdpipe.stages.training.gradients import GradientAverage
 from kdpipe.stages.training.job import TrainJob, num_steps_of
-from kdpipe.stages.training.optim import TrainConfig
 from kdpipe.stages.training.optimization.clipping import clip_gradients
 from kdpipe.stages.training.task import Batch, TrainingTask
 
@@ -46,6 +48,7 @@ class TrainStep:
 
     def step(self, batch: Batch) -> None:
         """Run one batch forward and backward, step the optimizer, and add the losses to the epoch's sums."""
+        batch = replace(batch, images=self.state.settings.place_images(batch.images))
         losses = self._losses_in_memory(batch)
         if self._job.process_group.count > 1:
             losses = self._gradients.finish(losses)
@@ -114,15 +117,16 @@ class TrainStep:
 
     def _backward(self, batch: Batch, share: float = 1.0) -> dict[str, Tensor]:
         """Run a batch, or a micro-batch that is `share` of one, forward and backward; returns the losses."""
-        job, device = self._job, batch.images.device
-        dtype = autocast_dtype(job.config, device)
+        job = self._job
         differentiates_input = job.task.needs_input_gradient
         if differentiates_input:
             batch.images.requires_grad_()
         # Fused attention has no second derivative.
         kernels = sdpa_kernel(SDPBackend.MATH) if differentiates_input else nullcontext()
-        with kernels, torch.autocast(device.type, dtype=dtype, enabled=dtype is not None):
-            losses = job.task.losses(self._student(batch.images), batch)
+        with kernels, self.state.settings.active(batch.images.device):
+            # Compiled results are overwritten by the next pass: those of micro-batches would be, with their gradients.
+            student = self._student if self.progress.micro_batches == 1 else self._student.eager
+            losses = job.task.losses(student(batch.images), batch)
         values = torch.stack(list(losses.values()))
         if share != 1:
             values = share * values
@@ -131,18 +135,39 @@ class TrainStep:
 
 
 def _seed(seed: int, device: torch.device) -> None:
-    """Seed as `torch.manual_seed` does; on a CPU without its slow search for other devices."""
-    if device.type == "cpu":
-        torch.default_generator.manual_seed(seed)
-    else:
+    """Seed the generators of the CPU and of the device; `torch.manual_seed` also looks for other devices, slowly."""
+    torch.default_generator.manual_seed(seed)
+    if device.type == "cuda":
+        torch.cuda.default_generators[device.index].manual_seed(seed)
+    elif device.type != "cpu":
         torch.manual_seed(seed)
 
 
-def autocast_dtype(config: TrainConfig, device: torch.device) -> torch.dtype | None:
-    """Return the low-precision type of mixed precision; None where everything runs in float32."""
-    if config.precision == "float32" or device.type != "cuda":
+COMPILE = "train.compile"
+"""The key, for messages."""
+
+
+def compile_key(job: TrainJob, device: torch.device, monitor: RunMonitor) -> str | None:
+    """Return the recipe key that asks for torch.compile; None if the job is not compiled.
+
+    Raises:
+        RecipeError: The job cannot be compiled.
+    """
+    if not job.config.compile or job.task.hints_only:
         return None
-    return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
+    if job.task.needs_input_gradient:
+        raise RecipeError(uncompilable(COMPILE))
+    require_compiler(device, COMPILE)
+    monitor.warn_once(job.stage, f"{COMPILE} = true: the first step compiles the network, which may take a minute.")
+    return COMPILE
+
+
+def uncompilable(key: str) -> str:
+    """Return the message for a loss that uses the input's gradient."""
+    return (
+        f"{key} = true: a loss uses the gradient by the pixels, and compiled networks have no second derivative: "
+        f"set {key} = false."
+    )
 
 
 def micro_batch_warning(model: nn.Module, task: TrainingTask, batch: Batch, micro_batches: int) -> str:

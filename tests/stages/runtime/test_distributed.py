@@ -17,6 +17,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from support import user_losses
+from support.device import DEVICE
 from support.tiny_run import STUDENT, tiny_context
 from support.two_processes import free_port, run_two_processes
 from torch import Tensor, nn
@@ -189,7 +190,7 @@ def train_digest(
     task = TrainingTask(loader, 1, Normalization((0.5,), (0.5,)), fresh_views=True)
     config = TrainConfig(**{"epochs": 1, "batch_size": 50, "lr": 0.01, "checkpoint_every_s": 1000, **settings})
     job = TrainJob("test", "test", model, task, None, config, 0, JobDir(folder), process_group=processes)
-    train(job, torch.device("cpu"), RunMonitor())
+    train(job, DEVICE, RunMonitor())
     weights = torch.cat([one.flatten().float() for one in model.state_dict().values()])
     return weights_sha256(model), weights.tolist()
 
