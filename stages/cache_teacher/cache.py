@@ -87,7 +87,10 @@ def fill_store(job: CacheJob, units: Sequence[Unit]) -> dict[str, Any]:
         StoppedEarly: The stop flag was set; all computed units are committed.
     """
     path, manifest = job.path, job.manifest
-    num_computed = _fill(job, units)
+    device = job.loader.device
+    # The outer block keeps the weights that the passes cast, from batch to batch.
+    with job.teacher.compute.placed(job.teacher.model), torch.autocast(device.type, enabled=False):
+        num_computed = _fill(job, units)
     finish_store(path)
     missing = missing_units(path, manifest)
     _require_none_left(path, set(missing) & set(units))
@@ -100,6 +103,8 @@ def fill_store(job: CacheJob, units: Sequence[Unit]) -> dict[str, Any]:
         "store_bytes": store_bytes(manifest, manifest.layout.units()),
         "num_units_computed": num_computed,
         "num_units_missing": len(missing),
+        "compute": dict(manifest.identity.compute),
+        "trial": dict(manifest.trial),
         "fidelity": {} if missing else _fidelity(path),
     }
 
