@@ -32,26 +32,28 @@ CPU_PRECISIONS: tuple[Precision, ...] = ("float32",)
 """What "auto" tries on a CPU, the most exact first."""
 
 
-def candidates(config: TrainConfig, model: nn.Module, device: torch.device) -> list[ComputeSettings]:
+def candidates(job: TrainJob, device: torch.device) -> list[ComputeSettings]:
     """Return the settings that a recipe leaves open, in order of preference; the first needs no trial.
 
     Raises:
-        RecipeError: The device does not compute the precision in hardware.
+        RecipeError: The device does not compute the precision in hardware, or a loss cannot use it.
     """
-    offered: tuple[Precision, ...] = ("float32", *fast_precisions(device))
+    config, offered = job.config, ("float32", *fast_precisions(device))
+    if job.task.needs_input_gradient:  # which underflows in float16, where no loss scale reaches it
+        offered = tuple(one for one in offered if one != "float16")
     if config.precision not in ("auto", *offered):
         raise RecipeError(
-            f"train.precision = {config.precision!r} is not what this device ({device.type}) computes in hardware: "
-            f"choose 'auto' or one of {', '.join(offered)}."
+            f"train.precision = {config.precision!r} is not what this device ({device.type}) computes in hardware, or "
+            f"a loss cannot use it: choose 'auto' or one of {', '.join(offered)}."
         )
     precisions: tuple[Precision, ...]
     if config.precision != "auto":
         precisions = (config.precision,)
     elif device.type == "cuda":
-        precisions = ("bfloat16" if "bfloat16" in offered else "float16",)
+        precisions = (next(one for one in ("bfloat16", "float16", "float32") if one in offered),)
     else:
         precisions = tuple(one for one in CPU_PRECISIONS if one in offered)
-    has_convolutions = any(isinstance(module, nn.Conv2d) for module in model.modules())
+    has_convolutions = any(isinstance(module, nn.Conv2d) for module in job.model.modules())
     return [ComputeSettings(one, form) for one in precisions for form in _formats(config, one, has_convolutions)]
 
 
@@ -71,7 +73,7 @@ def resumed_settings(
 
     On a device that does not compute them in hardware the job continues with those that are chosen there.
     """
-    options = candidates(job.config, job.model, device)
+    options = candidates(job, device)
     if "compute" not in made_with:
         formats = "contiguous" if job.config.memory_format == "auto" else job.config.memory_format
         return replace(options[0], memory_format=formats)
@@ -93,7 +95,7 @@ def chosen_settings(
 
     Jobs that run for long on a CPU try their first batch in each way, and take one that is clearly faster.
     """
-    options = candidates(job.config, job.model, device)
+    options = candidates(job, device)
     if len(options) == 1 or job.config.epochs == 0:
         return options[0], batches
     first = next(batches)
