@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from kdpipe.stages.compute.settings import EXACT, ComputeSettings
 from kdpipe.stages.data.loader.image_loader import ImageLoader, ViewRequest
 from kdpipe.stages.errors import NotFiniteError
 from kdpipe.stages.models.normalization import Normalization
@@ -29,6 +30,7 @@ class Evaluation:
         teacher_logits: Reads the teacher's logits; rows of NaN for samples without any; None without a teacher.
         warn: Receives a sentence about batches that did not fit into memory.
         before_batch: Called before each batch; may raise StoppedEarly, as a large test set takes minutes.
+        compute: How the network is computed.
     """
 
     loader: ImageLoader
@@ -36,6 +38,7 @@ class Evaluation:
     teacher_logits: LogitsAt | None = None
     warn: Callable[[str], None] | None = None
     before_batch: Callable[[], None] = lambda: None
+    compute: ComputeSettings = EXACT
 
     @property
     def device(self) -> torch.device:
@@ -132,7 +135,8 @@ def _logits(model: nn.Module, test: Evaluation, images: Tensor) -> Tensor:
     """Return the model's logits, float32 [B, num_classes], of images uint8 [B, C, H, W]."""
 
     def logits_of(rows: slice) -> Tensor:
-        return model(test.normalize(images[rows])).float()  # type: ignore[no-any-return]
+        with test.compute.active(images.device):
+            return model(test.compute.place_images(test.normalize(images[rows]))).float()  # type: ignore[no-any-return]
 
     chunks = list(run_in_chunks(model, len(images), logits_of, test.warn))
     return chunks[0] if len(chunks) == 1 else torch.cat(chunks)
