@@ -119,7 +119,7 @@ def run_apart(name: str, limit_s: float) -> dict[str, Any]:
 
 
 def passed(result: dict[str, Any] | None) -> bool:
-    return bool(result) and "error" not in result and all(row["met"] is not False for row in result["rows"])
+    return result is not None and "error" not in result and all(row["met"] is not False for row in result["rows"])
 
 
 def print_check(name: str, result: dict[str, Any]) -> None:

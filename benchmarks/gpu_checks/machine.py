@@ -48,7 +48,7 @@ def gpu_tests(settings: Settings) -> list[Row]:
     root = Path(__file__).parents[2]
     folders = TESTS[:1] if settings.toy else TESTS
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-n", "0", "--device", settings.device, *folders]
-    done = subprocess.run(command, cwd=root, capture_output=True, text=True)
+    done = subprocess.run(command, cwd=root, capture_output=True, text=True, check=False)
     summary = done.stdout.strip().splitlines()[-1] if done.stdout.strip() else done.stderr[-200:]
     failed = re.findall(r"^FAILED (\S+)", done.stdout, re.M)
     return [Row("tests", "; ".join([summary, *failed[:5]]), "all pass", done.returncode == 0)]

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import time
-
-from gpu_checks import Row, Settings
+from typing import Any
 
 import kdpipe as kd
+from gpu_checks import Row, Settings
 
 PUBLISHED = "Tian et al. 2020, Zhao et al. 2022, 240 epochs: alone 72.5, KD 73.3, DKD 76.3"
 
@@ -17,7 +17,7 @@ def cifar100(settings: Settings) -> list[Row]:
         return [Row("CIFAR-100", "no --data was given")]
     train, test = kd.load_dataset("CIFAR100", root=str(settings.data))
     folder, epochs = settings.folder("cifar100"), settings.size(3, 1)
-    options = {"device": settings.device, "progress": False, "batch_size": 64, "lr": 0.05}
+    options: Any = {"device": settings.device, "progress": False, "batch_size": 64, "lr": 0.05}
     views = kd.Views(epochs, ["RandomCrop", "RandomHorizontalFlip"])
     rows = [Row("published", PUBLISHED), Row("epochs here", str(epochs))]
 
@@ -30,9 +30,6 @@ def cifar100(settings: Settings) -> list[Row]:
     rows.append(Row("cached views, images/s", epochs * train.num_samples / (time.monotonic() - started)))
     for name, targets in (("alone", None), ("KD", store)):
         started = time.monotonic()
-        student = kd.train_student(
-            "resnet8x4", train, targets, test=test, epochs=epochs, run=folder / name, **options
-        )
+        student = kd.train_student("resnet8x4", train, targets, test=test, epochs=epochs, run=folder / name, **options)
         rows += [Row(f"{name}: test accuracy", student.accuracy), Row(f"{name}: seconds", time.monotonic() - started)]
     return rows
-

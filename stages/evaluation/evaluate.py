@@ -96,19 +96,19 @@ class EvalResult:
 
 @dataclass
 class EvalAccumulator:
-    """Running sums of a pass over a test set."""
+    """Running sums of a pass over a test set, kept on the device."""
 
-    num_correct: int = 0
+    num_correct: Tensor | int = 0
     num_seen: int = 0
-    total: float = 0.0
+    total: Tensor | float = 0.0
 
     def add(self, predictions: Predictions) -> None:
-        self.num_correct += int((predictions.logits.argmax(1) == predictions.labels).sum())
+        self.num_correct += (predictions.logits.argmax(1) == predictions.labels).sum()
         self.num_seen += len(predictions.labels)
-        self.total += float(F.cross_entropy(predictions.logits, predictions.labels, reduction="sum"))
+        self.total += F.cross_entropy(predictions.logits, predictions.labels, reduction="sum").double()
 
     def result(self) -> EvalResult:
-        return EvalResult(self.num_correct / self.num_seen, self.total / self.num_seen)
+        return EvalResult(int(self.num_correct) / self.num_seen, float(self.total) / self.num_seen)
 
 
 @torch.no_grad()
@@ -125,7 +125,7 @@ def predict(model: nn.Module, test: Evaluation, device: torch.device) -> Iterato
     try:
         for image_batch in test.loader.stream(requests):
             test.before_batch()
-            labels = image_set.labels[image_batch.indices].to(device)
+            labels = image_set.labels[image_batch.indices].to(device, non_blocking=True)
             yield Predictions(image_batch.indices, labels, _logits(model, test, image_batch.images))
     finally:
         model.train(was_training)
@@ -147,9 +147,10 @@ def evaluate(model: nn.Module, test: Evaluation, device: torch.device) -> EvalRe
     sums = EvalAccumulator()
     for predictions in predict(model, test, device):
         sums.add(predictions)
-    if not math.isfinite(sums.total):
+    result = sums.result()
+    if not math.isfinite(result.cross_entropy):
         raise NotFiniteError(
-            f"the network's cross entropy over the test set is {sums.total}: its weights or "
+            f"the network's cross entropy over the test set is {result.cross_entropy}: its weights or "
             "batch-norm statistics are not finite, or too large. Lower lr, or give weights of a trained network."
         )
-    return sums.result()
+    return result

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from kdpipe.stages.compute.settings import EXACT
 from kdpipe.stages.compute.tf32 import tf32
 from kdpipe.stages.errors import NotFiniteError, RunError, StoppedEarly
 from kdpipe.stages.evaluation.evaluate import evaluate
@@ -191,7 +192,8 @@ def _end_epoch(job: TrainJob, progress: Progress, steps: int, device: torch.devi
     def evaluate_and_write() -> dict[str, Any]:
         result = evaluate(job.model, job.test, device).to_json() if job.test else {}
         rate = learning_rate(job.config, progress.epoch * steps + steps - 1, steps)
-        line = {"epoch": progress.epoch, **result, "losses": losses, "lr": rate, "wall_s": round(wall_s, 3)}
+        compute = {"compute": job.test.compute.to_json()} if job.test and job.test.compute != EXACT else {}
+        line = {"epoch": progress.epoch, **result, "losses": losses, "lr": rate, "wall_s": round(wall_s, 3), **compute}
         job.job_dir.write_metrics([*progress.history, line])
         return line
 

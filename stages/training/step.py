@@ -133,10 +133,11 @@ class TrainStep:
 
 
 def _seed(seed: int, device: torch.device) -> None:
-    """Seed as `torch.manual_seed` does; on a CPU without its slow search for other devices."""
-    if device.type == "cpu":
-        torch.default_generator.manual_seed(seed)
-    else:
+    """Seed the generators of the CPU and of the device; `torch.manual_seed` also looks for other devices, slowly."""
+    torch.default_generator.manual_seed(seed)
+    if device.type == "cuda":
+        torch.cuda.default_generators[device.index].manual_seed(seed)
+    elif device.type != "cpu":
         torch.manual_seed(seed)
 
 

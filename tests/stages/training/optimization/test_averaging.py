@@ -13,8 +13,9 @@ from kdpipe.stages.evaluation.evaluate import evaluate
 from kdpipe.stages.models.safetensors_io import load_tensors
 from kdpipe.stages.runtime.events import RunMonitor
 from kdpipe.stages.training.checkpoint import Progress, save_checkpoint
-from kdpipe.stages.training.loop import _set_up, train
+from kdpipe.stages.training.loop import train
 from kdpipe.stages.training.optimization.averaging import WeightAverage
+from kdpipe.stages.training.set_up import set_up
 
 TWO_SETS = """
 import torch
@@ -103,7 +104,7 @@ def test_finished_checkpoint_gives_the_average_again(tmp_path):
 
 def test_average_of_another_network_is_refused(tmp_path):
     job = tiny_job(tmp_path, tiny_network(), ema_decay=0.9)
-    state = _set_up(job, DEVICE)
+    state = set_up(job, DEVICE)
     del state.average.tensors["0.bias"]
     save_checkpoint(job.job_dir.checkpoint, state, Progress())
     with pytest.raises(RunError, match="average of weights belongs to another network"):
