@@ -30,7 +30,7 @@ from kdpipe.stages.training.set_up import set_up
 from kdpipe.stages.training.step import depends_on_batch
 from kdpipe.stages.training.task import TrainingTask
 
-CONFIG = TrainConfig(epochs=2, batch_size=32, optimizer="adamw", lr=0.01, checkpoint_every_s=0)
+CONFIG = TrainConfig(epochs=2, batch_size=32, optimizer="adamw", lr=0.01, checkpoint_every_s=0, precision="float32")
 
 
 class Hungry(nn.Module):
