@@ -27,8 +27,8 @@ from kdpipe.stages.training.class_balance import with_class_balance
 from kdpipe.stages.training.job import TrainJob, num_steps_of
 from kdpipe.stages.training.optim import build_schedule, learning_rate, set_learning_rate
 from kdpipe.stages.training.optimization.averaging import evaluated_weights, use_evaluated_weights
-from kdpipe.stages.training.set_up import candidates, chosen_settings, resumed_settings, set_up
-from kdpipe.stages.training.step import TrainStep, compile_key
+from kdpipe.stages.training.set_up import candidates, chosen_settings, compile_key, resumed_settings, set_up
+from kdpipe.stages.training.step import TrainStep
 from kdpipe.stages.training.task import Batch
 
 

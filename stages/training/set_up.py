@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from kdpipe.stages.compute.compiled import require_compiler
 from kdpipe.stages.compute.settings import EXACT, ComputeSettings, MemoryFormat, Precision, fast_precisions
 from kdpipe.stages.compute.trial import choose, is_worth_a_trial, time_in_turn
 from kdpipe.stages.errors import RecipeError, cause
@@ -27,6 +28,9 @@ from kdpipe.stages.training.optim import TrainConfig, build_optimizer
 from kdpipe.stages.training.optimization.averaging import WeightAverage, has_modes
 from kdpipe.stages.training.step import TrainStep
 from kdpipe.stages.training.task import Batch
+
+COMPILE = "train.compile"
+"""The key, for messages."""
 
 CPU_PRECISIONS: tuple[Precision, ...] = ("float32",)
 """What "auto" tries on a CPU, the most exact first."""
@@ -54,7 +58,34 @@ def candidates(job: TrainJob, device: torch.device) -> list[ComputeSettings]:
     else:
         precisions = tuple(one for one in CPU_PRECISIONS if one in offered)
     has_convolutions = any(isinstance(module, nn.Conv2d) for module in job.model.modules())
-    return [ComputeSettings(one, form) for one in precisions for form in _formats(config, one, has_convolutions)]
+    return [
+        ComputeSettings(one, form, config.compile)
+        for one in precisions
+        for form in _formats(config, one, has_convolutions)
+    ]
+
+
+def compile_key(job: TrainJob, device: torch.device, monitor: RunMonitor) -> str | None:
+    """Return the recipe key that asks for torch.compile; None if the job is not compiled.
+
+    Raises:
+        RecipeError: It cannot be compiled.
+    """
+    if not job.config.compile or job.task.hints_only:
+        return None
+    if job.task.needs_input_gradient:
+        raise RecipeError(no_second_derivative(COMPILE))
+    require_compiler(device, COMPILE)
+    monitor.warn_once(job.stage, f"{COMPILE} = true: the first step compiles the network, which may take a minute.")
+    return COMPILE
+
+
+def no_second_derivative(key: str) -> str:
+    """Return the message for a compiled network with a loss on the gradient by the pixels."""
+    return (
+        f"{key} = true: a loss uses the gradient by the pixels, and compiled networks have no second derivative: set "
+        f"{key} = false."
+    )
 
 
 def _formats(config: TrainConfig, precision: Precision, has_convolutions: bool) -> tuple[MemoryFormat, ...]:

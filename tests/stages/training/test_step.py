@@ -202,7 +202,7 @@ def test_no_loss_waits_for_the_device(tmp_path):
     job = TrainJob("x", "x", bundle.model, task, None, TRAIN, 0, JobDir(tmp_path), student_layers(losses))
     batches = task.stream(0, 32, epoch=0, step=0, epochs=1)
     with extract_features(bundle.model, job.student_layers) as student, Waits() as waits:
-        step = TrainStep(job, student, set_up(job, CPU), Progress(), RunMonitor())
+        step = TrainStep(job, student, set_up(job, DEVICE), Progress(), RunMonitor())
         for _ in range(2):  # the first one finds layers that are overwritten
             batch = next(batches)
             waits.found.clear()
