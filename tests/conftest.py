@@ -23,8 +23,14 @@ MIN_FREE_BYTES = 4 << 30
 """Free memory required to keep the tests' folders in memory: they take less than 1 GiB, and are removed at the end."""
 
 
-def pytest_configure() -> None:
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--device", default="cpu", help="the device that tests compute on: cpu or cuda:0")
+
+
+def pytest_configure(config: pytest.Config) -> None:
     """Keep the tests' folders in memory where there is room: stores sync every file, which is slow on disks."""
+    device = config.getoption("--device")
+    os.environ["KDPIPE_TESTS_DEVICE"] = "cuda:0" if device == "cuda" else device  # read by support.device
     if IN_MEMORY.is_dir() and os.access(IN_MEMORY, os.W_OK) and shutil.disk_usage(IN_MEMORY).free > MIN_FREE_BYTES:
         os.environ.setdefault("PYTEST_DEBUG_TEMPROOT", str(IN_MEMORY))
 

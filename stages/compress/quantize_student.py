@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from itertools import islice
 from typing import Annotated, Any, Literal
 
@@ -118,7 +118,8 @@ def quantize_student(
     masks = masks_of(prepared) if sparse else {}
     name = f"{kind} student, seed {fine_tuning.seed}"
     adapters = source.adapters if fine_tuning.spec else {}
-    job = FineTuneJob(name, quantized, folder, train, warm_up, before_epoch, masks, adapters)
+    exact = replace(train, precision="float32")  # rounding before the quantizers would move codes
+    job = FineTuneJob(name, quantized, folder, exact, warm_up, before_epoch, masks, adapters)
     history, _ = fine_tune(job, fine_tuning)
     return finalize(folder, quantized, history, test, with_onnx=fine_tuning.exports_onnx)
 

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from kdpipe.stages.compute.settings import EXACT, ComputeSettings
 from kdpipe.stages.data.loader.image_loader import ImageLoader, ViewRequest
 from kdpipe.stages.errors import NotFiniteError
 from kdpipe.stages.models.normalization import Normalization
@@ -29,6 +30,7 @@ class Evaluation:
         teacher_logits: Reads the teacher's logits; rows of NaN for samples without any; None without a teacher.
         warn: Receives a sentence about batches that did not fit into memory.
         before_batch: Called before each batch; may raise StoppedEarly, as a large test set takes minutes.
+        compute: How the network is computed.
     """
 
     loader: ImageLoader
@@ -36,6 +38,7 @@ class Evaluation:
     teacher_logits: LogitsAt | None = None
     warn: Callable[[str], None] | None = None
     before_batch: Callable[[], None] = lambda: None
+    compute: ComputeSettings = EXACT
 
     @property
     def device(self) -> torch.device:
@@ -93,19 +96,19 @@ class EvalResult:
 
 @dataclass
 class EvalAccumulator:
-    """Running sums of a pass over a test set."""
+    """Running sums of a pass over a test set, kept on the device."""
 
-    num_correct: int = 0
+    num_correct: Tensor | int = 0
     num_seen: int = 0
-    total: float = 0.0
+    total: Tensor | float = 0.0
 
     def add(self, predictions: Predictions) -> None:
-        self.num_correct += int((predictions.logits.argmax(1) == predictions.labels).sum())
+        self.num_correct += (predictions.logits.argmax(1) == predictions.labels).sum()
         self.num_seen += len(predictions.labels)
-        self.total += float(F.cross_entropy(predictions.logits, predictions.labels, reduction="sum"))
+        self.total += F.cross_entropy(predictions.logits, predictions.labels, reduction="sum").double()
 
     def result(self) -> EvalResult:
-        return EvalResult(self.num_correct / self.num_seen, self.total / self.num_seen)
+        return EvalResult(int(self.num_correct) / self.num_seen, float(self.total) / self.num_seen)
 
 
 @torch.no_grad()
@@ -122,7 +125,7 @@ def predict(model: nn.Module, test: Evaluation, device: torch.device) -> Iterato
     try:
         for image_batch in test.loader.stream(requests):
             test.before_batch()
-            labels = image_set.labels[image_batch.indices].to(device)
+            labels = image_set.labels[image_batch.indices].to(device, non_blocking=True)
             yield Predictions(image_batch.indices, labels, _logits(model, test, image_batch.images))
     finally:
         model.train(was_training)
@@ -132,7 +135,8 @@ def _logits(model: nn.Module, test: Evaluation, images: Tensor) -> Tensor:
     """Return the model's logits, float32 [B, num_classes], of images uint8 [B, C, H, W]."""
 
     def logits_of(rows: slice) -> Tensor:
-        return model(test.normalize(images[rows])).float()  # type: ignore[no-any-return]
+        with test.compute.active(images.device):
+            return model(test.compute.place_images(test.normalize(images[rows]))).float()  # type: ignore[no-any-return]
 
     chunks = list(run_in_chunks(model, len(images), logits_of, test.warn))
     return chunks[0] if len(chunks) == 1 else torch.cat(chunks)
@@ -143,9 +147,10 @@ def evaluate(model: nn.Module, test: Evaluation, device: torch.device) -> EvalRe
     sums = EvalAccumulator()
     for predictions in predict(model, test, device):
         sums.add(predictions)
-    if not math.isfinite(sums.total):
+    result = sums.result()
+    if not math.isfinite(result.cross_entropy):
         raise NotFiniteError(
-            f"the network's cross entropy over the test set is {sums.total}: its weights or "
+            f"the network's cross entropy over the test set is {result.cross_entropy}: its weights or "
             "batch-norm statistics are not finite, or too large. Lower lr, or give weights of a trained network."
         )
-    return sums.result()
+    return result

@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
+from kdpipe.stages.compute.compiled import begin_step, compiled
 from kdpipe.stages.errors import ModelError, cause
 from kdpipe.stages.models.clone import preserve_modes
 from kdpipe.stages.numerics import to_float32
@@ -111,13 +112,22 @@ class FeatureExtractor:
     in each mode finds these layers, and starts again from the same buffers and random numbers.
     """
 
-    def __init__(self, model: nn.Module, layers: Sequence[str], no_further: bool) -> None:
+    def __init__(self, model: nn.Module, layers: Sequence[str], no_further: bool, compile_key: str | None) -> None:
         self._model, self._layers, self._no_further = model, layers, no_further
+        self._compile_key = compile_key
+        self._compiled: Callable[[Tensor], tuple[Tensor, list[Tensor]]] | None = None
+        self._captured: dict[str, Tensor] | None = None  # in a call that is compiled
         self._record: _Record | None = None  # outside of a call the model runs as without hooks
         self._num_calls: dict[bool, Counter[str]] = {}  # of each layer in a forward pass, by training mode
         self.overwritten: set[str] = set()
 
     def __call__(self, images: Tensor) -> ModelOutput:
+        if self._compile_key is not None:
+            return self._run_compiled(images, self._compile_key)
+        return self.eager(images)
+
+    def eager(self, images: Tensor) -> ModelOutput:
+        """Run the network without torch.compile."""
         training = self._model.training
         if training in self._num_calls:
             record = self._run(images)
@@ -152,8 +162,36 @@ class FeatureExtractor:
             self._record = None
         return record
 
+    def _run_compiled(self, images: Tensor, key: str) -> ModelOutput:
+        if self._model.training not in self._num_calls:  # find what is overwritten, and leave no trace
+            restore, grad = snapshot(self._model, images), torch.is_grad_enabled()
+            with torch.inference_mode(False), torch.set_grad_enabled(grad):  # inference tensors count no versions
+                self.eager(images.clone())
+            restore()
+        if self._compiled is None:
+            self._compiled = compiled(self._outputs, images.device, key=key)
+        begin_step(images.device)
+        logits, features = self._compiled(images)
+        if (
+            images.is_cuda and not torch.is_grad_enabled()
+        ):  # the caller may compute the next batch before it reads these
+            logits, features = logits.clone(), [feature.clone() for feature in features]
+        return ModelOutput(logits, dict(zip(self._layers, features, strict=True)))
+
+    def _outputs(self, images: Tensor) -> tuple[Tensor, list[Tensor]]:
+        """Return logits and features; torch.compile can trace this."""
+        self._captured = captured = {}
+        try:
+            logits = self._model(images.clone() if IMAGES in self.overwritten else images)
+        finally:
+            self._captured = None
+        return logits, [captured[layer] for layer in self._layers]
+
     def hook(self, layer: str, module: nn.Module, inputs: Any, output: Any) -> None:
         """Capture the output of a layer."""
+        if self._captured is not None:
+            self._captured[layer] = output.clone() if layer in self.overwritten else output
+            return
         record = self._record
         if record is None:
             return
@@ -224,14 +262,16 @@ def snapshot(model: nn.Module, images: Tensor) -> Callable[[], None]:
 
 @contextmanager
 def extract_features(
-    model: nn.Module, layers: Iterable[str], *, no_further: bool = False
+    model: nn.Module, layers: Iterable[str], *, no_further: bool = False, compile_key: str | None = None
 ) -> Iterator[FeatureExtractor]:
     """Hook `layers` of `model` while the block runs; raises ModelError, with the nearest paths, if one does not exist.
 
-    With `no_further` the forward pass stops after the last of them; the logits are then [B, 0].
+    With `no_further` the forward pass stops after the last of them, and is not compiled; the logits are then [B, 0].
+    With `compile_key`, the recipe key that asks for it, torch.compile compiles the pass. On CUDA its outputs with
+    gradients are valid until the next call.
     """
     layers = tuple(dict.fromkeys(layers))
-    extractor = FeatureExtractor(model, layers, no_further)
+    extractor = FeatureExtractor(model, layers, no_further, None if no_further else compile_key)
     with ExitStack() as hooks:
         for layer in layers:
             hooks.enter_context(get_module(model, layer).register_forward_hook(partial(extractor.hook, layer)))

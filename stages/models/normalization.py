@@ -6,6 +6,7 @@ import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -39,8 +40,7 @@ class Normalization:
                 f"the input scaling is for raw images, uint8 [B, {len(self.mean)}, H, W], not "
                 f"{str(images.dtype).removeprefix('torch.')} {list(images.shape)}: it divides by 255 itself."
             )
-        mean = torch.tensor(self.mean, device=images.device).view(-1, 1, 1)
-        std = torch.tensor(self.std, device=images.device).view(-1, 1, 1)
+        mean, std = (_per_channel_on(images.device, values) for values in (self.mean, self.std))
         return images.float().div_(255).sub_(mean).div_(std)
 
     def __str__(self) -> str:
@@ -51,7 +51,7 @@ class Normalization:
 
         It is then comparable between models of different scalings.
         """
-        return gradient / torch.tensor(self.std, device=gradient.device, dtype=gradient.dtype).view(-1, 1, 1)
+        return gradient / _per_channel_on(gradient.device, self.std).to(gradient.dtype)
 
     def to_json(self) -> dict[str, list[float]]:
         return {"mean": list(self.mean), "std": list(self.std)}
@@ -67,6 +67,13 @@ class Normalization:
         if not all(map(math.isfinite, (*mean, *std))) or min(std, default=0) <= 0:
             raise RunError(f"the network's normalization is invalid, mean {mean} and std {std}: train it again.")
         return Normalization(mean, std)
+
+
+@lru_cache(maxsize=64)
+def _per_channel_on(device: torch.device, values: tuple[float, ...]) -> Tensor:
+    """Return values as float32 [C, 1, 1], uploaded once: an upload in each batch would wait for the GPU."""
+    with torch.inference_mode(mode=False):  # used in backward passes too
+        return torch.tensor(values, dtype=torch.float32, device=device).view(-1, 1, 1)
 
 
 Numbers = float | Sequence[float]

@@ -1,15 +1,17 @@
 """The processes of one job, started by torchrun or srun, and communication between them.
 
 Each trains on its share of every batch; only the first writes. With one process all methods return at once, so that the
-same code serves both cases. CPU tensors are sent over gloo, GPU tensors over NCCL.
+same code serves both cases. CPU tensors are sent over gloo, GPU tensors over NCCL (`gpu/nccl.py`).
 """
 
 from __future__ import annotations
 
 import json
+import os
 import re
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -20,6 +22,7 @@ from torch import Tensor
 
 from kdpipe.stages.errors import RecipeError, RunError, StoppedEarly
 from kdpipe.stages.runtime.events import RunMonitor
+from kdpipe.stages.runtime.gpu.nccl import ADVICE, gpu_backend, nccl_groups, require_own_gpus, words_of
 from kdpipe.stages.runtime.launcher import ALL, WorkShard, shard_from_env
 from kdpipe.store import KdpipeError
 
@@ -31,11 +34,12 @@ TIMEOUT = timedelta(hours=2)
 RENDEZVOUS_TIMEOUT = timedelta(minutes=10)
 """The time that processes wait for each other at the start."""
 
-BUCKET_BYTES = 32 * 2**20
-"""The largest size of gradients that are sent at once."""
+LEAVE_TIMEOUT_S = 10.0
+"""The time that a process which fails takes to leave the others, who may never answer."""
 
 LOST_PEER = ("closed by peer", "reset by peer", "broken pipe", "connection refused", "timed out waiting")
-"""Parts of gloo's messages when another process has ended, in lower case."""
+LOST_PEER += ("ncclremoteerror", "remote process exit")
+"""Parts of the messages of gloo and NCCL when another process has ended, in lower case."""
 
 
 @dataclass(frozen=True)
@@ -74,7 +78,12 @@ class ProcessGroup:
         return ALL if self.count == 1 else WorkShard(self.rank, self.count, "the processes of this job")
 
     def use_device(self, device: torch.device) -> None:
-        """Send GPU tensors over NCCL if `device` is a GPU; raises RecipeError if only some processes use GPUs."""
+        """Connect the processes for tensors of a device, and for gradients: GPUs by NCCL, unless BACKEND says gloo.
+
+        Raises:
+            RecipeError: Only some processes use GPUs, or two the same one.
+            RunError: The connection failed; all processes say in which one.
+        """
         if self.count == 1 or device.type in _groups:
             return
         if all(self.any([device.type == "cpu", device.type != "cpu"])):
@@ -82,7 +91,11 @@ class ProcessGroup:
                 f"some of the {self.count} processes use a CPU and some a GPU (process {self.rank}: {device.type}): "
                 "start one for each GPU, or set device = 'cpu'."
             )
-        _groups[device.type] = dist.new_group(backend="nccl", timeout=TIMEOUT) if device.type == "cuda" else None
+        if device.type == "cpu" or gpu_backend(os.environ) == "gloo":
+            _groups.update({device.type: None, GRADIENTS: dist.new_group(backend="gloo", timeout=TIMEOUT)})
+            return
+        require_own_gpus(device)
+        _groups[device.type], _groups[GRADIENTS] = nccl_groups(device, 2)
 
     def barrier(self) -> None:
         """Wait for all processes."""
@@ -133,29 +146,27 @@ class ProcessGroup:
                 f"{max(1, round(batch_size / self.count)) * self.count}, or start another number of processes."
             )
 
-    def average(self, tensors: Sequence[Tensor]) -> None:
-        """Replace each of `tensors` by its mean over the processes, in place, with the same bits in all of them."""
-        if self.count == 1:
-            return
-        pending = []
-        for bucket in _buckets(tensors):
-            flat = torch.cat([tensor.reshape(-1) for tensor in bucket])
-            pending.append((dist.all_reduce(flat, group=torch_group_of(flat), async_op=True), flat, bucket))
-        for sent, flat, bucket in pending:
-            sent.wait()
-            pieces = torch.split(flat.div_(self.count), [tensor.numel() for tensor in bucket])
-            torch._foreach_copy_(bucket, [piece.view_as(to) for piece, to in zip(pieces, bucket, strict=True)])
-
 
 SINGLE = ProcessGroup()
 
+GRADIENTS = "gradients"
+
 _groups: dict[str, Any] = {}
-"""The process group for the tensors of a type of device, where it is not the default one."""
+"""The process groups for the tensors of a type of device, None for the default one, and that of gradients.
+
+Gradients have a group of their own, as they are sent while other collectives of the backward pass go on: a process that
+lacks a gradient sends it later than others do, and within one group the order must be the same in all.
+"""
 
 
 def torch_group_of(tensor: Tensor) -> Any:
     """Return the process group for a tensor's device: NCCL's on GPUs, after `ProcessGroup.use_device`."""
     return _groups.get(tensor.device.type)
+
+
+def gradient_group() -> Any:
+    """Return the process group for gradients, after `ProcessGroup.use_device`."""
+    return _groups.get(GRADIENTS)
 
 
 def group_from_env(environ: Mapping[str, str]) -> ProcessGroup:
@@ -196,27 +207,54 @@ def init_distributed(
         yield own
         return
     _connect(own, environ)
+    failed = True
     try:
         yield own
         own.barrier()
+        failed = False
     except RuntimeError as error:
-        if not is_lost_peer(error):
-            raise
-        if should_stop():
+        if is_lost_peer(error) and should_stop():
             raise StoppedEarly from error
-        raise RunError(
-            f"another of the {own.count} processes of this job ended, and process {own.rank} with it: see its message. "
-            "Run the same command again to continue from the last checkpoint."
-        ) from error
+        if is_lost_peer(error):
+            raise RunError(
+                f"another of the {own.count} processes of this job ended, and process {own.rank} with it: see its "
+                "message. Run the same command again to continue from the last checkpoint."
+            ) from error
+        if isinstance(error, dist.DistBackendError):
+            raise RunError(
+                f"the connection between the GPUs failed in process {own.rank} of {own.count} ({words_of(error)}): "
+                f"{ADVICE}"
+            ) from error
+        raise
     finally:
-        _groups.clear()
-        dist.destroy_process_group()
+        _leave(failed=failed)
 
 
 def is_lost_peer(error: BaseException) -> bool:
     """Return whether an error means that another process has ended."""
     text = str(error).lower()
-    return isinstance(error, dist.DistError) or any(words in text for words in LOST_PEER)
+    from_store = isinstance(error, dist.DistError) and not isinstance(error, dist.DistBackendError)
+    return from_store or any(words in text for words in LOST_PEER)
+
+
+def _leave(*, failed: bool) -> None:
+    """Disconnect this process. After a failure nothing is waited for: what others were to send may never come."""
+    groups = [group for group in _groups.values() if group is not None]
+    _groups.clear()
+    if not failed:
+        dist.destroy_process_group()
+        return
+
+    def leave() -> None:
+        for group in groups:
+            with suppress(Exception):  # not every backend can
+                group.abort()
+        with suppress(Exception):
+            dist.destroy_process_group()
+
+    thread = threading.Thread(target=leave, daemon=True)
+    thread.start()
+    thread.join(LEAVE_TIMEOUT_S)
 
 
 def _connect(own: ProcessGroup, environ: Mapping[str, str]) -> None:
@@ -241,18 +279,6 @@ def _connect(own: ProcessGroup, environ: Mapping[str, str]) -> None:
             f"the {own.count} processes of this job did not find each other at {':'.join(address)} "
             f"({first_line[:200]}): check MASTER_ADDR and MASTER_PORT, and that all of them were started."
         ) from error
-
-
-def _buckets(tensors: Sequence[Tensor]) -> Iterator[list[Tensor]]:
-    """Yield `tensors` in order, of one type and up to BUCKET_BYTES at a time."""
-    for dtype in dict.fromkeys(tensor.dtype for tensor in tensors):
-        bucket: list[Tensor] = []
-        for tensor in (tensor for tensor in tensors if tensor.dtype is dtype):
-            if bucket and sum(waiting.nbytes for waiting in bucket) + tensor.nbytes > BUCKET_BYTES:
-                yield bucket
-                bucket = []
-            bucket.append(tensor)
-        yield bucket
 
 
 def _error_of(name: str, text: str) -> KdpipeError:

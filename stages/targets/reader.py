@@ -128,9 +128,9 @@ class Targets:
     def _rows(self, number: int, name: str, view: int, rows: Tensor) -> Tensor:
         if self.residence in ("mapped", "streamed"):
             values = torch.from_numpy(self._sources[number].store.take(name, view, rows.numpy()))
-            return values.to(self._device, non_blocking=True)
+            return _copied(values, self._device)
         slab = self._slab(number, name, view)
-        return slab.index_select(0, rows.to(slab.device)).to(self._device, non_blocking=True)
+        return _copied(slab.index_select(0, _copied(rows, slab.device)), self._device)
 
     def _slab(self, number: int, name: str, view: int) -> Tensor:
         """Return one view of an array, reading and checking it at first use."""
@@ -148,6 +148,13 @@ class Targets:
         if self.residence == "streamed":
             return f"{total}, streamed in groups of {self.window} shards, within memory_bytes"
         return f"{total}, kept {'on the device' if self.residence == 'device' else 'in memory'}"
+
+
+def _copied(values: Tensor, device: torch.device) -> Tensor:
+    """Return values on the device, copied to a GPU from pinned memory, so that nothing waits for it."""
+    if values.device == device or device.type != "cuda":
+        return values.to(device)
+    return values.pin_memory().to(device, non_blocking=True)
 
 
 def slab_window(stores: Sequence[tuple[TargetStore, Sequence[str]]], config: TargetLoadingConfig) -> int | None:

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from kdpipe.stages.compute.settings import EXACT, ComputeSettings
 from kdpipe.stages.errors import RunError, cause
 from kdpipe.stages.models.safetensors_io import load_tensors, save_tensors
 from kdpipe.stages.training.optimization.averaging import WeightAverage
@@ -25,12 +26,14 @@ class TrainState:
         optimizer: The optimizer of all of them.
         scaler: The loss scaler.
         average: The moving average of the student's weights, if there is one.
+        settings: How the student is computed.
     """
 
     modules: nn.Module
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler
     average: WeightAverage | None = None
+    settings: ComputeSettings = EXACT
 
 
 @dataclass
@@ -42,7 +45,8 @@ class Progress:
         sums: The sums of this epoch's losses.
         history: The metrics of the finished epochs.
         micro_batches: The number of micro-batches per batch, more than 1 after memory ran out.
-        made_with: The threads, processes, device and libraries of the process that wrote the checkpoint.
+        made_with: The threads, processes, device and libraries of the process that wrote the checkpoint, and how it
+            computed the student.
         stopped_by: The callback that asked to end the training after this epoch.
         callbacks: The states of the callbacks, by name.
     """
@@ -66,6 +70,11 @@ def save_checkpoint(path: Path, state: TrainState, progress: Progress) -> None:
     keys = ("epoch", "step", "history", "micro_batches", "made_with", "stopped_by", "callbacks")
     record = {key: getattr(progress, key) for key in keys}
     save_tensors(path, tensors, record | {"scaler": state.scaler.state_dict(), "optimizer": optimizer})
+
+
+def circumstances_of(path: Path) -> dict[str, Any]:
+    """Return what a checkpoint was made with."""
+    return dict(load_tensors(path)[1].get("made_with") or {})
 
 
 def load_checkpoint(path: Path, state: TrainState, progress: Progress) -> None:

@@ -158,7 +158,7 @@ def _write(
         "best_accuracy": best["accuracy"],
         "best_epoch": best["epoch"],
         "num_epochs": len(history),
-        **({"stopped_by": history[-1]["stopped_by"]} if history and "stopped_by" in history[-1] else {}),
+        **{key: line[key] for line in history[-1:] for key in ("stopped_by", "compute") if key in line},
         "num_parameters": count_parameters(network.model),
         "num_macs": count_macs(network.model, test.image_shape),
         "identity": network.identity,

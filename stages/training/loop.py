@@ -8,29 +8,27 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import nn
 
-from kdpipe.stages.errors import NotFiniteError, RecipeError, RunError, StoppedEarly
+from kdpipe.stages.compute.settings import EXACT
+from kdpipe.stages.compute.tf32 import tf32
+from kdpipe.stages.errors import NotFiniteError, RunError, StoppedEarly
 from kdpipe.stages.evaluation.evaluate import evaluate
 from kdpipe.stages.models.hooks import extract_features
 from kdpipe.stages.runtime.circumstances import circumstances, resume_circumstances
 from kdpipe.stages.runtime.events import ProgressEvent, RunMonitor
 from kdpipe.stages.runtime.sync_batch_norm import batch_norm_over_processes
 from kdpipe.stages.training.callbacks import Hooks, callbacks_of
-from kdpipe.stages.training.checkpoint import Progress, TrainState, load_checkpoint, save_checkpoint
+from kdpipe.stages.training.checkpoint import Progress, TrainState, circumstances_of, load_checkpoint, save_checkpoint
 from kdpipe.stages.training.class_balance import with_class_balance
 from kdpipe.stages.training.job import TrainJob, num_steps_of
-from kdpipe.stages.training.optim import build_optimizer, build_schedule, learning_rate, set_learning_rate
-from kdpipe.stages.training.optimization.averaging import (
-    WeightAverage,
-    evaluated_weights,
-    has_modes,
-    use_evaluated_weights,
-)
-from kdpipe.stages.training.step import TrainStep, autocast_dtype
+from kdpipe.stages.training.optim import build_schedule, learning_rate, set_learning_rate
+from kdpipe.stages.training.optimization.averaging import evaluated_weights, use_evaluated_weights
+from kdpipe.stages.training.set_up import candidates, chosen_settings, resumed_settings, set_up
+from kdpipe.stages.training.step import TrainStep, compile_key
 from kdpipe.stages.training.task import Batch
 
 
@@ -45,17 +43,16 @@ def train(job: TrainJob, device: torch.device, monitor: RunMonitor) -> list[dict
     """
     job, process_group = with_class_balance(job), job.process_group
     process_group.require_shares(job.config.batch_size, job.task.num_samples)
-    state, progress = _set_up(job, device), Progress()
-    steps = num_steps_of(job)
-    if process_group.broadcast_object(job.job_dir.checkpoint.exists()):
-        load_checkpoint(job.job_dir.checkpoint, state, progress)
-        _require_position(job, progress, steps)
-        resume_circumstances(progress.made_with, job.name, device, process_group, monitor)
-    batches = _stream(job, progress, job.config.epochs)
+    steps, (state, progress, batches) = num_steps_of(job), _begin(job, device, monitor)
+    if job.test is not None:
+        job = replace(job, test=replace(job.test, compute=state.settings))
     with (
         callbacks_of(job, progress, monitor) as hooks,
         batch_norm_over_processes(state.modules),
-        extract_features(job.model, job.student_layers, no_further=job.task.hints_only) as student,
+        extract_features(
+            job.model, job.student_layers, no_further=job.task.hints_only, compile_key=compile_key(job, device, monitor)
+        ) as student,
+        tf32(enabled=state.settings.precision == "tf32"),
     ):
         last_save = time.monotonic()
         while not _is_over(job, progress):
@@ -74,7 +71,21 @@ def train(job: TrainJob, device: torch.device, monitor: RunMonitor) -> list[dict
             _save_if_over(job, state, progress, hooks)
             monitor.report(_event(job, progress, steps, progress.history[-1]))
         use_evaluated_weights(state.optimizer, state.average)
+    job.model.to(memory_format=torch.contiguous_format)
     return progress.history
+
+
+def _begin(job: TrainJob, device: torch.device, monitor: RunMonitor) -> tuple[TrainState, Progress, Iterator[Batch]]:
+    """Return a job's objects, its position and its batches from there on, after its checkpoint if there is one."""
+    progress, checkpoint = Progress(), job.job_dir.checkpoint
+    if not job.process_group.broadcast_object(checkpoint.exists()):
+        settings, batches = chosen_settings(job, device, _stream(job, progress, job.config.epochs), monitor)
+        return set_up(job, device, settings), progress, batches
+    state = set_up(job, device, resumed_settings(circumstances_of(checkpoint), job, device, monitor))
+    load_checkpoint(checkpoint, state, progress)
+    _require_position(job, progress, num_steps_of(job))
+    resume_circumstances(progress.made_with, job.name, device, job.process_group, monitor)
+    return state, progress, _stream(job, progress, job.config.epochs)
 
 
 def _is_over(job: TrainJob, progress: Progress) -> bool:
@@ -96,7 +107,8 @@ def _save(job: TrainJob, state: TrainState, progress: Progress, hooks: Hooks) ->
 
     def save() -> None:
         progress.callbacks = hooks.states()
-        progress.made_with = circumstances(next(state.modules.parameters()).device, job.process_group)
+        device = next(state.modules.parameters()).device
+        progress.made_with = circumstances(device, job.process_group) | {"compute": state.settings.to_json()}
         save_checkpoint(job.job_dir.checkpoint, state, progress)
 
     job.process_group.on_main(save)
@@ -144,7 +156,8 @@ def _require_position(job: TrainJob, progress: Progress, steps: int) -> None:
 def time_steps(job: TrainJob, device: torch.device, num_steps: int) -> list[float]:
     """Return the seconds of each of a job's first steps, including reading of targets and images. Nothing is saved."""
     job = with_class_balance(job)
-    state, progress = _set_up(job, device), Progress()
+    state = set_up(job, device, candidates(job.config, job.model, device)[0])
+    progress = Progress()
     batches = _stream(job, progress, 1 + num_steps // num_steps_of(job))
     times = []
     with batch_norm_over_processes(state.modules), extract_features(job.model, job.student_layers) as student:
@@ -167,22 +180,6 @@ def _stream(job: TrainJob, progress: Progress, epochs: int) -> Iterator[Batch]:
     )
 
 
-def _set_up(job: TrainJob, device: torch.device) -> TrainState:
-    job.process_group.use_device(device)
-    distillation = job.task.distillation or nn.Module()
-    modules = nn.ModuleDict({"student": job.model, "distillation": distillation}).to(device)
-    if job.config.epochs > 0 and not any(parameter.requires_grad for parameter in modules.parameters()):
-        raise RecipeError(
-            f"the {job.name} has no parameter that requires a gradient: unfreeze some, or do not train it."
-        )
-    optimizer = build_optimizer(job.config, modules)
-    if has_modes(optimizer):
-        optimizer.train()  # type: ignore[attr-defined]
-    average = None if job.config.ema_decay is None else WeightAverage(job.model, job.config.ema_decay)
-    scaler = torch.amp.GradScaler(device.type, enabled=autocast_dtype(job.config, device) is torch.float16)
-    return TrainState(modules, optimizer, scaler, average)
-
-
 def _end_epoch(job: TrainJob, progress: Progress, steps: int, device: torch.device, wall_s: float) -> None:
     """Evaluate, write the epoch's metrics, and move to the start of the next epoch."""
     losses = {name: float(total) / steps for name, total in progress.sums.items()}
@@ -195,7 +192,8 @@ def _end_epoch(job: TrainJob, progress: Progress, steps: int, device: torch.devi
     def evaluate_and_write() -> dict[str, Any]:
         result = evaluate(job.model, job.test, device).to_json() if job.test else {}
         rate = learning_rate(job.config, progress.epoch * steps + steps - 1, steps)
-        line = {"epoch": progress.epoch, **result, "losses": losses, "lr": rate, "wall_s": round(wall_s, 3)}
+        compute = {"compute": job.test.compute.to_json()} if job.test and job.test.compute != EXACT else {}
+        line = {"epoch": progress.epoch, **result, "losses": losses, "lr": rate, "wall_s": round(wall_s, 3), **compute}
         job.job_dir.write_metrics([*progress.history, line])
         return line
 

@@ -10,6 +10,7 @@ import torch
 from pydantic import Field
 from torch import nn
 
+from kdpipe.stages.compute.settings import MemoryFormat, Precision
 from kdpipe.stages.config import Count, PathStr, section
 from kdpipe.stages.errors import RecipeError
 from kdpipe.stages.plugins.user_code import PREFIX as USER_PREFIX
@@ -69,7 +70,11 @@ class TrainConfig:
             the classes' sizes; scaled to a mean of 1 over the training samples. By default all classes count alike.
         sampler: "shuffle" has each sample once in an epoch; "balanced" has each class equally often, and repeats
             samples of small classes.
-        precision: "auto" is mixed precision (bfloat16, else float16) on CUDA and float32 elsewhere.
+        precision: "bfloat16" and "float16" are mixed precision, "tf32" rounds products of float32 on CUDA. "auto" is
+            mixed precision on CUDA (bfloat16, else float16) and float32 elsewhere.
+        memory_format: Memory format of images and convolutions. "auto" is channels_last in mixed precision and
+            contiguous elsewhere; long trainings on a CPU take what is faster in a short trial.
+        compile: Whether torch.compile compiles the network's forward and backward pass; on CUDA with CUDA graphs.
         checkpoint_every_s: Seconds between checkpoints; it never changes the result.
     """
 
@@ -85,6 +90,8 @@ class TrainConfig:
         "ema_decay",
         "class_weights",
         "sampler",
+        "memory_format",
+        "compile",
     )
 
     epochs: Annotated[int, Field(ge=0, le=10**6)] = 20
@@ -109,7 +116,9 @@ class TrainConfig:
     ema_decay: Fraction | None = None
     class_weights: Literal["balanced"] | tuple[ClassWeight, ...] | None = None
     sampler: Literal["shuffle", "balanced"] = "shuffle"
-    precision: Literal["auto", "float32"] = "auto"
+    precision: Literal["auto"] | Precision = "auto"
+    memory_format: Literal["auto"] | MemoryFormat = "auto"
+    compile: bool = False
     checkpoint_every_s: Annotated[float, Field(ge=0, le=1e9)] = 30.0
 
     def __post_init__(self) -> None:

@@ -8,8 +8,9 @@ no trace: buffers are restored, and the same random numbers are drawn again.
 from __future__ import annotations
 
 import gc
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from contextlib import nullcontext
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -17,16 +18,17 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from kdpipe.stages.compute.compiled import require_compiler
+from kdpipe.stages.errors import RecipeError
 from kdpipe.stages.losses.relations.nce import Memory
 from kdpipe.stages.models.hooks import FeatureExtractor
 from kdpipe.stages.numerics import derive_seed
 from kdpipe.stages.runtime.collectives import all_reduce_sum
-from kdpipe.stages.runtime.distributed import ProcessGroup
 from kdpipe.stages.runtime.events import RunMonitor
 from kdpipe.stages.runtime.memory import is_out_of_memory
 from kdpipe.stages.training.checkpoint import Progress, TrainState
+from kdpipe.stages.training.gradients import GradientAverage
 from kdpipe.stages.training.job import TrainJob, num_steps_of
-from kdpipe.stages.training.optim import TrainConfig
 from kdpipe.stages.training.optimization.clipping import clip_gradients
 from kdpipe.stages.training.task import Batch, TrainingTask
 
@@ -41,12 +43,15 @@ class TrainStep:
         self._buffers = _Buffers(state.modules)
         groups = state.optimizer.param_groups
         self._parameters = [one for group in groups for one in group["params"] if one.requires_grad]
+        in_order_of_use = [one for one in state.modules.parameters() if one.requires_grad]
+        self._gradients = GradientAverage(in_order_of_use, job.process_group)
 
     def step(self, batch: Batch) -> None:
         """Run one batch forward and backward, step the optimizer, and add the losses to the epoch's sums."""
+        batch = replace(batch, images=self.state.settings.place_images(batch.images))
         losses = self._losses_in_memory(batch)
         if self._job.process_group.count > 1:
-            losses = _averaged(self._parameters, losses, self._job.process_group)
+            losses = self._gradients.finish(losses)
             # Each process had its own dropout; the random numbers of an optimizer must be the same in all.
             own = derive_seed(self._job.seed, "optimizer", self.progress.epoch, self.progress.step)
             _seed(own, batch.images.device)
@@ -97,7 +102,8 @@ class TrainStep:
         _seed(derive_seed(job.seed, "step", progress.epoch, progress.step, *own), batch.images.device)
         state.optimizer.zero_grad(set_to_none=True)
         if progress.micro_batches == 1:
-            return self._backward(batch)
+            with self._gradients.sent_early():
+                return self._backward(batch)
         # After one process's job is continued by several, there may be more micro-batches than rows.
         count = min(progress.micro_batches, job.config.batch_size // job.process_group.count)
         whole, sums = all_reduce_sum(len(batch.images)), dict[str, Tensor]()
@@ -111,15 +117,16 @@ class TrainStep:
 
     def _backward(self, batch: Batch, share: float = 1.0) -> dict[str, Tensor]:
         """Run a batch, or a micro-batch that is `share` of one, forward and backward; returns the losses."""
-        job, device = self._job, batch.images.device
-        dtype = autocast_dtype(job.config, device)
+        job = self._job
         differentiates_input = job.task.needs_input_gradient
         if differentiates_input:
             batch.images.requires_grad_()
         # Fused attention has no second derivative.
         kernels = sdpa_kernel(SDPBackend.MATH) if differentiates_input else nullcontext()
-        with kernels, torch.autocast(device.type, dtype=dtype, enabled=dtype is not None):
-            losses = job.task.losses(self._student(batch.images), batch)
+        with kernels, self.state.settings.active(batch.images.device):
+            # Compiled results are overwritten by the next pass: those of micro-batches would be, with their gradients.
+            student = self._student if self.progress.micro_batches == 1 else self._student.eager
+            losses = job.task.losses(student(batch.images), batch)
         values = torch.stack(list(losses.values()))
         if share != 1:
             values = share * values
@@ -128,18 +135,39 @@ class TrainStep:
 
 
 def _seed(seed: int, device: torch.device) -> None:
-    """Seed as `torch.manual_seed` does; on a CPU without its slow search for other devices."""
-    if device.type == "cpu":
-        torch.default_generator.manual_seed(seed)
-    else:
+    """Seed the generators of the CPU and of the device; `torch.manual_seed` also looks for other devices, slowly."""
+    torch.default_generator.manual_seed(seed)
+    if device.type == "cuda":
+        torch.cuda.default_generators[device.index].manual_seed(seed)
+    elif device.type != "cpu":
         torch.manual_seed(seed)
 
 
-def autocast_dtype(config: TrainConfig, device: torch.device) -> torch.dtype | None:
-    """Return the low-precision type of mixed precision; None where everything runs in float32."""
-    if config.precision == "float32" or device.type != "cuda":
+COMPILE = "train.compile"
+"""The key, for messages."""
+
+
+def compile_key(job: TrainJob, device: torch.device, monitor: RunMonitor) -> str | None:
+    """Return the recipe key that asks for torch.compile; None if the job is not compiled.
+
+    Raises:
+        RecipeError: The job cannot be compiled.
+    """
+    if not job.config.compile or job.task.hints_only:
         return None
-    return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
+    if job.task.needs_input_gradient:
+        raise RecipeError(uncompilable(COMPILE))
+    require_compiler(device, COMPILE)
+    monitor.warn_once(job.stage, f"{COMPILE} = true: the first step compiles the network, which may take a minute.")
+    return COMPILE
+
+
+def uncompilable(key: str) -> str:
+    """Return the message for a loss that uses the input's gradient."""
+    return (
+        f"{key} = true: a loss uses the gradient by the pixels, and compiled networks have no second derivative: "
+        f"set {key} = false."
+    )
 
 
 def micro_batch_warning(model: nn.Module, task: TrainingTask, batch: Batch, micro_batches: int) -> str:
@@ -168,20 +196,6 @@ def depends_on_batch(loss: nn.Module) -> bool:
     norms = {id(buffer) for module in loss.modules() if isinstance(module, _BatchNorm) for buffer in module.buffers()}
     has_state = any(id(buffer) not in norms for buffer in loss.buffers())
     return not config.per_sample or config.samples.needs_probabilities or has_state
-
-
-def _averaged(
-    parameters: Sequence[nn.Parameter], losses: dict[str, Tensor], process_group: ProcessGroup
-) -> dict[str, Tensor]:
-    """Average gradients and losses over the processes; a parameter used in one process counts as used in all."""
-    was_used = process_group.any([one.grad is not None for one in parameters])
-    shared = [one for one, used in zip(parameters, was_used, strict=True) if used]
-    for one in shared:
-        if one.grad is None:
-            one.grad = torch.zeros_like(one)
-    values = torch.stack(list(losses.values()))
-    process_group.average([*(one.grad for one in shared if one.grad is not None), values])
-    return dict(zip(losses, values.unbind(), strict=True))
 
 
 class _Buffers:

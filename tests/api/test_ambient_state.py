@@ -5,6 +5,7 @@ import threading
 
 import pytest
 import torch
+from support.device import DEVICE
 from support.made_store import folder_bytes
 from torch import nn
 
@@ -12,7 +13,7 @@ import kdpipe as kd
 
 pytestmark = pytest.mark.usefixtures("without_onnx")
 
-QUIET = {"device": "cpu", "progress": False}
+QUIET = {"device": DEVICE, "progress": False}
 TRAIN = {"epochs": 2, "batch_size": 20, **QUIET}
 
 

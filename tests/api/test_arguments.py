@@ -7,13 +7,14 @@ import warnings
 import numpy as np
 import pytest
 import torch
+from support.device import DEVICE
 from torch import nn
 from torch.utils.data import Subset, TensorDataset
 
 import kdpipe as kd
 from kdpipe.stages.models.normalization import Normalization
 
-QUIET = {"device": "cpu", "progress": False}
+QUIET = {"device": DEVICE, "progress": False}
 ONE = {"epochs": 1, "batch_size": 32}
 HALF = {"mean": [0.5], "std": [0.5]}
 
@@ -190,7 +191,7 @@ def test_scaling_has_one_form_everywhere(made, normalize):
     store = cache(made, normalize=normalize)
     assert store.manifest.identity.teacher["normalization"] == wanted
     assert loader(made, normalize=loader(made, normalize=normalize).normalize).normalize.to_json() == wanted
-    assert kd.evaluate(network(), test, normalize=normalize, device="cpu").top1 >= 0
+    assert kd.evaluate(network(), test, normalize=normalize, device=DEVICE).top1 >= 0
 
 
 def test_scaling_of_a_training_is_that_given(made):
@@ -204,12 +205,12 @@ def test_loaded_networks_remember_their_scaling(made):
     train, test, _, student = made
     teacher = kd.train_teacher(network(), train, test=test, **ONE, **QUIET)
     for result in (student, teacher):
-        assert kd.evaluate(result, test, device="cpu").top1 == result.accuracy
-        assert kd.evaluate(result.model, test, device="cpu").top1 == result.accuracy
+        assert kd.evaluate(result, test, device=DEVICE).top1 == result.accuracy
+        assert kd.evaluate(result.model, test, device=DEVICE).top1 == result.accuracy
     for given in (student, student.folder):
         loaded = kd.load_student(given)
-        assert kd.evaluate(loaded, test, device="cpu").top1 == student.accuracy
-        assert kd.evaluate(loaded.model, test, device="cpu").top1 == student.accuracy
+        assert kd.evaluate(loaded, test, device=DEVICE).top1 == student.accuracy
+        assert kd.evaluate(loaded.model, test, device=DEVICE).top1 == student.accuracy
     identities = []
     for number, given in enumerate((student, kd.load_student(student.folder))):  # a student as the next teacher
         store = kd.cache_teacher(given, train, f"store{number}.zarr", **QUIET)

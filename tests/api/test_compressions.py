@@ -2,11 +2,12 @@
 
 import pytest
 import torch
+from support.device import DEVICE
 from torch.utils.data import TensorDataset
 
 import kdpipe as kd
 
-QUIET = {"device": "cpu", "progress": False}
+QUIET = {"device": DEVICE, "progress": False}
 ONE = {"epochs": 1, "batch_size": 32}
 FAST = {"latency_rounds": 3, "niceness": 0, **QUIET}
 
@@ -53,7 +54,7 @@ def test_compressions_keep_each_others_files(student):
     for result in results.values():
         assert result.num_bytes > 0
         assert result.bundle(images).shape == (2, 3)
-        assert kd.evaluate(result.model, student.job.test_set, device="cpu").top1 == pytest.approx(result.accuracy)
+        assert kd.evaluate(result.model, student.job.test_set, device=DEVICE).top1 == pytest.approx(result.accuracy)
     rows = {name: [row.kind for row in kd.report(result).rows] for name, result in results.items()}
     assert {name: kinds[-1] for name, kinds in rows.items()} == {
         "both": "int8",

@@ -5,6 +5,7 @@ import sys
 
 import pytest
 import torch
+from support.device import DEVICE
 from support.notebook import Notebook
 from torch import nn
 
@@ -14,7 +15,7 @@ from kdpipe.stages.models.user_models import MODELS
 
 pytestmark = pytest.mark.usefixtures("without_onnx")
 
-QUIET = {"device": "cpu", "progress": False}
+QUIET = {"device": DEVICE, "progress": False}
 TRAIN = {"epochs": 1, "batch_size": 32, **QUIET}
 BLOCK = """
 class Block(nn.Module):

@@ -6,12 +6,13 @@ import textwrap
 import numpy as np
 import pytest
 import torch
+from support.device import DEVICE
 from torch import nn
 from torch.utils.data import TensorDataset
 
 import kdpipe as kd
 
-QUIET = {"device": "cpu", "progress": False}
+QUIET = {"device": DEVICE, "progress": False}
 
 
 class Net(nn.Module):
@@ -233,11 +234,11 @@ def test_losses_by_name_and_entry_are_those_of_recipes(data, network):
 def test_evaluate_measures_what_training_measured(data, network):
     train, test = data
     trained = kd.train_teacher(network, train, test=test, epochs=1, batch_size=32, **QUIET)
-    assert kd.evaluate(network, test, device="cpu").top1 == trained.accuracy
+    assert kd.evaluate(network, test, device=DEVICE).top1 == trained.accuracy
     result = kd.train_student(Net(), train, test=test, epochs=1, batch_size=32, **QUIET)
-    assert kd.evaluate(result.bundle, test, device="cpu").top1 == result.accuracy
+    assert kd.evaluate(result.bundle, test, device=DEVICE).top1 == result.accuracy
     with pytest.raises(kd.KdpipeError, match="normalize="):
-        kd.evaluate(Net(), test, device="cpu")
+        kd.evaluate(Net(), test, device=DEVICE)
 
 
 def test_given_weights_need_scaling_and_expected_accuracy(data, network):

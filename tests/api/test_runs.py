@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from support.device import DEVICE
 
 import kdpipe as kd
 from kdpipe.stages.training.job_dir import read_json_file, write_json_file
@@ -14,7 +15,7 @@ pytestmark = pytest.mark.usefixtures("without_onnx")
 
 def test_students_of_a_run_differ_in_seeds_only(tmp_path: Path) -> None:
     train, test = kd.load_dataset("digits", num_train=64, test_share=0.1)
-    settings = {"test": test, "epochs": 0, "device": "cpu", "progress": False, "run": tmp_path}
+    settings = {"test": test, "epochs": 0, "device": DEVICE, "progress": False, "run": tmp_path}
     kd.train_student("mlp", train, **settings)
     recipe = read_json_file(tmp_path / "recipe.json") or {}
     del recipe["student"]["train"]["sampler"], recipe["student"]["image_size"]  # as in a version without these keys

@@ -8,6 +8,7 @@ import tomllib
 from pathlib import Path
 
 import pytest
+from support.device import DEVICE
 from support.kdpipe_process import environment
 from support.paths import ROOT
 from support.warm_process import WarmProcess
@@ -16,7 +17,7 @@ PLUGIN = ROOT / "examples" / "plugin"
 RECIPE = """
 # Command: kdpipe run plugged.toml. Hardware: any. Time: seconds. Expect: a done run.
 name = "plugged"
-device = "cpu"
+device = "DEVICE"
 num_threads = 1
 callbacks = ["BestEpochs"]
 data = { name = "bars" }
@@ -25,7 +26,7 @@ teacher = { model = { name = "two_layers", args = { width = 32 } }, train = { ep
 student = { model = { name = "two_layers", args = { width = 8 } }, train = { epochs = 3 }, seeds = [0] }
 distill = [{ loss = "logit_mae", margin = 0.1 }]
 compress = { steps = ["quantize"], baselines = false, latency_rounds = 3, quantize_train = { epochs = 1 } }
-"""
+""".replace("DEVICE", str(DEVICE))
 
 
 @pytest.fixture(scope="module")

@@ -5,6 +5,7 @@ import shutil
 import pytest
 import torch
 from support.compare_runs import differing_files
+from support.device import DEVICE
 from support.kdpipe_process import kdpipe_here
 
 import kdpipe as kd
@@ -26,9 +27,9 @@ def run_in_python(run):
     train, test = kd.load_dataset("digits", num_train=200)
     teacher = kd.create_model("cnn", train, width=8)
     views = kd.Views(30, [{"name": "RandomCrop", "padding": 1}])
-    work = {"run": run, "device": "cpu", "progress": False}
+    work = {"run": run, "device": DEVICE, "progress": False}
     kd.train_teacher(teacher, train, test=test, views=views, **work, **TRAIN)
-    cache = {"device": "cpu", "progress": False, "batch_size": 64}
+    cache = {"device": DEVICE, "progress": False, "batch_size": 64}
     store = kd.cache_teacher(teacher, train, run / "store.zarr", test=test, views=views, features=["stage2"], **cache)
     model = {"model_args": {"width": 4}}
     alone = kd.train_student("cnn", train, test=test, views=views, **model, **work, **TRAIN)
@@ -43,7 +44,7 @@ def run_in_python(run):
         quantize_train={**FINE_TUNE, "lr": 0.002},
         latency_rounds=3,
         niceness=0,
-        device="cpu",
+        device=DEVICE,
         progress=False,
     )
     return alone, result, small

@@ -17,6 +17,7 @@ from typing import Any
 
 import pytest
 import torch
+from support.device import DEVICE
 from support.kdpipe_process import environment, kdpipe, signal_when
 from support.warm_process import WarmProcess
 
@@ -25,7 +26,7 @@ from kdpipe.stages.models.safetensors_io import load_tensors
 RECIPE = """
 # Command: kdpipe train-student several.toml. Hardware: any. Time: seconds. Expect: an alone and a distilled student.
 name = "several"
-device = "cpu"
+device = "DEVICE"
 num_threads = 1
 data = { name = "digits", num_train = 200 }
 views = { num_views = 2, operations = [{ name = "RandomCrop", padding = 1 }] }
@@ -54,7 +55,7 @@ loss = "hint"
 layers = [["stage2", "stage2"]]
 weight = 0.5
 samples = { filter = "hard", fraction = 0.1, weighting = "entropy" }
-"""
+""".replace("DEVICE", str(DEVICE))
 
 KINDS = ("alone", "distilled")
 

@@ -11,6 +11,7 @@ import time
 import numpy as np
 import pytest
 from PIL import Image
+from support.device import DEVICE
 from support.kdpipe_process import kdpipe_here, signal_when, start_cold
 from support.made_store import folder_bytes
 
@@ -31,7 +32,7 @@ def net(width, num_classes, in_channels):
 RECIPE = """
 # Command: kdpipe train-teacher photographs.toml, and so on. Hardware: any. Time: seconds. Expect: done runs.
 name = "photographs"
-device = "cpu"
+device = "DEVICE"
 num_threads = 1
 data = { name = "imagefolder:FOLDER", cache_bytes = 0, num_workers = 0 }
 cache = { batch_size = 20, shard_bytes = 4096 }
@@ -53,7 +54,7 @@ seeds = [0]
 
 [[distill]]
 loss = "kd"
-"""
+""".replace("DEVICE", str(DEVICE))
 
 WORKERS = "--set=data.num_workers=2"
 """Workers of separate processes: results must not depend on them."""

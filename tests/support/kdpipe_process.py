@@ -13,6 +13,7 @@ from typer.testing import CliRunner, Result
 
 from kdpipe.pipeline.main import app
 from kdpipe.pipeline.terminal.output import Verbosity, set_verbosity
+from support.device import DEVICE
 from support.warm_process import WarmProcess
 
 COMMAND = [sys.executable, "-c", "from kdpipe.pipeline.entry import main; main()"]
@@ -20,7 +21,7 @@ COMMAND = [sys.executable, "-c", "from kdpipe.pipeline.entry import main; main()
 RECIPE = """
 # Command: kdpipe run tiny.toml. Hardware: any. Time: seconds. Expect: a done run.
 name = "tiny"
-device = "cpu"
+device = "DEVICE"
 num_threads = 1
 data = { name = "digits", num_train = 200 }
 views = { num_views = 30, operations = [{ name = "RandomCrop", padding = 1 }] }
@@ -50,7 +51,7 @@ prune = { ratio = 0.25, round_to = 1 }
 prune_train = { epochs = 4, batch_size = 32, lr = 0.02, checkpoint_every_s = 0 }
 quantize_train = { epochs = 4, batch_size = 32, lr = 0.002, checkpoint_every_s = 0 }
 latency_rounds = 3
-"""
+""".replace("DEVICE", str(DEVICE))
 
 
 def environment() -> dict[str, str]:

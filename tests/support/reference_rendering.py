@@ -16,8 +16,8 @@ from kdpipe.stages.training.task import TrainingTask
 from kdpipe.stages.views.config import Views
 from kdpipe.stages.views.mix import MixConfig, mix
 from kdpipe.stages.views.renderer import Renderer
+from support.device import DEVICE
 
-CPU = torch.device("cpu")
 NUM_SAMPLES = 26
 MIX = MixConfig(mixup_alpha=0.6, cutmix_alpha=1.0, p=0.7)
 CROPS = Views(seed=5, operations=({"name": "RandomCrop", "padding": 2}, {"name": "RandomHorizontalFlip"}))
@@ -49,7 +49,7 @@ def renderer_of(image_set, views, partners=None):
 
 def loader_of(image_set, views, num_workers, **changes):
     renderer = renderer_of(image_set, views, changes.get("mix_partners"))
-    return ImageLoader(image_set, CPU, renderer, num_workers=num_workers, **changes)
+    return ImageLoader(image_set, DEVICE, renderer, num_workers=num_workers, **changes)
 
 
 def mixture_of(image_set, views, positions, view, partners=None):

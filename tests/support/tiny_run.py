@@ -27,6 +27,7 @@ from kdpipe.stages.targets.feature_spec import FeatureSpec
 from kdpipe.stages.teacher import TeacherConfig, load_teacher
 from kdpipe.stages.training.optim import TrainConfig
 from kdpipe.stages.views.config import Views
+from support.device import DEVICE
 
 TRAIN = TrainConfig(epochs=2, batch_size=32, lr=0.05, checkpoint_every_s=0)
 TEACHER = TeacherConfig(model=ModelConfig(name="cnn", args={"width": 8, "num_stages": 2}), train=TRAIN)
@@ -59,9 +60,7 @@ def subset(image_set: ImageSet, num_samples: int) -> ImageSet:
 
 
 def tiny_context(run: Path, monitor: RunMonitor | None = None, **changes: Any) -> StageContext:
-    context = StageContext(
-        run, squares(300, 0), squares(80, 1, "test"), VIEWS, torch.device("cpu"), monitor or RunMonitor()
-    )
+    context = StageContext(run, squares(300, 0), squares(80, 1, "test"), VIEWS, DEVICE, monitor or RunMonitor())
     return dataclasses.replace(context, **changes)
 
 

@@ -16,6 +16,7 @@ from kdpipe.stages.training.job_dir import JobDir
 from kdpipe.stages.training.loop import train
 from kdpipe.stages.training.optim import TrainConfig
 from kdpipe.stages.training.task import TrainingTask
+from support.device import DEVICE
 from support.tiny_run import StopAfter, squares, tiny_context
 
 NORMALIZE = Normalization((0.5,), (0.5,))
@@ -41,7 +42,7 @@ def tiny_job(folder: Path, model: nn.Module, **config: Any) -> TrainJob:
 def trained(folder: Path, monitor: RunMonitor | None = None, **config: Any) -> tuple[nn.Module, list[dict[str, Any]]]:
     """Train the tiny network; returns it, and the metrics of each epoch without times."""
     model = tiny_network()
-    history = train(tiny_job(folder, model, **config), torch.device("cpu"), monitor or RunMonitor())
+    history = train(tiny_job(folder, model, **config), DEVICE, monitor or RunMonitor())
     return model, [{key: value for key, value in line.items() if key != "wall_s"} for line in history]
 
 

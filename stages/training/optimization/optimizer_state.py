@@ -6,6 +6,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
@@ -55,7 +56,9 @@ def unpack_optimizer(optimizer: Optimizer, tensors: Mapping[str, Tensor], record
     ]
     optimizer.load_state_dict({**rest, "state": state, "param_groups": groups})
     for index, slot in state.items():
-        optimizer.state[parameters[index]] = _exact(optimizer.state[parameters[index]], slot)
+        parameter = parameters[index]
+        exact = _exact(optimizer.state[parameter], slot)
+        optimizer.state[parameter] = {key: _in_format_of(parameter, value) for key, value in exact.items()}
 
 
 def _exact(loaded: Any, saved: Any) -> Any:
@@ -67,6 +70,13 @@ def _exact(loaded: Any, saved: Any) -> Any:
     if isinstance(saved, list | tuple):
         return type(saved)(_exact(one, value) for one, value in zip(loaded, saved, strict=True))
     return saved
+
+
+def _in_format_of(parameter: Tensor, value: Any) -> Any:
+    """Return a tensor of the parameter's shape in its memory format, as the optimizer made it; all else as it is."""
+    if not isinstance(value, Tensor) or value.shape != parameter.shape or value.stride() == parameter.stride():
+        return value
+    return torch.empty_like(parameter, dtype=value.dtype, device=value.device).copy_(value)
 
 
 def _is_plain(value: Any) -> bool:

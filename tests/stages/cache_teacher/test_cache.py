@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 import zarr
+from support.device import DEVICE
 from support.made_store import folder_bytes
 from support.tiny_run import (
     CACHE,
@@ -237,7 +238,7 @@ def test_top_k_store_matches_the_dense_one(run, tmp_path):
     top, dense = open_store(tmp_path / "top.zarr"), open_store(run / "store.zarr")
     ids = context.train_set.sample_ids.numpy()[:64]
     exact = torch.from_numpy(dense.gather("logits", 1, ids)).float()
-    targets = Targets([join(top, context.train_set, [])], torch.device("cpu")).batch(1, torch.arange(64))[0]
+    targets = Targets([join(top, context.train_set, [])], DEVICE).batch(1, torch.arange(64))[0]
     for temperature in (1.0, 2.7, 4.0, 20.0):
         found = torch.softmax(targets.logits_at(temperature) / temperature, 1)
         wanted = torch.softmax(exact / temperature, 1)

@@ -5,6 +5,7 @@ import math
 
 import pytest
 import torch
+from support.device import DEVICE
 from support.tiny_run import STUDENT, tiny_context
 from torch import nn
 from torchmetrics.functional.classification import multiclass_accuracy, multiclass_calibration_error
@@ -17,8 +18,6 @@ from kdpipe.stages.models.bundle import ModelBundle
 from kdpipe.stages.models.normalization import Normalization
 from kdpipe.stages.training.finalize import finalize
 from kdpipe.stages.training.job_dir import JobDir
-
-CPU = torch.device("cpu")
 
 
 class TableModel(nn.Module):
@@ -36,7 +35,7 @@ class TableModel(nn.Module):
 
 def report_of(logits, labels, teacher=None, num_classes=None):
     """Return the report of a model that gives `logits` on a test set with `labels`."""
-    return evaluate_in_depth(*model_and_test(logits, labels, teacher, num_classes), CPU)
+    return evaluate_in_depth(*model_and_test(logits, labels, teacher, num_classes), DEVICE)
 
 
 def model_and_test(logits, labels, teacher=None, num_classes=None):
@@ -45,7 +44,7 @@ def model_and_test(logits, labels, teacher=None, num_classes=None):
     names = tuple(f"class {number}" for number in range(num_classes or logits.shape[1]))
     image_set = ImageSet("numbers", "test", images, torch.tensor(labels), ids, names)
     get_logits = None if teacher is None else teacher.__getitem__
-    return TableModel(logits), Evaluation(ImageLoader(image_set, CPU), Normalization((0.0,), (1.0,)), get_logits)
+    return TableModel(logits), Evaluation(ImageLoader(image_set, DEVICE), Normalization((0.0,), (1.0,)), get_logits)
 
 
 def test_metrics_match_hand_computed_values():
@@ -164,7 +163,7 @@ def test_metrics_of_nan_logits_are_nan():
 @pytest.mark.parametrize("training", [True, False])
 def test_training_mode_is_restored(training):
     model, test = model_and_test(torch.eye(3), [0, 1, 2])
-    evaluate_in_depth(model.train(training), test, CPU)
+    evaluate_in_depth(model.train(training), test, DEVICE)
     assert model.training is training
 
 
@@ -172,9 +171,9 @@ def test_report_is_reproducible_and_equals_evaluate():
     logits, labels, teacher = random_case()
     model, test = model_and_test(logits, labels.tolist(), teacher)
     one, other, measured = (
-        evaluate_in_depth(model, test, CPU),
-        evaluate_in_depth(model, test, CPU),
-        evaluate(model, test, CPU),
+        evaluate_in_depth(model, test, DEVICE),
+        evaluate_in_depth(model, test, DEVICE),
+        evaluate(model, test, DEVICE),
     )
     assert one == other
     assert (one.top1, one.cross_entropy) == (measured.accuracy, measured.cross_entropy)
@@ -187,5 +186,5 @@ def test_finished_job_saves_the_report(tmp_path):
     result = finalize(folder, network, [], context.evaluation(network.normalize))
     assert folder.result() == json.loads(json.dumps(result)) == result
     assert result["accuracy"] == result["best_accuracy"] == result["examined"]["top1"]
-    assert result["examined"] == evaluate_in_depth(network.model, context.evaluation(normalize), CPU).to_json()
+    assert result["examined"] == evaluate_in_depth(network.model, context.evaluation(normalize), DEVICE).to_json()
     assert sum(one["num_samples"] for one in result["examined"]["per_class"]) == context.test_set.num_samples

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import re
+from functools import partial
 
 import pytest
 import torch
 from torch import Tensor, nn
 
+from kdpipe.stages.compute.compiled import compiled
 from kdpipe.stages.errors import ModelError
+from kdpipe.stages.models import hooks
 from kdpipe.stages.models.build import ModelConfig, build_model
 from kdpipe.stages.models.hooks import extract_features, get_module, overwritten_layers
 
@@ -149,3 +152,56 @@ def test_an_operation_in_some_passes_only_is_refused() -> None:
         extractor(-torch.ones(2, 1, 6, 6))
         with pytest.raises(ModelError, match="overwrites the output of 'conv' in place in some"):
             extractor(torch.ones(2, 1, 6, 6))
+
+
+class Trainable(InPlace):
+    """As InPlace, without overwriting what the backward pass needs."""
+
+    def forward(self, images: Tensor) -> Tensor:
+        flat = self.view(self.relu(self.norm(self.conv(images)))) + 1
+        return self.head(self.relu(self.drop(self.fc(flat))))  # type: ignore[no-any-return]
+
+
+@pytest.fixture
+def traced(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Trace as torch.compile does, and run the operations without compiling them."""
+    monkeypatch.setattr(hooks, "compiled", partial(compiled, backend="aot_eager"))
+
+
+@pytest.mark.usefixtures("traced")
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_a_compiled_pass_has_the_features_of_a_plain_one(mode: type) -> None:
+    layers = ("conv", "norm", "relu", "view", "fc")
+    model, plain = (each.eval() for each in twins(spoils_input=True))
+    images = torch.rand(4, 1, 6, 6)
+    before = images.clone()
+    with mode(), extract_features(model, layers, compile_key="cache.compile") as extractor:
+        expected, copies = outputs_of(plain, images.clone(), layers)
+        for _ in range(2):
+            found = extractor(images)
+            assert torch.equal(found.logits, expected)
+            assert {name for name in layers if not torch.equal(found.features[name], copies[name])} == set()
+    assert torch.equal(images, before)
+    assert list(model.state_dict()) == list(plain.state_dict())
+
+
+@pytest.mark.usefixtures("traced")
+def test_a_compiled_pass_trains_as_a_plain_one() -> None:
+    model, plain = Trainable(), Trainable()
+    plain.load_state_dict(model.state_dict())
+    with extract_features(model, ["norm"], compile_key="train.compile") as extractor:
+        for size in (4, 3):
+            images = torch.rand(size, 1, 6, 6)
+            torch.manual_seed(1)
+            expected, copies = outputs_of(plain, images, ("norm",))
+            torch.manual_seed(1)
+            found = extractor(images)
+            (expected.square().sum() + copies["norm"].square().sum()).backward()
+            (found.logits.square().sum() + found.features["norm"].square().sum()).backward()
+            torch.manual_seed(1)
+            assert torch.equal(extractor.eager(images).logits, expected)
+            outputs_of(plain, images, ())
+    for (name, one), other in zip(model.named_parameters(), plain.parameters(), strict=True):
+        assert one.grad is not None and other.grad is not None and torch.equal(one.grad, other.grad), name
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, plain.state_dict()[name]), name

@@ -17,6 +17,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from support import user_losses
+from support.device import DEVICE
 from support.tiny_run import STUDENT, tiny_context
 from support.two_processes import run_two_processes
 from torch import Tensor, nn
@@ -59,6 +60,7 @@ from kdpipe.stages.runtime.events import RunMonitor
 from kdpipe.stages.runtime.sync_batch_norm import batch_norm_over_processes
 from kdpipe.stages.targets.feature_spec import compute_statistic
 from kdpipe.stages.targets.outputs import DenseTargets
+from kdpipe.stages.training.gradients import GradientAverage
 from kdpipe.stages.training.job import TrainJob
 from kdpipe.stages.training.job_dir import JobDir
 from kdpipe.stages.training.loop import train
@@ -188,7 +190,7 @@ def train_digest(
     task = TrainingTask(loader, 1, Normalization((0.5,), (0.5,)), fresh_views=True)
     config = TrainConfig(**{"epochs": 1, "batch_size": 50, "lr": 0.01, "checkpoint_every_s": 1000, **settings})
     job = TrainJob("test", "test", model, task, None, config, 0, JobDir(folder), process_group=processes)
-    train(job, torch.device("cpu"), RunMonitor())
+    train(job, DEVICE, RunMonitor())
     weights = torch.cat([one.flatten().float() for one in model.state_dict().values()])
     return weights_sha256(model), weights.tolist()
 
@@ -209,15 +211,18 @@ def agreement(processes: ProcessGroup) -> dict[str, Any]:
     (everyone * torch.tensor([1.0, 2, 3]) * (1 + processes.rank)).sum().backward()
     assert uneven.grad is not None
     none = all_gather_with_grad(torch.ones(2 * processes.rank, 3))
-    mean = [torch.full((2, 2), float(processes.rank)), torch.full((3,), 10.0 * processes.rank)]
-    processes.average(mean)
+    weights = [nn.Parameter(torch.zeros(2)) for _ in range(3)]
+    average = GradientAverage(weights, processes)
+    with average.sent_early():  # the first process lacks the last one's, which is sent first
+        torch.cat([(index + 1) * one for index, one in enumerate(weights[: 1 + processes.rank])]).sum().backward()
+    averaged = average.finish({"kd": torch.tensor(float(processes.rank))})
     return {
         "agreed": [processes.sync_flags(not first, due=True), processes.sync_flags(stop=False, due=not first)],
         "shared": processes.broadcast_object({"a": [1, None, "ä"]} if first else {}),
         "once": processes.on_main(os.getpid),
         "error": message,
         "gathered": [everyone.tolist(), uneven.grad.tolist(), list(none.shape)],
-        "mean": [one.flatten().tolist() for one in mean],
+        "averaged": [averaged["kd"].item(), *(None if one.grad is None else one.grad.tolist() for one in weights)],
         "rows": processes.rows(torch.arange(5)).tolist(),
     }
 
@@ -279,8 +284,11 @@ def test_unequal_row_counts_are_gathered_with_gradients(results: list[dict[str, 
     assert second == [[0, 10, 10], [6, 9], [2, 3]]
 
 
-def test_average_and_row_shares(results: list[dict[str, Any]]) -> None:
-    assert [one["agreement"]["mean"] for one in results] == [[[0.5] * 4, [5.0] * 3]] * 2
+def test_gradients_of_one_process_are_averaged_in_all(results: list[dict[str, Any]]) -> None:
+    assert [one["agreement"]["averaged"] for one in results] == [[0.5, [1, 1], [1, 1], None]] * 2
+
+
+def test_row_shares(results: list[dict[str, Any]]) -> None:
     assert [one["agreement"]["rows"] for one in results] == [[0, 1, 2], [3, 4]]
 
 

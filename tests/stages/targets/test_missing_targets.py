@@ -6,6 +6,7 @@ import json
 
 import pytest
 import torch
+from support.device import DEVICE
 from support.tiny_run import CACHE, LAYERS, LOSSES, STUDENT, TEACHER, make_tiny_store, squares, tiny_context
 
 from kdpipe.pipeline.steps import cache_teacher, train_student, train_teacher
@@ -195,7 +196,7 @@ def test_rows_of_missing_samples_are_never_read(run):
     store = open_store(run / "store.zarr")
     source = join(store, ALL, [], "hard-labels")
     assert (source.rows < 0).tolist() == [False] * KNOWN + [True] * 40
-    targets = Targets([source], torch.device("cpu"))
+    targets = Targets([source], DEVICE)
     (known,) = targets.target_masks(torch.tensor([0, 79, 80, 119]))
     assert known.tolist() == [True, True, False, False]
 

@@ -4,6 +4,7 @@ import dataclasses
 
 import pytest
 import torch
+from support.device import DEVICE
 from support.tiny_run import LOSSES, OPERATIONS, STUDENT, TEACHER, VIEWS, make_tiny_store, squares, tiny_context
 
 from kdpipe.stages.data.image_set import ImageSet
@@ -19,7 +20,6 @@ from kdpipe.stages.views.renderer import Renderer
 from kdpipe.store import FingerprintMismatch, StoreError, TargetStore, open_store
 from kdpipe.store.read import mapped_views
 
-CPU = torch.device("cpu")
 STAGE2 = FeatureSpec("stage2")
 
 
@@ -38,7 +38,7 @@ def subset(images: ImageSet, rows: torch.Tensor, **changes) -> ImageSet:
 def test_reordered_subset_is_joined_by_id(run):
     store = open_store(run / "store.zarr")
     rows = torch.randperm(300, generator=torch.Generator().manual_seed(2))[:90]
-    targets = Targets([join(store, subset(squares(300, 0), rows), [STAGE2])], CPU)
+    targets = Targets([join(store, subset(squares(300, 0), rows), [STAGE2])], DEVICE)
     indices = torch.tensor([5, 0, 80, 5])
     (outputs,) = targets.batch(1, indices)
     expected = store.rows_of(squares(300, 0).sample_ids[rows[indices]].numpy())
@@ -50,7 +50,7 @@ def test_reordered_subset_is_joined_by_id(run):
 def test_memory_and_mapped_targets_are_equal(run):
     store = open_store(run / "store.zarr")
     source = join(store, squares(300, 0), [STAGE2])
-    resident, mapped = Targets([source], CPU), Targets([source], CPU)
+    resident, mapped = Targets([source], DEVICE), Targets([source], DEVICE)
     mapped.residence = "mapped"
     indices = torch.randint(300, (64,), generator=torch.Generator().manual_seed(3))
     for view in range(VIEWS.num_views):
@@ -80,7 +80,7 @@ def test_streamed_targets_are_equal_within_their_memory_bound(long_run):
     store = open_store(long_run / "store.zarr")
     assert store.unit_rows == 512
     source = join(store, squares(6000, 0), [STAGE2])
-    resident, streamed = Targets([source], CPU), Targets([source], CPU, streamed_within(8))
+    resident, streamed = Targets([source], DEVICE), Targets([source], DEVICE, streamed_within(8))
     assert (resident.residence, streamed.residence, streamed.window) == ("memory", "streamed", 4)
     assert "streamed in groups of 4 shards" in streamed.describe()[0]
     (inner,) = streamed._sources
@@ -100,7 +100,7 @@ def test_an_epoch_in_slab_order_reads_each_slab_once(long_run, monkeypatch):
     read, real = [], TargetStore.read_unit
     monkeypatch.setattr(TargetStore, "read_unit", lambda self, name, unit: read.append(unit) or real(self, name, unit))
     config = TargetLoadingConfig(memory_bytes=8 * 512 * 4 * 2, mapped_bytes=0)
-    targets = Targets([join(store, squares(6000, 0), [])], CPU, config)
+    targets = Targets([join(store, squares(6000, 0), [])], DEVICE, config)
     for indices in shard_order(1, 0, targets.slabs, targets.window).split(64):
         targets.batch(0, indices)
     assert sorted(read) == store.units(0)
@@ -128,7 +128,7 @@ def test_residence_depends_on_size_alone(run):
         (num_bytes - 1, num_bytes, "mapped"),
         (num_bytes - 1, num_bytes - 1, "streamed"),
     ):
-        targets = Targets([source], CPU, TargetLoadingConfig(memory_bytes=memory, mapped_bytes=mapped))
+        targets = Targets([source], DEVICE, TargetLoadingConfig(memory_bytes=memory, mapped_bytes=mapped))
         assert targets.residence == expected
 
 
@@ -137,7 +137,7 @@ def test_mapped_targets_are_checked_as_configured(run, monkeypatch, verify, num_
     checked, store = [], open_store(run / "store.zarr")
     monkeypatch.setattr(mapped_views, "is_committed_file", lambda file, entry, root: checked.append(file) or True)
     config = TargetLoadingConfig(memory_bytes=0, verify=verify)
-    targets = Targets([join(store, squares(300, 0), [])], CPU, config)
+    targets = Targets([join(store, squares(300, 0), [])], DEVICE, config)
     for view in (0, 1, 0):
         targets.batch(view, torch.arange(4))
     assert targets.residence == "mapped"

@@ -10,6 +10,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from support.device import DEVICE
 from support.tiny_run import CACHE, TEACHER, VIEWS, squares, tiny_context
 
 from kdpipe.pipeline.steps import cache_teacher
@@ -37,7 +38,6 @@ from kdpipe.stages.views.mix import MixConfig
 from kdpipe.store import StoreError, finish_store, open_store, write_unit
 from kdpipe.store.format.markers import marker_path
 
-CPU = torch.device("cpu")
 GRAY = squares(40, 0)
 TEST = squares(8, 1, "test")
 
@@ -90,7 +90,7 @@ def served(run):
     for name in ("maps", "statistics"):
         store = open_store(run / f"{name}.zarr")
         features = REQUIRED if name == "maps" else STATISTICS
-        targets = Targets([join(store, GRAY, features)], CPU)
+        targets = Targets([join(store, GRAY, features)], DEVICE)
         found.append(targets.features(0, 1, indices, features))
     return found
 

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from support.device import DEVICE
 from torch import Tensor, nn
 
 from kdpipe.stages.errors import ModelError
@@ -15,7 +16,6 @@ from kdpipe.stages.training import preflight
 from kdpipe.stages.training.optim import TrainConfig
 from kdpipe.stages.training.preflight import try_network
 
-CPU = torch.device("cpu")
 TRAIN = TrainConfig(epochs=1, batch_size=8)
 
 
@@ -63,7 +63,7 @@ class MaxPools(Net):
 def attempt(model: nn.Module, config: TrainConfig | None = TRAIN, **options: Any) -> None:
     architecture = {"model": type(model).__name__, "num_classes": 3, "in_channels": 1, "image_size": [6, 6]}
     bundle = ModelBundle(model, architecture, Normalization((0.5,), (0.5,)))
-    try_network(bundle, config, role="student", device=CPU, **options)
+    try_network(bundle, config, role="student", device=DEVICE, **options)
 
 
 @pytest.fixture(autouse=True)

@@ -4,6 +4,7 @@ import dataclasses
 
 import pytest
 import torch
+from support.device import DEVICE
 from support.tiny_run import StopAfter, squares, tiny_context
 from torch import nn
 
@@ -23,12 +24,12 @@ from kdpipe.stages.targets.feature_spec import FeatureSpec
 from kdpipe.stages.training.checkpoint import Progress, save_checkpoint
 from kdpipe.stages.training.job import TrainJob
 from kdpipe.stages.training.job_dir import JobDir
-from kdpipe.stages.training.loop import _set_up, train
+from kdpipe.stages.training.loop import train
 from kdpipe.stages.training.optim import TrainConfig
+from kdpipe.stages.training.set_up import set_up
 from kdpipe.stages.training.step import depends_on_batch
 from kdpipe.stages.training.task import TrainingTask
 
-CPU = torch.device("cpu")
 CONFIG = TrainConfig(epochs=2, batch_size=32, optimizer="adamw", lr=0.01, checkpoint_every_s=0)
 
 
@@ -61,7 +62,7 @@ def job_of(folder, model):
 
 
 def trained(folder, model, monitor=None):
-    history = train(job_of(folder, model), CPU, monitor or RunMonitor())
+    history = train(job_of(folder, model), DEVICE, monitor or RunMonitor())
     return model.state_dict(), [line["losses"]["hard_labels"] for line in history]
 
 
@@ -87,7 +88,7 @@ def test_failed_attempt_leaves_no_trace(tmp_path):
     """Neither in batch norm's memory nor in what dropout draws: it is as if the parts had been known before."""
     tries, knows = (network(8, nn.BatchNorm1d(16), nn.Dropout(0.5)) for _ in range(2))
     job = job_of(tmp_path / "knows", knows)
-    save_checkpoint(job.job_dir.checkpoint, _set_up(job, CPU), Progress(micro_batches=4))
+    save_checkpoint(job.job_dir.checkpoint, set_up(job, DEVICE), Progress(micro_batches=4))
     assert_equal(trained(tmp_path / "knows", knows)[0], trained(tmp_path / "tries", tries)[0])
     assert (tries[5].num_refused, knows[5].num_refused) == (2, 0)
 

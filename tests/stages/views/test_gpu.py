@@ -1,13 +1,14 @@
-"""On CUDA: the same parameters, and pixels within a gray level of the CPU's. Runs where there is a GPU."""
+"""On CUDA: the same parameters, and pixels within a gray level of the CPU's. Runs with --device cuda."""
 
 import pytest
 import torch
+from support.device import DEVICE, needs_gpu
 
 from kdpipe.stages.views.mix import MixConfig, mix, sample_mix
 from kdpipe.stages.views.rng import CounterRNG
 from kdpipe.stages.views.tensor_engine import parse_operations
 
-pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+pytestmark = needs_gpu
 
 OPERATIONS = (
     {"name": "RandomCrop", "padding": 2},
@@ -33,11 +34,11 @@ def differ_by(one, other):
 def test_an_operation_gives_the_same_pixels_within_a_grey_level(operation, channels):
     images = torch.randint(256, (64, channels, 33, 29), dtype=torch.uint8)
     engine, draw = parse_operations([operation]), CounterRNG(1, 2, torch.arange(64))
-    assert differ_by(engine(images, draw), engine(images.cuda(), draw)) <= 1
+    assert differ_by(engine(images, draw), engine(images.to(DEVICE), draw)) <= 1
 
 
 @pytest.mark.parametrize("config", [MixConfig(mixup_alpha=0.4), MixConfig(cutmix_alpha=1.0)])
 def test_mixtures_are_the_same(config):
     images, partners = torch.randint(256, (2, 64, 3, 33, 29), dtype=torch.uint8).unbind()
     mixture = sample_mix(config, CounterRNG(1, 2, torch.arange(64)), torch.arange(64), (33, 29))
-    assert differ_by(mix(images, partners, mixture), mix(images.cuda(), partners.cuda(), mixture)) == 0
+    assert differ_by(mix(images, partners, mixture), mix(images.to(DEVICE), partners.to(DEVICE), mixture)) == 0

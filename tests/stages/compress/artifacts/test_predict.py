@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from support.device import DEVICE
 
 from kdpipe.stages.compress.artifacts import write
 from kdpipe.stages.data.config import DataConfig
@@ -53,7 +54,7 @@ def test_predict_gives_the_networks_answers(tmp_path, bare, channels, crop, firs
     config = ModelConfig(name="cnn", args={"width": 8})
     model = build_model(config, num_classes=2, in_channels=channels, image_size=(12, 12), seed=0).eval()
     network = ModelBundle(model, {}, Normalization((0.4,) * channels, (0.1,) * channels))
-    test = Evaluation(ImageLoader(images, torch.device("cpu"), size=None if first == 12 else 12), network.normalize)
+    test = Evaluation(ImageLoader(images, DEVICE, size=None if first == 12 else 12), network.normalize)
     handed_over = tmp_path / "handed over"
     handed_over.mkdir()
     export_onnx(

@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from support.device import DEVICE
 from support.paths import PYTHONPATH, TESTS
 from support.photographs import in_memory, photographs
 
@@ -41,7 +42,7 @@ def equal(tmp_path_factory):
 
 def loader_of(image_set, num_workers, views=CROPS):
     renderer = Renderer(views, 3, image_set.image_size, torch.sort(image_set.sample_ids).values)
-    return ImageLoader(image_set, torch.device("cpu"), renderer, num_workers=num_workers)
+    return ImageLoader(image_set, DEVICE, renderer, num_workers=num_workers)
 
 
 def requests(view, num_batches=20):

@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from support.device import DEVICE
 from support.tiny_training import STEPS, equal_weights, tiny_job, tiny_network, trained, trained_in_pieces
 from torch import nn
 
@@ -12,10 +13,9 @@ from kdpipe.stages.evaluation.evaluate import evaluate
 from kdpipe.stages.models.safetensors_io import load_tensors
 from kdpipe.stages.runtime.events import RunMonitor
 from kdpipe.stages.training.checkpoint import Progress, save_checkpoint
-from kdpipe.stages.training.loop import _set_up, train
+from kdpipe.stages.training.loop import train
 from kdpipe.stages.training.optimization.averaging import WeightAverage
-
-CPU = torch.device("cpu")
+from kdpipe.stages.training.set_up import set_up
 
 TWO_SETS = """
 import torch
@@ -70,7 +70,7 @@ def test_averaged_network_is_evaluated_and_returned(tmp_path):
         seen.append({name: one.clone() for name, one in network.state_dict().items()})
 
     job = replace(tiny_job(tmp_path / "run", model, ema_decay=0.9), after_step=record)
-    history = train(job, CPU, RunMonitor())
+    history = train(job, DEVICE, RunMonitor())
     assert len(seen) == STEPS
     expected = tiny_network().state_dict()
     for step, state in enumerate(seen):
@@ -79,7 +79,7 @@ def test_averaged_network_is_evaluated_and_returned(tmp_path):
             expected[name] = torch.lerp(expected[name], one, 1 - decay) if one.is_floating_point() else one
     assert all(torch.allclose(model.state_dict()[name], expected[name], atol=1e-6) for name in expected)
     assert not torch.equal(model[0].weight, seen[-1]["0.weight"])
-    assert history[-1]["cross_entropy"] == pytest.approx(evaluate(model, job.test, CPU).to_json()["cross_entropy"])
+    assert history[-1]["cross_entropy"] == pytest.approx(evaluate(model, job.test, DEVICE).to_json()["cross_entropy"])
 
 
 def test_averaging_does_not_change_the_training(tmp_path):
@@ -104,7 +104,7 @@ def test_finished_checkpoint_gives_the_average_again(tmp_path):
 
 def test_average_of_another_network_is_refused(tmp_path):
     job = tiny_job(tmp_path, tiny_network(), ema_decay=0.9)
-    state = _set_up(job, CPU)
+    state = set_up(job, DEVICE)
     del state.average.tensors["0.bias"]
     save_checkpoint(job.job_dir.checkpoint, state, Progress())
     with pytest.raises(RunError, match="average of weights belongs to another network"):
@@ -117,7 +117,7 @@ def test_masked_weights_stay_zero_in_the_average(tmp_path):
         model[4].weight[:, ::2] = 0
     job = tiny_job(tmp_path, model, ema_decay=0.9, optimizer="adam", clip_grad=1.0)
     job = replace(job, after_step=lambda network: network[4].weight.data[:, ::2].zero_())
-    train(job, CPU, RunMonitor())
+    train(job, DEVICE, RunMonitor())
     assert not model[4].weight[:, ::2].any()
     assert model[4].weight[:, 1::2].all()
 

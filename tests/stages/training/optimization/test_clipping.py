@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from support.device import DEVICE
 from support.tiny_training import STEPS, tiny_job, tiny_network, trained
 from torch import nn
 
@@ -49,7 +50,7 @@ def test_training_clips_the_gradient_of_the_whole_batch(tmp_path, mode):
         norms.append(float(torch.cat([one.grad.flatten() for one in network.parameters()]).norm(order)))
 
     job = replace(tiny_job(tmp_path, model, clip_grad=1e-3, clip_grad_mode=mode), after_step=record)
-    train(job, torch.device("cpu"), RunMonitor())
+    train(job, DEVICE, RunMonitor())
     assert norms == pytest.approx([1e-3] * STEPS, rel=1e-2)
     unclipped, _ = trained(tmp_path / "unclipped")
     assert not torch.equal(model[0].weight, unclipped[0].weight)

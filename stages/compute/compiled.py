@@ -1,0 +1,83 @@
+"""torch.compile: functions on batches of one size, compiled with CUDA graphs on GPUs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cache
+from types import FunctionType
+from typing import Any, TypeVar
+
+import torch
+
+from kdpipe.stages.errors import RecipeError, cause
+from kdpipe.stages.runtime.memory import is_out_of_memory
+
+T = TypeVar("T")
+
+
+def compiled(
+    function: Callable[..., T], device: torch.device, *, key: str, backend: str = "inductor"
+) -> Callable[..., T]:
+    """Return a function compiled as one graph, which draws the random numbers that it draws without that.
+
+    Each shape of its arguments is compiled by itself, so that results depend on nothing that ran before. On CUDA it
+    runs as a CUDA graph: its results are overwritten by the next step, which `begin_step` announces.
+
+    Args:
+        function: The function, of tensors.
+        device: The device of the tensors.
+        key: The recipe key that asks for it, for messages.
+        backend: torch.compile's backend.
+
+    Raises:
+        RecipeError: By the returned function, if it cannot be compiled.
+    """
+    options: dict[str, Any] = {"fallback_random": True, "triton.cudagraphs": device.type == "cuda"}
+    fast: Any = torch.compile(
+        _with_own_code(function),
+        fullgraph=True,
+        dynamic=False,
+        backend=backend,
+        options=options if backend == "inductor" else None,
+    )
+
+    def run(*arguments: Any) -> T:
+        try:
+            return fast(*arguments)  # type: ignore[no-any-return]
+        except torch._dynamo.exc.TorchDynamoException as error:
+            if is_out_of_memory(error):
+                raise
+            raise RecipeError(
+                f"{key} = true: torch.compile cannot compile this ({cause(error)}): set it to false."
+            ) from error
+
+    return run
+
+
+def begin_step(device: torch.device) -> None:
+    """Announce that results of compiled functions of the step before are no longer needed."""
+    if device.type == "cuda":
+        torch.compiler.cudagraph_mark_step_begin()
+
+
+@cache
+def require_compiler(device: torch.device, key: str) -> None:
+    """Compile a sum. Raises RecipeError, naming the recipe key that asks for it, if there is no working compiler."""
+    try:
+        compiled(lambda ones: ones + 1, device, key=key)(torch.ones(8, device=device))
+    except RecipeError as error:
+        needs = "triton" if device.type == "cuda" else "a C++ compiler, such as g++"
+        raise RecipeError(
+            f"{key} = true: torch.compile does not work here, it needs {needs} ({cause(error.__cause__ or error)}): "
+            f"install it, or set {key} = false."
+        ) from error
+
+
+def _with_own_code(function: Callable[..., T]) -> Callable[..., T]:
+    """Return the function with a code object of its own: what is compiled is kept, and limited in number, by code."""
+
+    def call(*arguments: Any) -> T:
+        return function(*arguments)
+
+    code = call.__code__.replace()
+    return FunctionType(code, call.__globals__, call.__name__, None, call.__closure__)

@@ -1,0 +1,166 @@
+"""How a job's steps are computed, and the objects that they change: network, optimizer, loss scaler."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack
+from dataclasses import replace
+from functools import partial
+from itertools import chain
+from typing import Any
+
+import torch
+from torch import nn
+
+from kdpipe.stages.compute.settings import EXACT, ComputeSettings, MemoryFormat, Precision, fast_precisions
+from kdpipe.stages.compute.trial import choose, is_worth_a_trial, time_in_turn
+from kdpipe.stages.errors import RecipeError, cause
+from kdpipe.stages.evaluation.macs import count_macs
+from kdpipe.stages.models.clone import clone_without_hooks
+from kdpipe.stages.models.hooks import extract_features
+from kdpipe.stages.runtime.events import RunMonitor
+from kdpipe.stages.runtime.memory import is_out_of_memory
+from kdpipe.stages.runtime.sync_batch_norm import batch_norm_over_processes
+from kdpipe.stages.training.checkpoint import Progress, TrainState
+from kdpipe.stages.training.job import TrainJob
+from kdpipe.stages.training.optim import TrainConfig, build_optimizer
+from kdpipe.stages.training.optimization.averaging import WeightAverage, has_modes
+from kdpipe.stages.training.step import TrainStep
+from kdpipe.stages.training.task import Batch
+
+CPU_PRECISIONS: tuple[Precision, ...] = ("float32",)
+"""What "auto" tries on a CPU, the most exact first."""
+
+
+def candidates(config: TrainConfig, model: nn.Module, device: torch.device) -> list[ComputeSettings]:
+    """Return the settings that a recipe leaves open, in order of preference; the first needs no trial.
+
+    Raises:
+        RecipeError: The device does not compute the precision in hardware.
+    """
+    offered: tuple[Precision, ...] = ("float32", *fast_precisions(device))
+    if config.precision not in ("auto", *offered):
+        raise RecipeError(
+            f"train.precision = {config.precision!r} is not what this device ({device.type}) computes in hardware: "
+            f"choose 'auto' or one of {', '.join(offered)}."
+        )
+    precisions: tuple[Precision, ...]
+    if config.precision != "auto":
+        precisions = (config.precision,)
+    elif device.type == "cuda":
+        precisions = ("bfloat16" if "bfloat16" in offered else "float16",)
+    else:
+        precisions = tuple(one for one in CPU_PRECISIONS if one in offered)
+    has_convolutions = any(isinstance(module, nn.Conv2d) for module in model.modules())
+    return [ComputeSettings(one, form) for one in precisions for form in _formats(config, one, has_convolutions)]
+
+
+def _formats(config: TrainConfig, precision: Precision, has_convolutions: bool) -> tuple[MemoryFormat, ...]:
+    """Return the memory formats to choose from. In a low precision convolutions are always faster in channels_last."""
+    if config.memory_format != "auto":
+        return (config.memory_format,)
+    if not has_convolutions:
+        return ("contiguous",)
+    return ("contiguous", "channels_last") if precision == "float32" else ("channels_last",)
+
+
+def resumed_settings(
+    made_with: Mapping[str, Any], job: TrainJob, device: torch.device, monitor: RunMonitor
+) -> ComputeSettings:
+    """Return the settings of a checkpoint; those of an older kdpipe if it has none.
+
+    On a device that does not compute them in hardware the job continues with those that are chosen there.
+    """
+    options = candidates(job.config, job.model, device)
+    if "compute" not in made_with:
+        formats = "contiguous" if job.config.memory_format == "auto" else job.config.memory_format
+        return replace(options[0], memory_format=formats)
+    settings = ComputeSettings.from_json(made_with["compute"])
+    if settings.precision in ("float32", *fast_precisions(device)):
+        return settings
+    monitor.warn(
+        "device",
+        f"{job.name} began in {settings.precision}, which this device ({device.type}) does not compute in hardware: it "
+        f"continues in {options[0].precision}, and its results may differ.",
+    )
+    return options[0]
+
+
+def chosen_settings(
+    job: TrainJob, device: torch.device, batches: Iterator[Batch], monitor: RunMonitor
+) -> tuple[ComputeSettings, Iterator[Batch]]:
+    """Return the settings for a job that begins, and all of its batches.
+
+    Jobs that run for long on a CPU try their first batch in each way, and take one that is clearly faster.
+    """
+    options = candidates(job.config, job.model, device)
+    if len(options) == 1 or job.config.epochs == 0:
+        return options[0], batches
+    first = next(batches)
+    settings = options[0]
+    if is_worth_a_trial(_num_macs(job, first), device):
+        settings = job.process_group.broadcast_object(_fastest(job, options, first, device, monitor))
+    return settings, chain([first], batches)
+
+
+def _num_macs(job: TrainJob, batch: Batch) -> int:
+    """Return the multiply-accumulates of a job's forward passes; a backward pass has twice as many."""
+    _, channels, height, width = batch.images.shape
+    of_an_image = count_macs(job.model, (channels, height, width))
+    return 3 * of_an_image * job.task.num_samples * job.config.epochs
+
+
+def _fastest(
+    job: TrainJob, options: list[ComputeSettings], batch: Batch, device: torch.device, monitor: RunMonitor
+) -> ComputeSettings:
+    """Time a step of copies of the job with each of the settings; network, buffers and random state stay as they are.
+
+    Settings in which the network does not run are left out.
+    """
+    steps: dict[ComputeSettings, Callable[[], None]] = {}
+    with torch.random.fork_rng(devices=[]), ExitStack() as stack:
+        for settings in options:
+            try:
+                step = _copied_step(job, settings, batch, device, stack)
+                step()
+            except Exception as error:
+                if settings == options[0] or is_out_of_memory(error):
+                    raise
+                tried = f"{settings.precision}, {settings.memory_format}"
+                monitor.warn(job.stage, f"{job.name} does not run in {tried} ({cause(error)}): it is not used.")
+            else:
+                steps[settings] = step
+        return choose(time_in_turn(steps, device))
+
+
+def _copied_step(
+    job: TrainJob, settings: ComputeSettings, batch: Batch, device: torch.device, stack: ExitStack
+) -> Callable[[], None]:
+    task = job.task
+    if task.distillation is not None:
+        task = replace(task, distillation=clone_without_hooks(task.distillation))  # type: ignore[arg-type]
+    job = replace(job, model=clone_without_hooks(job.model), task=task)
+    state = set_up(job, device, settings)
+    stack.enter_context(batch_norm_over_processes(state.modules))
+    student = stack.enter_context(extract_features(job.model, job.student_layers, no_further=job.task.hints_only))
+    state.modules.train()
+    step = TrainStep(job, student, state, Progress(), RunMonitor())
+    return partial(step.step, replace(batch, images=batch.images.clone()))
+
+
+def set_up(job: TrainJob, device: torch.device, settings: ComputeSettings = EXACT) -> TrainState:
+    """Return what training changes, on the device: the network is moved in place."""
+    job.process_group.use_device(device)
+    distillation = job.task.distillation or nn.Module()
+    modules = nn.ModuleDict({"student": job.model, "distillation": distillation}).to(device)
+    settings.place(job.model)
+    if job.config.epochs > 0 and not any(parameter.requires_grad for parameter in modules.parameters()):
+        raise RecipeError(
+            f"the {job.name} has no parameter that requires a gradient: unfreeze some, or do not train it."
+        )
+    optimizer = build_optimizer(job.config, modules)
+    if has_modes(optimizer):
+        optimizer.train()  # type: ignore[attr-defined]
+    average = None if job.config.ema_decay is None else WeightAverage(job.model, job.config.ema_decay)
+    scaler = torch.amp.GradScaler(device.type, enabled=settings.precision == "float16")
+    return TrainState(modules, optimizer, scaler, average, settings)

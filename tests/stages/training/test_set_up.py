@@ -1,0 +1,122 @@
+"""Tests of how a student's steps are computed: precision, memory format, and the trial that chooses."""
+
+import json
+
+import pytest
+import torch
+from support.tiny_training import equal_weights, tiny_job, tiny_network, trained, trained_in_pieces
+from torch import nn
+
+from kdpipe.stages.compute import settings as compute
+from kdpipe.stages.compute.settings import EXACT, ComputeSettings
+from kdpipe.stages.errors import RecipeError
+from kdpipe.stages.runtime.events import WARNING, RunMonitor
+from kdpipe.stages.training import set_up
+from kdpipe.stages.training.optim import TrainConfig
+from kdpipe.stages.training.set_up import candidates, resumed_settings
+
+CPU, CUDA = torch.device("cpu"), torch.device("cuda")
+CHANNELS_LAST = ComputeSettings(memory_format="channels_last")
+
+
+@pytest.fixture(autouse=True)
+def has_bfloat16(monkeypatch):
+    monkeypatch.setattr(compute, "has_bfloat16", lambda: True)
+
+
+@pytest.fixture
+def trial(monkeypatch):
+    """Let every job have a trial, whose last candidate is the fastest; returns the candidates of each."""
+    trials = []
+    monkeypatch.setattr(set_up, "is_worth_a_trial", lambda num_macs, device: True)
+
+    def fake_times(runs, device):
+        trials.append(list(runs))
+        for run in runs.values():
+            run()
+        return {name: 4.0**-number for number, name in enumerate(runs)}
+
+    monkeypatch.setattr(set_up, "time_in_turn", fake_times)
+    return trials
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+@pytest.mark.parametrize(
+    "keys", [{"precision": "bfloat16"}, {"memory_format": "channels_last"}], ids=["bfloat16", "channels_last"]
+)
+def test_equal_runs_and_resumed_ones_have_equal_bits(tmp_path, keys, optimizer):
+    keys = {**keys, "optimizer": optimizer, "ema_decay": 0.9}
+    whole, history = trained(tmp_path / "whole", **keys)
+    again, again_history = trained(tmp_path / "again", **keys)
+    pieces, pieces_history = trained_in_pieces(tmp_path / "pieces", **keys)
+    assert equal_weights(whole, again)
+    assert equal_weights(whole, pieces)
+    assert history == again_history == pieces_history
+    exact, _ = trained(tmp_path / "exact", **{**keys, "precision": "float32", "memory_format": "contiguous"})
+    assert "bfloat16" not in keys.values() or not equal_weights(whole, exact)
+    assert all(parameter.is_contiguous() for parameter in whole.parameters())
+
+
+def test_small_jobs_have_no_trial(tmp_path):
+    (_, history), (_, plain) = trained(tmp_path / "auto"), trained(tmp_path / "plain", memory_format="contiguous")
+    assert history == plain
+    assert "compute" not in history[0]
+
+
+def test_a_trial_leaves_no_trace_and_is_recorded(tmp_path, trial, monkeypatch):
+    chosen, history = trained(tmp_path / "auto")
+    assert trial == [[EXACT, CHANNELS_LAST]]
+    assert history[0]["compute"] == CHANNELS_LAST.to_json()
+    explicit, _ = trained(tmp_path / "explicit", memory_format="channels_last")
+    assert equal_weights(chosen, explicit)
+
+
+def test_a_resumed_job_continues_as_it_began(tmp_path, trial):
+    pieces, _ = trained_in_pieces(tmp_path / "pieces")
+    assert len(trial) == 1
+    assert equal_weights(pieces, trained(tmp_path / "explicit", memory_format="channels_last")[0])
+
+
+def test_settings_in_which_a_network_fails_are_left_out(tmp_path, trial):
+    class Contiguous(nn.Module):
+        def forward(self, images):
+            return images.view(len(images), -1)
+
+    told, layers = [], list(tiny_network())
+    layers[3] = Contiguous()
+    job = tiny_job(tmp_path / "run", nn.Sequential(*layers))
+    batches = job.task.stream(0, 32, epoch=0, step=0, epochs=2)
+    chosen, _ = set_up.chosen_settings(job, CPU, batches, RunMonitor(told.append))
+    assert chosen == EXACT
+    assert [event.unit for event in told] == [WARNING]
+    assert told[0].job.startswith("test does not run in float32, channels_last (RuntimeError: view size")
+
+
+def test_what_the_device_only_emulates_is_refused():
+    with pytest.raises(
+        RecipeError, match=r"train.precision = 'float16' is not .* 'auto' or one of float32, bfloat16\."
+    ):
+        candidates(TrainConfig(precision="float16"), tiny_network(), CPU)
+
+
+@pytest.mark.parametrize(
+    ("fast", "precision"), [(("float16",), "float16"), (("tf32", "float16", "bfloat16"), "bfloat16")]
+)
+def test_cuda_takes_the_mixed_precision_of_its_hardware(monkeypatch, fast, precision):
+    monkeypatch.setattr(set_up, "fast_precisions", lambda device: fast)
+    assert candidates(TrainConfig(), tiny_network(), CUDA) == [ComputeSettings(precision, "channels_last")]
+    assert candidates(TrainConfig(), nn.Linear(2, 2), CUDA) == [ComputeSettings(precision)]
+
+
+def test_checkpoints_of_older_versions_are_contiguous(tmp_path, monkeypatch):
+    monkeypatch.setattr(set_up, "fast_precisions", lambda device: ("bfloat16",))
+    job = tiny_job(tmp_path / "run", tiny_network())
+    assert resumed_settings({}, job, CUDA, RunMonitor()) == ComputeSettings("bfloat16")
+    assert resumed_settings({}, job, CPU, RunMonitor()) == EXACT
+
+
+def test_another_device_continues_in_what_it_computes(tmp_path):
+    told, job = [], tiny_job(tmp_path / "run", tiny_network())
+    began = {"compute": ComputeSettings("float16", "channels_last").to_json()}
+    assert resumed_settings(json.loads(json.dumps(began)), job, CPU, RunMonitor(told.append)) == EXACT
+    assert told[0].job.startswith("test began in float16, which this device (cpu) does not compute in hardware")

@@ -1,0 +1,19 @@
+"""The device that tests compute on: pytest's option --device, which conftest.py puts into the environment."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+import torch
+
+VARIABLE = "KDPIPE_TESTS_DEVICE"
+
+DEVICE = torch.device(os.environ.get(VARIABLE, "cpu"))
+
+needs_gpu = pytest.mark.skipif(DEVICE.type != "cuda", reason="needs --device cuda")
+
+
+def needs_cpu(reason: str) -> pytest.MarkDecorator:
+    """Skip a test on other devices than the CPU."""
+    return pytest.mark.skipif(DEVICE.type != "cpu", reason=f"on the CPU only: {reason}")
