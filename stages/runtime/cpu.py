@@ -33,14 +33,11 @@ def num_cores() -> int:
     return available_cores(os.environ)
 
 
-def num_threads(environ: Mapping[str, str]) -> int:
-    """Return the CPU threads of each operation where the recipe sets none: OMP_NUM_THREADS, else the process's cores.
-
-    torchrun sets OMP_NUM_THREADS to 1 where it is unset; that default is ignored.
-    """
+def omp_num_threads(environ: Mapping[str, str]) -> int | None:
+    """Return OMP_NUM_THREADS; None without it. torchrun sets it to 1 where it is unset: that default is ignored."""
     setting = re.match(r"\s*([1-9][0-9]{0,3})\s*(,|$)", environ.get("OMP_NUM_THREADS", ""))
     by_torchrun = "TORCHELASTIC_RUN_ID" in environ and setting is not None and setting[1] == "1"
-    return int(setting[1]) if setting and not by_torchrun else num_cores()
+    return int(setting[1]) if setting and not by_torchrun else None
 
 
 def available_cores(environ: Mapping[str, str], root: Path = Path("/")) -> int:
