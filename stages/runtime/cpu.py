@@ -48,10 +48,10 @@ def available_cores(environ: Mapping[str, str], root: Path = Path("/")) -> int:
     """
     quota = min(_quotas(root), default=math.inf)
     processes = _number(environ, "LOCAL_WORLD_SIZE")
-    cores = min(_affinity(0), quota)
+    cores = min(affinity_cores(), quota)
     if processes > 1:
         # A process that is bound to cores of its own has a narrower mask than torchrun, and its share already.
-        cores = min(cores, _affinity(os.getppid()) // processes, quota / processes)
+        cores = min(cores, affinity_cores(os.getppid()) // processes, quota / processes)
     elif "SLURM_STEP_NUM_TASKS" in environ and (share := _number(environ, "SLURM_CPUS_PER_TASK")):
         cores = min(cores, share)
     return max(1, math.ceil(cores))
@@ -105,7 +105,7 @@ def cgroup_dirs(root: Path = Path("/")) -> Iterator[Path]:
         yield (root / "sys/fs/cgroup").joinpath(*parts[:length])
 
 
-def _affinity(pid: int) -> int:
+def affinity_cores(pid: int = 0) -> int:
     """Return the number of cores in the affinity mask of a process; 0 is this one."""
     with suppress(OSError, AttributeError):  # the process has ended; not every system has masks
         return len(os.sched_getaffinity(pid))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
@@ -14,6 +14,7 @@ from torch import nn
 
 from kdpipe.stages.compute.compiled import require_compiler
 from kdpipe.stages.compute.settings import EXACT, ComputeSettings, MemoryFormat, Precision, fast_precisions
+from kdpipe.stages.compute.threads import fastest_count, max_threads, open_counts
 from kdpipe.stages.compute.trial import choose, is_worth_a_trial, time_in_turn
 from kdpipe.stages.errors import RecipeError, cause
 from kdpipe.stages.evaluation.macs import count_macs
@@ -122,18 +123,35 @@ def resumed_settings(
 def chosen_settings(
     job: TrainJob, device: torch.device, batches: Iterator[Batch], monitor: RunMonitor
 ) -> tuple[ComputeSettings, Iterator[Batch]]:
-    """Return the settings for a job that begins, and all of its batches.
+    """Return the settings for a job that begins, and all of its batches; set the number of its CPU threads.
 
-    Jobs that run for long on a CPU try their first batch in each way, and take one that is clearly faster.
+    Jobs that run for long on a CPU try their first batch in each way, and take one that is clearly faster. Others have
+    one thread, unless the user chose a number: theirs would mostly wait for each other.
     """
     options = candidates(job, device)
-    if len(options) == 1 or job.config.epochs == 0:
+    counts = job.process_group.broadcast_object(open_counts()) if device.type == "cpu" else [max_threads()]
+    if len(options) == len(counts) == 1 or job.config.epochs == 0:
+        torch.set_num_threads(counts[-1])
         return options[0], batches
     first = next(batches)
-    settings = options[0]
-    if is_worth_a_trial(_num_macs(job, first), device):
-        settings = job.process_group.broadcast_object(_fastest(job, options, first, device, monitor))
-    return settings, chain([first], batches)
+    if not is_worth_a_trial(_num_macs(job, first), device):
+        torch.set_num_threads(counts[0])
+        return options[0], chain([first], batches)
+    torch.set_num_threads(_fastest_count(job, options[0], counts, first, device))
+    settings = _fastest(job, options, first, device, monitor) if len(options) > 1 else options[0]
+    number = job.process_group.broadcast_object(options.index(settings))
+    return options[number], chain([first], batches)
+
+
+def _fastest_count(
+    job: TrainJob, settings: ComputeSettings, counts: Sequence[int], batch: Batch, device: torch.device
+) -> int:
+    """Return the number of CPU threads that is fastest at the steps of a copy of the job."""
+    if len(counts) == 1:
+        return counts[0]
+    with torch.random.fork_rng(devices=[]), ExitStack() as stack:
+        found = fastest_count(counts, _copied_step(job, settings, batch, device, stack))
+    return job.process_group.broadcast_object(found)
 
 
 def _num_macs(job: TrainJob, batch: Batch) -> int:

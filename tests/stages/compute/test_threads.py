@@ -4,7 +4,15 @@ import pytest
 import torch
 
 from kdpipe.stages.compute import threads as threads_module
-from kdpipe.stages.compute.threads import PROBE_SHARE, AdaptiveThreads, max_threads, open_counts, set_up_threads
+from kdpipe.stages.compute.threads import (
+    PROBE_SHARE,
+    AdaptiveThreads,
+    CheckedThreads,
+    max_threads,
+    open_counts,
+    set_up_threads,
+    threads_of_call,
+)
 
 
 class Box:
@@ -23,13 +31,11 @@ class Box:
 
 
 @pytest.fixture
-def four_threads(monkeypatch):
+def four_threads():
     before = torch.get_num_threads()
-    monkeypatch.setattr(threads_module, "_limit", None)
-    monkeypatch.setattr(threads_module, "_is_chosen", True)
     set_up_threads(4)
     yield
-    torch.set_num_threads(before)
+    set_up_threads(before)
 
 
 @pytest.fixture
@@ -64,16 +70,45 @@ def test_one_interruption_changes_nothing(box):
     assert box.share_of(4, 50) > 0.8
 
 
-def test_number_is_restored_even_after_an_error(box):
-    adaptive = AdaptiveThreads()
-    torch.set_num_threads(2)
+def test_number_is_restored_even_after_an_error(four_threads):
     with pytest.raises(ZeroDivisionError):
-        adaptive.run(1, lambda: 1 // 0)
-    assert torch.get_num_threads() == 2
+        AdaptiveThreads().run(1, lambda: 1 // 0)
+    assert torch.get_num_threads() == 4
 
 
 def test_jobs_choose_only_what_the_user_did_not(four_threads, monkeypatch):
     assert (max_threads(), open_counts()) == (4, [4])
     monkeypatch.setattr(threads_module, "num_cores", lambda: 6)
     set_up_threads(None)
-    assert (max_threads(), open_counts()) == (6, [1, 2, 4, 6])
+    torch.set_num_threads(1)  # a job's choice limits only itself
+    assert (max_threads(), open_counts()) == (6, [1, 3, 6])
+
+
+@pytest.mark.parametrize(("setting", "before", "counts"), [("", 5, [1, 2, 5]), ("", 3, [3]), ("5", 5, [5])])
+def test_calls_in_python_use_the_number_that_was_set(four_threads, monkeypatch, setting, before, counts):
+    monkeypatch.setenv("OMP_NUM_THREADS", setting)
+    for name in ("affinity_cores", "num_cores"):
+        monkeypatch.setattr(threads_module, name, lambda: 5)
+    torch.set_num_threads(before)
+    with threads_of_call():
+        assert open_counts() == counts
+        torch.set_num_threads(1)
+    assert (torch.get_num_threads(), open_counts()) == (before, [before])
+
+
+@pytest.mark.parametrize(("depends", "used"), [(False, {1, 4}), (True, {4})])
+def test_checked_work_adapts_only_if_no_bit_depends_on_it(box, depends, used):
+    checked, box.costs = CheckedThreads(4), {1: 1.0, 4: 1.0}
+
+    def work():
+        box.work()
+        return torch.full((3,), float(torch.get_num_threads() if depends else 0))
+
+    def run(shape):
+        return checked.run_checked(shape, work, lambda result: [result])
+
+    first = run((3, 1))
+    assert box.used == [4, 1], "both, once"
+    assert all(torch.equal(run((3, 1)), first) for _ in range(9)) and set(box.used[2:]) == used
+    del box.used[:]
+    assert torch.equal(run((2, 1)), first) and box.used == [4, 1], "another shape is checked too"
