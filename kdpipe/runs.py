@@ -17,6 +17,7 @@ from typing import Any, ParamSpec, TypeVar
 import torch
 
 from kdpipe.pipeline.callbacks.registry import build_callbacks
+from kdpipe.stages.compute.determinism import set_deterministic
 from kdpipe.stages.compute.threads import threads_of_call
 from kdpipe.stages.context import StageContext, require_fitting_test_images, test_image_size
 from kdpipe.stages.data.decode import with_size
@@ -123,6 +124,7 @@ class RunOptions:
         disable_malloc_trim()
         lock = shared if is_shared else exclusive
         with ExitStack() as stack:
+            stack.callback(set_deterministic(context.device))
             stack.enter_context(threads_of_call())
             process_group = stack.enter_context(_process_group())
             if process_group.is_main:

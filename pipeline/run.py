@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from kdpipe.pipeline.recipe.load import Recipe, all_losses, read_run_recipe, recipe_json, write_run_recipe
 from kdpipe.stages.cache_teacher.plan import plan_store, samples_in_row_order
+from kdpipe.stages.compute.determinism import set_deterministic
 from kdpipe.stages.compute.threads import set_up_threads
 from kdpipe.stages.context import StageContext, require_fitting_test_images, test_image_size
 from kdpipe.stages.data.config import DataConfig
@@ -93,7 +94,7 @@ class Run:
         """
         set_up_threads(self.recipe.num_threads or omp_num_threads(os.environ))
         disable_malloc_trim()
-        _ = self.device  # fail before any work is done
+        set_deterministic(self.device)  # fails before any work is done where the device does not exist
 
     @cached_property
     def device(self) -> torch.device:

@@ -97,22 +97,28 @@ def teacher_forward_in_chunks(
     `run_in_chunks`.
     """
 
-    def forward(rows: slice) -> tuple[slice, ModelOutput]:
+    def run(rows: slice) -> tuple[slice, ModelOutput]:
         labels = hard.rows(torch.arange(rows.start, rows.stop, device=hard.labels.device))
-        return rows, _forward(extractor, teacher, image_batch.images[rows], features, labels)
+        return rows, forward(extractor, teacher, image_batch.images[rows], features, labels)
 
-    return run_in_chunks(teacher.model, len(image_batch.images), forward, warn)
+    return run_in_chunks(teacher.model, len(image_batch.images), run, warn)
 
 
-def _forward(
+def forward(
     extractor: FeatureExtractor, teacher: ModelBundle, images: Tensor, features: Sequence[FeatureSpec], hard: HardLabels
 ) -> ModelOutput:
-    """Run the teacher on images uint8 [B, C, H, W] in one pass."""
+    """Run the teacher on images uint8 [B, C, H, W] in one pass, as its `compute` says; outputs are float32 or wider."""
+    normalized = teacher.compute.place_images(teacher.normalize(images))
     if all(feature.source != INPUT_GRADIENT for feature in features):
-        return extractor(teacher.normalize(images))
-    with torch.enable_grad():
-        normalized = teacher.normalize(images).requires_grad_()
-        outputs = extractor(normalized)
+        # Hooks detect layers that are overwritten by the versions of tensors, which inference mode does not count.
+        without_grad = torch.no_grad() if extractor.layers else torch.inference_mode()
+        with without_grad, teacher.compute.active(images.device):
+            outputs = extractor(normalized)
+        return outputs.to_float32()
+    torch.clear_autocast_cache()  # weights that were cast in inference mode have no gradient
+    with torch.enable_grad(), teacher.compute.active(images.device):
+        normalized.requires_grad_()
+        outputs = extractor(normalized).to_float32()
         (gradient,) = torch.autograd.grad(hard.cross_entropy(outputs.logits).sum(), normalized)
         captured = {layer: feature.detach() for layer, feature in outputs.features.items()}
         captured[INPUT_GRADIENT] = teacher.normalize.to_pixel_gradient(gradient)

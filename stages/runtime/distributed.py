@@ -22,7 +22,7 @@ from torch import Tensor
 
 from kdpipe.stages.errors import RecipeError, RunError, StoppedEarly
 from kdpipe.stages.runtime.events import RunMonitor
-from kdpipe.stages.runtime.gpu.nccl import ADVICE, gpu_backend, nccl_groups, require_own_gpus, words_of
+from kdpipe.stages.runtime.gpu.nccl import ADVICE, gpu_backend, keep, nccl_groups, require_own_gpus, words_of
 from kdpipe.stages.runtime.launcher import ALL, WorkShard, shard_from_env
 from kdpipe.store import KdpipeError
 
@@ -244,6 +244,8 @@ def _leave(*, failed: bool) -> None:
     if not failed:
         dist.destroy_process_group()
         return
+    for group in groups:  # with gradients that are still being sent
+        keep(group)
 
     def leave() -> None:
         for group in groups:
