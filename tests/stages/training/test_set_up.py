@@ -9,6 +9,7 @@ from support.tiny_training import equal_weights, tiny_job, tiny_network, trained
 from torch import nn
 
 from kdpipe.stages.compute import settings as compute
+from kdpipe.stages.compute import threads
 from kdpipe.stages.compute.settings import EXACT, ComputeSettings
 from kdpipe.stages.errors import RecipeError
 from kdpipe.stages.runtime.events import WARNING, RunMonitor
@@ -40,6 +41,16 @@ def trial(monkeypatch):
 
     monkeypatch.setattr(set_up, "time_in_turn", fake_times)
     return trials
+
+
+@pytest.fixture
+def cores(monkeypatch):
+    """Let the process have 3 cores, and leave the number of threads to its jobs."""
+    before = torch.get_num_threads()
+    monkeypatch.setattr(threads, "num_cores", lambda: 3)
+    threads.set_up_threads(None)
+    yield 3
+    threads.set_up_threads(before)
 
 
 @pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
@@ -131,3 +142,14 @@ def test_another_device_continues_in_what_it_computes(tmp_path):
     began = {"compute": ComputeSettings("float16", "channels_last").to_json()}
     assert resumed_settings(json.loads(json.dumps(began)), job, CPU, RunMonitor(told.append)) == EXACT
     assert told[0].job.startswith("test began in float16, which this device (cpu) does not compute in hardware")
+
+
+def test_job_that_may_choose_its_threads_takes_one_unless_it_is_large(tmp_path, monkeypatch, cores):
+    trained(tmp_path / "small")
+    assert torch.get_num_threads() == 1
+    monkeypatch.setattr(set_up, "is_worth_a_trial", lambda num_macs, device: True)
+    monkeypatch.setattr(threads, "time_in_turn", lambda runs, device: {count: 1 / count for count in runs})
+    model, _ = trained(tmp_path / "large", memory_format="contiguous")
+    assert torch.get_num_threads() == cores
+    threads.set_up_threads(cores)
+    assert equal_weights(model, trained(tmp_path / "set", memory_format="contiguous")[0]), "the trial leaves no trace"
