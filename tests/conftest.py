@@ -31,7 +31,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_configure(config: pytest.Config) -> None:
     """Keep the tests' folders in memory where there is room: stores sync every file, which is slow on disks."""
     device = config.getoption("--device")
-    os.environ["KDPIPE_TESTS_DEVICE"] = "cuda:0" if device == "cuda" else device  # read by support.device
+    os.environ["TESTS_DEVICE"] = "cuda:0" if device == "cuda" else device  # read by support.device
     if IN_MEMORY.is_dir() and os.access(IN_MEMORY, os.W_OK) and shutil.disk_usage(IN_MEMORY).free > MIN_FREE_BYTES:
         os.environ.setdefault("PYTEST_DEBUG_TEMPROOT", str(IN_MEMORY))
 

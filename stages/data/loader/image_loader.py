@@ -21,6 +21,7 @@ from kdpipe.stages.data.loader.workers import Failure, PrefetchPool, WorkerTask
 from kdpipe.stages.errors import DataError, RecipeError
 from kdpipe.stages.runtime.cpu import num_cores
 from kdpipe.stages.runtime.gpu.transfers import empty_on_host, upload
+from kdpipe.stages.runtime.memory import free_gpu_bytes
 from kdpipe.stages.views.mix import MixAssignment, mix
 from kdpipe.stages.views.ops.resize import resize
 from kdpipe.stages.views.ops.rows import replace_rows
@@ -237,6 +238,6 @@ def _mix(request: ViewRequest, mixture: MixAssignment, own: Tensor, partners: Te
 
 def _to_device_if_fits(images: Tensor, device: torch.device) -> Tensor:
     """Move images to the device if they take less than half of its free memory."""
-    if device.type == "cuda" and images.nbytes > torch.cuda.mem_get_info(device)[0] // 2:
+    if device.type == "cuda" and images.nbytes > free_gpu_bytes(device) // 2:
         return images
     return images.to(device)
