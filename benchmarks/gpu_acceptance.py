@@ -20,6 +20,7 @@ import shutil
 import subprocess
 import sys
 import time
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -29,22 +30,22 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as the command line does
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
 CHECKS = {
-    "environment": 20,
-    "gpu_tests": 75,
-    "parity": 40,
-    "given_teacher": 25,
-    "losses": 40,
-    "reproducible": 60,
-    "memory": 40,
-    "stage_one": 60,
-    "stage_two": 60,
-    "qat": 30,
-    "photographs": 30,
-    "second_job": 30,
-    "two_ranks": 40,
-    "cifar100": 120,
+    "environment": ("machine", 20),
+    "gpu_tests": ("machine", 75),
+    "parity": ("numbers", 40),
+    "given_teacher": ("numbers", 25),
+    "losses": ("numbers", 40),
+    "reproducible": ("robustness", 60),
+    "memory": ("robustness", 40),
+    "stage_one": ("speed", 60),
+    "stage_two": ("speed", 60),
+    "qat": ("numbers", 30),
+    "photographs": ("speed", 30),
+    "second_job": ("robustness", 30),
+    "two_ranks": ("robustness", 40),
+    "cifar100": ("published", 120),
 }
-"""The checks in order, and the seconds after which each is ended."""
+"""The checks in order: the module of `gpu_checks` that has each, and the seconds after which it is ended."""
 
 TOTAL_S = 480.0
 """Seconds after which no further check is started; the last one gets what is left."""
@@ -72,10 +73,10 @@ def main() -> None:
 def run_check(name: str, options: argparse.Namespace) -> None:
     """Run one check in this process, and print its rows as the last line."""
     from gpu_checks import Settings
-    from gpu_checks.registry import FUNCTIONS
 
     shutil.rmtree(options.out / "work" / name, ignore_errors=True)
-    rows = FUNCTIONS[name](Settings(options.device, options.out.absolute(), toy=options.toy, data=options.data))
+    check = getattr(import_module(f"gpu_checks.{CHECKS[name][0]}"), name)
+    rows = check(Settings(options.device, options.out.absolute(), toy=options.toy, data=options.data))
     print("\n" + json.dumps([vars(row) for row in rows]))
 
 
@@ -90,7 +91,7 @@ def run_all(options: argparse.Namespace) -> dict[str, Any]:
         if left < 5:
             print(f"{name}: no time left; run the same command again to continue")
             break
-        limit = left if options.toy else min(CHECKS[name], left)
+        limit = left if options.toy else min(CHECKS[name][1], left)
         found[name] = run_apart(name, limit)
         print_check(name, found[name])
         found = {known: found[known] for known in CHECKS if known in found}

@@ -12,7 +12,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from kdpipe.stages.cache_teacher.inference import UnitOutputs, collect_unit, hooked_layers, iter_teacher_outputs
+from kdpipe.stages.cache_teacher.choice import compile_key_of
+from kdpipe.stages.cache_teacher.collect import UnitOutputs, collect_unit
+from kdpipe.stages.cache_teacher.inference import hooked_layers, iter_teacher_outputs
 from kdpipe.stages.data.loader.image_loader import ImageLoader, ViewRequest
 from kdpipe.stages.errors import RunError, StoppedEarly
 from kdpipe.stages.models.bundle import ModelBundle
@@ -134,6 +136,7 @@ def _fill(job: CacheJob, units: Sequence[Unit]) -> int:
     path, manifest, monitor = job.path, job.manifest, job.monitor
     num_done = sum(not missing_arrays(path, manifest, unit) for unit in units)
     num_computed, features = 0, layers_of(manifest)
+    compile_key = compile_key_of(job.teacher, job.loader.device, monitor)
 
     def commit(computed: tuple[UnitTask, UnitOutputs]) -> None:
         nonlocal num_computed
@@ -148,7 +151,7 @@ def _fill(job: CacheJob, units: Sequence[Unit]) -> int:
 
     with (
         torch.no_grad(),
-        extract_features(job.teacher.model, hooked_layers(features)) as extractor,
+        extract_features(job.teacher.model, hooked_layers(features), compile_key=compile_key) as extractor,
         BackgroundWorker(commit, NUM_WAITING, lambda computed: computed[0].claim.release()) as writer,
     ):
         try:

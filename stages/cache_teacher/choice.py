@@ -9,11 +9,16 @@ from typing import Any, Literal
 
 import torch
 
+from kdpipe.stages.compute.compiled import require_compiler
 from kdpipe.stages.compute.settings import EXACT, ComputeSettings, fast_precisions
 from kdpipe.stages.errors import ModelError, RunError
 from kdpipe.stages.models.bundle import ModelBundle
+from kdpipe.stages.runtime.events import RunMonitor
 from kdpipe.store import Manifest, StoreError
 from kdpipe.store.format.identity import PLAIN
+
+COMPILE = "cache.compile"
+"""The key, for messages."""
 
 DEFAULT_BATCH_SIZE = 256
 """Images per batch where no trial chose another number."""
@@ -80,6 +85,21 @@ def teacher_of_store(
             "their last bits from those computed there."
         )
     return replace(teacher, compute=settings)
+
+
+def compile_key_of(teacher: ModelBundle, device: torch.device, monitor: RunMonitor) -> str | None:
+    """Return the recipe key that asks for torch.compile, which says so; None if the teacher is not compiled.
+
+    Raises:
+        RecipeError: There is no compiler.
+    """
+    if not teacher.compute.compile:
+        return None
+    require_compiler(device, COMPILE)
+    monitor.warn_once(
+        "cache-teacher", f"{COMPILE} = true: the first batch of each size is compiled, which may take a minute."
+    )
+    return COMPILE
 
 
 def _hardware(device: torch.device) -> str:

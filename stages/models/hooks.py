@@ -180,7 +180,8 @@ class FeatureExtractor:
 
     def _outputs(self, images: Tensor) -> tuple[Tensor, list[Tensor]]:
         """Return logits and features; torch.compile can trace this."""
-        self._captured = captured = {}
+        captured: dict[str, Tensor] = {}
+        self._captured = captured
         try:
             logits = self._model(images.clone() if IMAGES in self.overwritten else images)
         finally:

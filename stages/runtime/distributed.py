@@ -22,7 +22,7 @@ from torch import Tensor
 
 from kdpipe.stages.errors import RecipeError, RunError, StoppedEarly
 from kdpipe.stages.runtime.events import RunMonitor
-from kdpipe.stages.runtime.gpu.nccl import ADVICE, gpu_backend, nccl_groups, require_own_gpus, words_of
+from kdpipe.stages.runtime.gpu.nccl import ADVICE, gpu_backend, keep, nccl_groups, require_own_gpus, words_of
 from kdpipe.stages.runtime.launcher import ALL, WorkShard, shard_from_env
 from kdpipe.store import KdpipeError
 
@@ -37,8 +37,10 @@ RENDEZVOUS_TIMEOUT = timedelta(minutes=10)
 LEAVE_TIMEOUT_S = 10.0
 """The time that a process which fails takes to leave the others, who may never answer."""
 
-LOST_PEER = ("closed by peer", "reset by peer", "broken pipe", "connection refused", "timed out waiting")
-LOST_PEER += ("ncclremoteerror", "remote process exit")
+LOST_PEER = (
+    *("closed by peer", "reset by peer", "broken pipe", "connection refused", "timed out waiting"),
+    *("ncclremoteerror", "remote process exit"),
+)
 """Parts of the messages of gloo and NCCL when another process has ended, in lower case."""
 
 
@@ -244,6 +246,8 @@ def _leave(*, failed: bool) -> None:
     if not failed:
         dist.destroy_process_group()
         return
+    for group in groups:  # with gradients that are still being sent
+        keep(group)
 
     def leave() -> None:
         for group in groups:

@@ -17,7 +17,25 @@ def pool_to(maps: Tensor, size: tuple[int, int]) -> Tensor:
     if maps.dim() != 4:
         return maps
     smaller = min(maps.shape[2], size[0]), min(maps.shape[3], size[1])
-    return maps if smaller == maps.shape[2:] else F.adaptive_avg_pool2d(maps, smaller)
+    return maps if smaller == maps.shape[2:] else average_pool(maps, smaller)
+
+
+def average_pool(maps: Tensor, size: tuple[int, int]) -> Tensor:
+    """Average-pool maps [B, C, H, W] to (H, W) = `size`, with gradients that are deterministic on CUDA too."""
+    return ordered_average_pool(maps, size) if maps.is_cuda else F.adaptive_avg_pool2d(maps, size)
+
+
+def ordered_average_pool(maps: Tensor, size: tuple[int, int]) -> Tensor:
+    """Average-pool as F.adaptive_avg_pool2d, whose backward pass on CUDA adds in no fixed order, as this one does."""
+    (height, width), (rows, columns) = maps.shape[2:], size
+    if height % rows == 0 and width % columns == 0:
+        return F.avg_pool2d(maps, (height // rows, width // columns))
+    # Pooling an identity matrix gives the weights of each window.
+    down, across = (
+        F.adaptive_avg_pool1d(torch.eye(whole, dtype=maps.dtype, device=maps.device)[None], part)[0]
+        for whole, part in ((height, rows), (width, columns))
+    )
+    return down.T @ maps @ across
 
 
 def pooled(features: Tensor) -> Tensor:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import shutil
 import signal
-import socket
 import subprocess
 from collections.abc import Sequence
 from pathlib import Path
@@ -19,6 +18,7 @@ import pytest
 import torch
 from support.device import DEVICE
 from support.kdpipe_process import environment, kdpipe, signal_when
+from support.two_processes import free_port
 from support.warm_process import WarmProcess
 
 from kdpipe.stages.models.safetensors_io import load_tensors
@@ -58,12 +58,6 @@ samples = { filter = "hard", fraction = 0.1, weighting = "entropy" }
 """.replace("DEVICE", str(DEVICE))
 
 KINDS = ("alone", "distilled")
-
-
-def free_port() -> str:
-    with socket.socket() as bound:
-        bound.bind(("127.0.0.1", 0))
-        return str(bound.getsockname()[1])
 
 
 def start_two(*arguments: str | Path) -> list[WarmProcess]:

@@ -22,6 +22,7 @@ from kdpipe.stages.losses.schedules import warmup_factor
 from kdpipe.stages.losses.shapes import as_map_shape, as_maps, shape_mismatch_error
 from kdpipe.stages.numerics import to_float32
 from kdpipe.stages.targets.feature_spec import FeatureSpec, Shape
+from kdpipe.stages.targets.statistics import average_pool
 
 MAX_CHANNELS = 512
 POOLED_SIZES = (4, 2, 1)
@@ -141,7 +142,7 @@ def hcl_loss(student: Tensor, teacher: Tensor) -> Tensor:
     for size in POOLED_SIZES:
         if size < min(difference.shape[2:]):
             weight /= 2
-            coarse = F.adaptive_avg_pool2d(difference, size)  # pooling is linear
+            coarse = average_pool(difference, (size, size))  # pooling is linear
             loss = loss + weight * coarse.square().flatten(1).mean(1)
             weight_sum += weight
     return loss / weight_sum

@@ -6,6 +6,7 @@ report: a start that fails in one process is named in all, and holds none up.
 
 from __future__ import annotations
 
+import ctypes
 import hashlib
 import itertools
 import re
@@ -13,6 +14,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from datetime import timedelta
 from typing import Any
 
@@ -54,7 +56,7 @@ def require_own_gpus(device: torch.device) -> None:
     """Raise RecipeError if two processes use the same GPU: NCCL does not connect a GPU with itself."""
     rank, count, gpu = dist.get_rank(), dist.get_world_size(), torch.cuda.get_device_properties(device)
     # For an instance of a divided GPU some versions of CUDA give the UUID of the whole.
-    name = f"{socket.gethostname()} {gpu.uuid} {rank if ' MIG ' in gpu.name else ''}"
+    name = f"{socket.gethostname()} {gpu.uuid} {device.index or 0} {rank if ' MIG ' in gpu.name else ''}"
     own = torch.frombuffer(bytearray(hashlib.sha256(name.encode()).digest()[:8]), dtype=torch.int64)
     everyone = [torch.empty_like(own) for _ in range(count)]
     dist.all_gather(everyone, own)
@@ -81,51 +83,65 @@ def nccl_groups(device: torch.device, count: int) -> list[Any]:
     failed = _start_together(start)
     if failed is not None:
         raise RunError(
-            f"NCCL, which connects the GPUs of this job, did not start in process {failed[0]} of "
-            f"{dist.get_world_size()} ({failed[1]}): {ADVICE}"
+            f"NCCL, which connects the GPUs of the {dist.get_world_size()} processes, did not start {failed}: {ADVICE}"
         )
     return groups
+
+
+def keep(value: Any) -> None:
+    """Keep an object to the end of the process, also while Python shuts down: its destructor would wait for others."""
+    ctypes.pythonapi.Py_IncRef(ctypes.py_object(value))
 
 
 def words_of(error: BaseException) -> str:
     """Return what an error of NCCL or gloo says, in one line, without places in torch's source."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    text = " ".join(re.sub(r"NCCL error in: \S+,", "", line) for line in lines)
+    text = re.sub(r"NCCL error in: \S+,|\[/\S+:\d+\]", "", " ".join(lines))
     return re.sub(r"\s+", " ", text).strip()[:300] or type(error).__name__
 
 
-def _start_together(start: Callable[[], None]) -> tuple[int, str] | None:
-    """Run `start` in all processes at once; returns the first of them in which it failed, and what it said."""
+def _start_together(start: Callable[[], None]) -> str | None:
+    """Run `start` in all processes at once; returns where it failed first and what it said, None if it did nowhere."""
     store, rank, count = dist.distributed_c10d._get_default_store().clone(), dist.get_rank(), dist.get_world_size()
-    prefix = f"kdpipe/start/{next(_starts)}"
+    failed, done, read = (f"kdpipe/start/{next(_starts)}/{name}" for name in ("failed", "done", "read"))
 
     def run() -> None:
         own = store.clone()
-        try:
-            start()
-        except Exception as error:
-            own.set(f"{prefix}/{rank}", f"failed: {words_of(error)}")
-        else:
-            own.set(f"{prefix}/{rank}", "done")
+        with suppress(RuntimeError):  # the first process, which has the store, may have ended
+            try:
+                start()
+            except Exception as error:
+                own.compare_set(failed, "", f"in process {rank} ({words_of(error)})")  # only the first of all
+            else:
+                own.add(done, 1)
 
-    threading.Thread(target=run, daemon=True).start()
-    deadline, waiting = time.monotonic() + START_TIMEOUT_S, set(range(count))
-    while waiting:
-        for one in [one for one in sorted(waiting) if store.check([f"{prefix}/{one}"])]:
-            waiting.remove(one)
-            kind, _, words = store.get(f"{prefix}/{one}").decode(errors="replace").partition(": ")
-            if kind == "failed":
-                _let_all_read(store, f"{prefix}/read", count)
-                return one, words
-        if time.monotonic() > deadline:
-            return min(waiting), f"no answer for {START_TIMEOUT_S:.0f} s"
-        time.sleep(POLL_S if waiting else 0)
+    thread = threading.Thread(target=run, daemon=True)
+    thread.start()
+    deadline = time.monotonic() + START_TIMEOUT_S
+    while store.add(done, 0) < count:
+        found = store.check([failed])
+        if found or time.monotonic() > deadline:
+            where = store.get(failed).decode(errors="replace") if found else f"in all within {START_TIMEOUT_S:.0f} s"
+            _let_all_read(store, read, rank, count)
+            _give_up(thread, store)
+            return where
+        time.sleep(POLL_S)
     return None
 
 
-def _let_all_read(store: Any, key: str, count: int) -> None:
-    """Wait until all processes know of a failure: the first one's end is the end of their store."""
-    deadline = time.monotonic() + FAREWELL_S
+def _let_all_read(store: Any, key: str, rank: int, count: int) -> None:
+    """Wait in the first process until all know of a failure: its end is the end of their store."""
     store.add(key, 1)
-    while store.add(key, 0) < count and time.monotonic() < deadline:
+    deadline = time.monotonic() + FAREWELL_S
+    while rank == 0 and store.add(key, 0) < count and time.monotonic() < deadline:
         time.sleep(POLL_S)
+
+
+def _give_up(thread: threading.Thread, store: Any) -> None:
+    """Let a thread end that waits for others; if it does not, see to it that nothing wakes it while Python shuts down.
+
+    A thread that wakes then ends the process by SIGABRT. Others may be woken by the end of the store, thus it stays.
+    """
+    thread.join(FAREWELL_S)
+    if thread.is_alive():
+        keep(store)

@@ -19,7 +19,7 @@ import torch.distributed as dist
 from support import user_losses
 from support.device import DEVICE
 from support.tiny_run import STUDENT, tiny_context
-from support.two_processes import run_two_processes
+from support.two_processes import free_port, run_two_processes
 from torch import Tensor, nn
 
 from kdpipe.stages.data.loader.image_loader import ImageBatch, ImageLoader, ViewRequest
@@ -246,11 +246,7 @@ def run_process(rank: int, folder: Path, port: str) -> None:
 
 
 def main(folder: Path) -> None:
-    import socket
-
-    with socket.socket() as one:
-        one.bind(("127.0.0.1", 0))
-        port = str(one.getsockname()[1])
+    port = free_port()
     child = os.fork()
     run_process(int(child == 0), folder, port)
     if child:

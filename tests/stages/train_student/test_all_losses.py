@@ -6,6 +6,7 @@ from typing import get_args
 
 import pytest
 import torch
+from support.device import DEVICE
 from support.tiny_run import CACHE, STUDENT, TEACHER, StopAfter, squares, tiny_context
 
 from kdpipe.pipeline.steps import cache_teacher, train_student, train_teacher
@@ -71,7 +72,17 @@ def train(run, losses, folder, *, monitor=None, config=STUDENT_CONFIG, stores=("
     return seat.job_dir
 
 
+@pytest.fixture
+def deterministic(monkeypatch):
+    """Make operations an error on the GPU that have no kernel with a fixed order of sums."""
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(DEVICE.type == "cuda")
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
 @pytest.mark.parametrize("loss", ENTRIES, ids=lambda one: one.loss)
+@pytest.mark.usefixtures("deterministic")
 def test_every_loss_trains_and_exports_a_plain_student(run, tmp_path, loss):
     folder = train(run, (loss,), tmp_path / "student")
     lines = [json.loads(line) for line in folder.metrics.read_text().splitlines()]

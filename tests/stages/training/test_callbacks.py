@@ -10,6 +10,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from support.device import DEVICE
 from support.tiny_run import STUDENT, TEACHER, TRAIN, StopAfter, make_tiny_store, open_tiny_spec, tiny_context
 
 from kdpipe.pipeline.steps import train_student, train_teacher
@@ -161,9 +162,9 @@ class Meddler(Callback):
     """Draws random numbers, and runs the network in eval mode with gradients."""
 
     def on_step_end(self, state):
-        torch.rand(3)
+        torch.rand(3, device=DEVICE)
         state.model.eval()
-        state.model(torch.rand(2, 1, 8, 8)).sum().backward()
+        state.model(torch.rand(2, 1, 8, 8).to(DEVICE)).sum().backward()
 
     on_run_start = on_epoch_end = on_checkpoint = on_run_end = on_step_end
 

@@ -72,7 +72,7 @@ def test_averaged_network_is_evaluated_and_returned(tmp_path):
     job = replace(tiny_job(tmp_path / "run", model, ema_decay=0.9), after_step=record)
     history = train(job, DEVICE, RunMonitor())
     assert len(seen) == STEPS
-    expected = tiny_network().state_dict()
+    expected = tiny_network().to(DEVICE).state_dict()
     for step, state in enumerate(seen):
         decay = min(0.9, (1 + step) / (10 + step))
         for name, one in state.items():
@@ -131,4 +131,4 @@ def test_optimizer_with_two_sets_of_weights(tmp_path, monkeypatch):
     assert equal_weights(whole, pieces)
     assert lines == same_lines
     in_training = load_tensors(tmp_path / "whole" / "checkpoint.safetensors")[0]["modules/student.0.weight"]
-    assert torch.allclose(3 * whole[0].weight, in_training)
+    assert torch.allclose(3 * whole[0].weight.cpu(), in_training)
