@@ -246,7 +246,8 @@ class Trial:
         leaves = [module for module in model.modules() if not any(True for _ in module.children())]
         with capture(leaves, _num_elements) as found:
             model(images)
-        return 16 * max([images.numel(), *(count for counts in found.values() for count in counts)])
+        largest: int = max([images.numel(), *(count for counts in found.values() for count in counts)])
+        return 16 * largest
 
     def _free_bytes(self) -> int:
         """Return the memory that a batch may take."""

@@ -75,7 +75,7 @@ def choose_device(name: str) -> torch.device:
     if (number or 0) >= count:
         raise RecipeError(
             f"device is {name!r}, and torch sees {count} GPUs: set it to 'auto', or to one that is there."
-            if torch.backends.cuda.is_built()
+            if _is_cuda_build()
             else f"device is {name!r}, and {CPU_ONLY}"
         )
     return torch.device("cuda", (local_rank(os.environ) or 0) % count if number is None else number)
@@ -220,7 +220,7 @@ class GpuSelector:
 
 def _select(name: str, selector: GpuSelector, memory_fraction: float | None) -> torch.device:
     # Once torch has initialized CUDA, its visible GPUs are fixed.
-    may_choose = torch.backends.cuda.is_built() and not torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
+    may_choose = _is_cuda_build() and not torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
     is_claimed = False
     if name != "cpu" and may_choose:
         selector = replace(selector, gpus=list_gpus() or ())
@@ -228,7 +228,7 @@ def _select(name: str, selector: GpuSelector, memory_fraction: float | None) -> 
     device = choose_device(name)
     if device.type == "cpu":
         selector.undo()
-        if name == "auto" and not torch.backends.cuda.is_built() and (unused := list_gpus()):
+        if name == "auto" and not _is_cuda_build() and (unused := list_gpus()):
             selector.warn(f"running on the CPU, and not on {unused[0]}: {CPU_ONLY}")
         return device
     if selector.gpus and not is_claimed:
@@ -240,6 +240,10 @@ def _select(name: str, selector: GpuSelector, memory_fraction: float | None) -> 
     if memory_fraction is not None:
         torch.cuda.set_per_process_memory_fraction(memory_fraction, device)
     return device
+
+
+def _is_cuda_build() -> bool:
+    return bool(torch.backends.cuda.is_built())  # type: ignore[no-untyped-call]
 
 
 def _number(name: str) -> int | None:
