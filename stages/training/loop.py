@@ -156,7 +156,7 @@ def _require_position(job: TrainJob, progress: Progress, steps: int) -> None:
 def time_steps(job: TrainJob, device: torch.device, num_steps: int) -> list[float]:
     """Return the seconds of each of a job's first steps, including reading of targets and images. Nothing is saved."""
     job = with_class_balance(job)
-    state = set_up(job, device, candidates(job.config, job.model, device)[0])
+    state = set_up(job, device, candidates(job, device)[0])
     progress = Progress()
     batches = _stream(job, progress, 1 + num_steps // num_steps_of(job))
     times = []
