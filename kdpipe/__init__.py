@@ -18,8 +18,12 @@ target stores, `kdpipe.stages` what the stages compute, and `kdpipe.pipeline` th
 
 from __future__ import annotations
 
+import os
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
+
+# Read when torch is loaded: waiting threads sleep instead of spinning, which on a busy machine costs most of the time.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 if TYPE_CHECKING:
     from kdpipe import losses

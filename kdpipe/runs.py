@@ -18,6 +18,7 @@ import torch
 
 from kdpipe.pipeline.callbacks.registry import build_callbacks
 from kdpipe.stages.compute.determinism import set_deterministic
+from kdpipe.stages.compute.threads import threads_of_call
 from kdpipe.stages.context import StageContext, require_fitting_test_images, test_image_size
 from kdpipe.stages.data.decode import with_size
 from kdpipe.stages.data.image_set import ImageSet
@@ -121,11 +122,10 @@ class RunOptions:
         from kdpipe.pipeline.terminal.progress import reporter
 
         disable_malloc_trim()
-        num_threads = torch.get_num_threads()
         lock = shared if is_shared else exclusive
         with ExitStack() as stack:
             stack.callback(set_deterministic(context.device))
-            stack.callback(torch.set_num_threads, num_threads)  # a resumed training uses the number that it began with
+            stack.enter_context(threads_of_call())
             process_group = stack.enter_context(_process_group())
             if process_group.is_main:
                 make_folders([folder])

@@ -195,7 +195,8 @@ def cache_teacher(
         steps.cache_teacher(config, path, bundle, wanted, opened, work_shard=shard)
         if test_set is not None:
             test_config, test_images = config.for_test, test_context(opened)
-            steps.cache_teacher(test_config, Path(test_store_path(path)), bundle, [], test_images, work_shard=shard)
+            test_store = Path(test_store_path(path))
+            steps.cache_teacher(test_config, test_store, bundle, [], test_images, work_shard=shard, like=path)
         opened.process_group.barrier()
     return open_store(path)
 

@@ -351,8 +351,6 @@ def _builtin_recipe(name: str) -> Path:
 
 def main() -> None:
     """Run the console script `kdpipe`."""
-    # Waiting threads sleep instead of spinning, which would slow down others on shared machines.
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
     os.environ.setdefault("PYDANTIC_DISABLE_PLUGINS", "__all__")  # searching for them takes a tenth of a short command
     set_verbosity(Verbosity.NORMAL)

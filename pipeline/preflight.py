@@ -5,6 +5,7 @@ from __future__ import annotations
 from kdpipe.pipeline.recipe.load import trainings_of
 from kdpipe.pipeline.run import Run
 from kdpipe.stages.compress.compress import CompressConfig, dry_run, is_done
+from kdpipe.stages.compute.compiled import require_compiler
 from kdpipe.stages.context import StageContext
 from kdpipe.stages.distillation.student_config import ALONE, DISTILLED, StudentConfig, student_folder
 from kdpipe.stages.distillation.task_builder import build_student
@@ -29,7 +30,11 @@ def preflight(run: Run, *, with_teacher: bool = True, compresses: bool = True) -
         RecipeError: It cannot be with these settings.
     """
     recipe, context = run.recipe, run.context
-    for training in trainings_of(recipe).values():
+    for where, training in trainings_of(recipe).items():
+        if training.compile:
+            require_compiler(context.device, f"{where}.compile")
+    if recipe.cache.compile:
+        require_compiler(context.device, "cache.compile")
         class_weights(training, context.train_set.labels, context.train_set.num_classes)
     if with_teacher:
         try_teacher(recipe.teacher, build_teacher(recipe.teacher, recipe.seed, context), context)

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from kdpipe.pipeline.recipe.load import Recipe, all_losses, read_run_recipe, recipe_json, write_run_recipe
 from kdpipe.stages.cache_teacher.plan import plan_store, samples_in_row_order
 from kdpipe.stages.compute.determinism import set_deterministic
+from kdpipe.stages.compute.threads import set_up_threads
 from kdpipe.stages.context import StageContext, require_fitting_test_images, test_image_size
 from kdpipe.stages.data.config import DataConfig
 from kdpipe.stages.data.image_set import ImageSet
@@ -32,7 +33,7 @@ from kdpipe.stages.errors import RecipeError
 from kdpipe.stages.losses.base import Loss
 from kdpipe.stages.losses.distillation import required_of
 from kdpipe.stages.models.bundle import ModelBundle
-from kdpipe.stages.runtime.cpu import num_threads
+from kdpipe.stages.runtime.cpu import omp_num_threads
 from kdpipe.stages.runtime.distributed import SINGLE, ProcessGroup
 from kdpipe.stages.runtime.events import RunMonitor
 from kdpipe.stages.runtime.gpu.device import select_device
@@ -91,7 +92,7 @@ class Run:
             LockedError: If the GPU is in use.
             RecipeError: If the recipe's device does not exist.
         """
-        torch.set_num_threads(self.recipe.num_threads or num_threads(os.environ))
+        set_up_threads(self.recipe.num_threads or omp_num_threads(os.environ))
         disable_malloc_trim()
         set_deterministic(self.device)  # fails before any work is done where the device does not exist
 

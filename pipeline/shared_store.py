@@ -18,6 +18,7 @@ from kdpipe.stages.runtime.events import ProgressEvent
 from kdpipe.stages.targets.feature_spec import FeatureSpec
 from kdpipe.stages.teacher import require_same_training, teacher_folder, teacher_identity, untrained_teacher
 from kdpipe.store import KdpipeError, read_store_manifest
+from kdpipe.store.format.identity import PLAIN
 
 MAX_NEIGHBORS = 200
 """Folders next to the run folder that are looked at."""
@@ -75,7 +76,10 @@ def warn_of_neighbor(run: Run, features: Sequence[FeatureSpec]) -> None:
             require_same_training(recipe.teacher, recipe.seed, beside)
             own = {**stored.identity.teacher, **teacher_identity(recipe.teacher, beside)}
             has_all = {spec.name for spec in planned.arrays} <= {spec.name for spec in stored.arrays}
-            if replace(planned.identity, teacher=own) == stored.identity and has_all and stored.finished:
+            compute = stored.identity.compute
+            identity = replace(planned.identity, teacher=own, compute=compute)
+            fits = planned.identity.compute.items() <= {**PLAIN, **compute}.items()
+            if identity == stored.identity and fits and has_all and stored.finished:
                 run.monitor.warn(
                     "cache-teacher",
                     f"{path} already has the outputs of this teacher for these views: to use them instead of computing "

@@ -28,6 +28,7 @@ from kdpipe.stages.cache_teacher.plan import (
     require_room,
     samples_in_row_order,
 )
+from kdpipe.stages.cache_teacher.trial import decide
 from kdpipe.stages.compress.artifacts.export_student import export_student
 from kdpipe.stages.compress.artifacts.write import artifact_folder
 from kdpipe.stages.compress.compress import STEPS, CompressConfig, Step, compress, compressed_root, dry_run, is_done
@@ -149,7 +150,9 @@ def run_cache_teacher(run: Run, *, hint: bool = True) -> dict[str, Any]:
             report_tail(found, "cache-teacher", run.monitor)
     return {
         "store": store,
-        "test_store": cache_teacher(test_config, test_store, teacher, [], test_images, work_shard=run.work_shard),
+        "test_store": cache_teacher(
+            test_config, test_store, teacher, [], test_images, work_shard=run.work_shard, like=run.store
+        ),
     }
 
 
@@ -161,10 +164,12 @@ def cache_teacher(
     context: StageContext,
     *,
     work_shard: WorkShard = ALL,
+    like: Path | None = None,
 ) -> dict[str, Any]:
     """Fill this job's share of the store at `path` with the teacher's logits and `features`, for every view.
 
-    A store that lacks views, samples or layers is extended in place. Returns the store's figures.
+    A store that lacks views, samples or layers is extended in place. The teacher of a new store is computed as that of
+    the store `like`, if there is one, or as the recipe and a trial say. Returns the store's figures.
 
     Raises:
         FingerprintMismatch: The store at `path` was made from other inputs.
@@ -175,7 +180,9 @@ def cache_teacher(
     planned = plan_store(config, teacher, features, samples, context)
     require_room(path, missing_bytes(path, planned, samples))
 
-    manifest = ensure_store(path, planned, samples)
+    manifest = ensure_store(
+        path, planned, samples, lambda new: decide(new, config, teacher, features, context, like=like)
+    )
     job = build_cache_job(config, path, manifest, teacher, context)
     figures = fill_store(job, work_shard.select(manifest.layout.units()))
     return {**figures, "part": str(work_shard) if work_shard.count > 1 else None}

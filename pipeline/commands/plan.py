@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from dataclasses import replace
 from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
@@ -11,7 +12,7 @@ from kdpipe.pipeline.preflight import preflight
 from kdpipe.pipeline.run import Run
 from kdpipe.pipeline.terminal.output import printable
 from kdpipe.pipeline.terminal.rate import duration_text
-from kdpipe.stages.cache_teacher.estimate import first_logits, plan_cache, probe
+from kdpipe.stages.cache_teacher.estimate import first_logits, known_settings, plan_cache, probe
 from kdpipe.stages.cache_teacher.plan import top_k_of
 from kdpipe.stages.context import test_context
 from kdpipe.stages.errors import ModelError
@@ -19,6 +20,7 @@ from kdpipe.stages.given_teacher import require_given
 from kdpipe.stages.targets.tail_mass import TailMass, tail_of
 from kdpipe.stages.teacher import load_teacher, teacher_folder, untrained_teacher
 from kdpipe.store import encode_topk, open_store
+from kdpipe.store.format.identity import describe_computation
 from kdpipe.store.format.topk import TAIL
 
 if TYPE_CHECKING:
@@ -80,6 +82,7 @@ def _lines(plan: dict[str, Any]) -> Iterator[tuple[str, str]]:
         )
     test = plan["test_store"]
     yield "test", f"{test['num_samples']:,} test images: {test['store_bytes']:,} bytes in {test['store']}"
+    yield "compute", _compute_text(plan)
     yield "disk", f"{plan['missing_bytes']:,} bytes to write, {plan['free_bytes']:,} free"
     if plan["probe"]:
         rate, wall_s = plan["probe"]["images_per_s"], plan["probe"]["wall_s"]
@@ -90,6 +93,16 @@ def _lines(plan: dict[str, Any]) -> Iterator[tuple[str, str]]:
         yield "tail", line
     if not plan["teacher_trained"]:
         yield "teacher", "not trained yet: run `kdpipe train-teacher` first"
+
+
+def _compute_text(plan: dict[str, Any]) -> str:
+    """Return how the teacher is computed, as far as that is known before."""
+    compute, trial = plan["compute"], plan["compute"]["trial"]
+    keys = [f"{key} {compute[key]}" for key in ("precision", "memory_format", "batch_size")]
+    text = ", ".join(keys) + (", compiled" if compute["compile"] else "")
+    if "auto" in compute.values():
+        return f"{text}: auto is decided when the store is created, of a large job by a trial"
+    return f"{text}; {describe_computation(compute, trial)}" if trial else text
 
 
 def run_plan(run: Run, with_probe: bool) -> dict[str, Any]:
@@ -108,8 +121,10 @@ def run_plan(run: Run, with_probe: bool) -> dict[str, Any]:
     test_config, test_images = config.for_test, test_context(run.context)
     test_plan = plan_cache(test_config, run.test_store, teacher, [], test_images, trained=trained)
     plan |= {key: plan[key] + test_plan[key] for key in ("missing_bytes", "num_images")} | {"test_store": test_plan}
-    timed = with_probe and plan["num_images"] > 0
-    measured = probe(config, teacher, list(required), run.context, plan["num_images"]) if timed else None
+    timed, compute = with_probe and plan["num_images"] > 0, plan["compute"]
+    known = replace(config, batch_size=compute["batch_size"])
+    teacher = replace(teacher, compute=known_settings(compute))
+    measured = probe(known, teacher, list(required), run.context, plan["num_images"]) if timed else None
     required_by = {feature.array: reasons for feature, reasons in required.items()}
     tails = [str(found) for found in _tail_masses(run, teacher, plan)] if config.top_k and trained else []
     return {

@@ -8,6 +8,7 @@ from typing import Any
 
 from kdpipe.pipeline.commands.store.info import describe_encoding_error
 from kdpipe.pipeline.terminal.output import printable
+from kdpipe.store.format.identity import describe_computation
 
 
 def print_summary(command: str, run: Path, results: dict[str, Any]) -> None:
@@ -25,7 +26,9 @@ def _lines(results: dict[str, Any]) -> Iterator[str]:
             f"{', '.join(store['arrays'])}: {store['path']}"
         )
         for name, error in store["fidelity"].items():
-            yield f"{name} relative to the teacher's float32: {describe_encoding_error(error)}"
+            yield f"{name} relative to the teacher's outputs: {describe_encoding_error(error)}"
+        if store["compute"] or store["trial"]:
+            yield f"the teacher was computed in {describe_computation(store['compute'], store['trial'])}"
         if store["num_units_missing"]:
             part = f"{store['part']} is done; " if store["part"] else ""
             yield f"{part}{store['num_units_missing']} units of the store are still missing"

@@ -27,6 +27,7 @@ from kdpipe.stages.teacher import TeacherConfig
 from kdpipe.stages.train_student.compare import CompareEntry, VariantName
 from kdpipe.stages.training.job_dir import read_json_file, write_json_file
 from kdpipe.stages.training.optim import TrainConfig, check_training
+from kdpipe.stages.training.set_up import no_second_derivative
 from kdpipe.stages.views.config import Views
 from kdpipe.stages.views.renderer import check_views
 from kdpipe.store import exclusive
@@ -146,6 +147,9 @@ def _contradictions(recipe: Recipe) -> Iterator[str]:
             check_losses(some, recipe.views, recipe.student.teachers, where)
 
         yield from dict.fromkeys(faults_of_each(losses, where, check))
+    if any(loss.input_gradient for losses in all_losses(recipe).values() for loss in losses):
+        students = {key: train for key, train in trainings_of(recipe).items() if key != "teacher.train"}
+        yield from (no_second_derivative(f"{key}.compile") for key, train in students.items() if train.compile)
     yield from faults_of_trainings(recipe, imports=False)
 
 

@@ -12,7 +12,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from kdpipe.stages.cache_teacher.inference import UnitOutputs, collect_unit, hooked_layers, iter_teacher_outputs
+from kdpipe.stages.cache_teacher.choice import compile_key_of
+from kdpipe.stages.cache_teacher.collect import UnitOutputs, collect_unit
+from kdpipe.stages.cache_teacher.inference import hooked_layers, iter_teacher_outputs
 from kdpipe.stages.data.loader.image_loader import ImageLoader, ViewRequest
 from kdpipe.stages.errors import RunError, StoppedEarly
 from kdpipe.stages.models.bundle import ModelBundle
@@ -87,7 +89,10 @@ def fill_store(job: CacheJob, units: Sequence[Unit]) -> dict[str, Any]:
         StoppedEarly: The stop flag was set; all computed units are committed.
     """
     path, manifest = job.path, job.manifest
-    num_computed = _fill(job, units)
+    device = job.loader.device
+    # The outer block keeps the weights that the passes cast, from batch to batch.
+    with job.teacher.compute.placed(job.teacher.model), torch.autocast(device.type, enabled=False):
+        num_computed = _fill(job, units)
     finish_store(path)
     missing = missing_units(path, manifest)
     _require_none_left(path, set(missing) & set(units))
@@ -100,6 +105,8 @@ def fill_store(job: CacheJob, units: Sequence[Unit]) -> dict[str, Any]:
         "store_bytes": store_bytes(manifest, manifest.layout.units()),
         "num_units_computed": num_computed,
         "num_units_missing": len(missing),
+        "compute": dict(manifest.identity.compute),
+        "trial": dict(manifest.trial),
         "fidelity": {} if missing else _fidelity(path),
     }
 
@@ -129,6 +136,7 @@ def _fill(job: CacheJob, units: Sequence[Unit]) -> int:
     path, manifest, monitor = job.path, job.manifest, job.monitor
     num_done = sum(not missing_arrays(path, manifest, unit) for unit in units)
     num_computed, features = 0, layers_of(manifest)
+    compile_key = compile_key_of(job.teacher, job.loader.device, monitor)
 
     def commit(computed: tuple[UnitTask, UnitOutputs]) -> None:
         nonlocal num_computed
@@ -143,7 +151,7 @@ def _fill(job: CacheJob, units: Sequence[Unit]) -> int:
 
     with (
         torch.no_grad(),
-        extract_features(job.teacher.model, hooked_layers(features)) as extractor,
+        extract_features(job.teacher.model, hooked_layers(features), compile_key=compile_key) as extractor,
         BackgroundWorker(commit, NUM_WAITING, lambda computed: computed[0].claim.release()) as writer,
     ):
         try:

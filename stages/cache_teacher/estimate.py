@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,14 +12,17 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from kdpipe.stages.cache_teacher.choice import DEFAULT_BATCH_SIZE, batch_size_of, require_available, settings_of
 from kdpipe.stages.cache_teacher.inference import hooked_layers, iter_teacher_outputs
 from kdpipe.stages.cache_teacher.plan import CacheConfig, free_bytes, plan_store, samples_in_row_order
+from kdpipe.stages.compute.settings import ComputeSettings
 from kdpipe.stages.context import StageContext
 from kdpipe.stages.data.loader.image_loader import ViewRequest
 from kdpipe.stages.models.bundle import ModelBundle
 from kdpipe.stages.models.hooks import extract_features
 from kdpipe.stages.targets.feature_spec import FeatureSpec
 from kdpipe.store import Manifest, Unit, missing_arrays, plan_growth, read_store_manifest, store_bytes
+from kdpipe.store.format.identity import PLAIN
 
 NUM_PROBES = 4
 """Batches of which the teacher's speed is measured; the first one is a warm-up."""
@@ -48,6 +51,7 @@ def plan_cache(
         manifest, _ = plan_growth(path, stored, manifest, samples)
     units = manifest.layout.units()
     missing = {unit: names for unit in units if (names := missing_arrays(path, manifest, unit))}
+    require_available(config.precision, context.device)
     missing_bytes = sum(store_bytes(manifest, [unit], names) for unit, names in missing.items())
     return {
         "store": str(path),
@@ -61,8 +65,26 @@ def plan_cache(
         "store_bytes": store_bytes(manifest, units),
         "missing_bytes": missing_bytes,
         "free_bytes": free_bytes(path),
+        "compute": _compute(config, manifest, exists=path.exists()),
         "num_images": sum(unit.num_rows for unit in missing),
     }
+
+
+def _compute(config: CacheConfig, manifest: Manifest, *, exists: bool) -> dict[str, Any]:
+    """Return how the teacher is computed, as far as that is known: where "auto" stands, a large job's trial decides."""
+    if exists:
+        return {
+            **settings_of(manifest).to_json(),
+            "batch_size": batch_size_of(manifest, config.batch_size),
+            "trial": dict(manifest.trial),
+        }
+    given = {"precision": config.precision, "memory_format": config.memory_format, "compile": config.compile}
+    return {**given, "batch_size": config.batch_size, "trial": {}}
+
+
+def known_settings(compute: Mapping[str, Any]) -> ComputeSettings:
+    """Return the settings of a plan's `compute`; where "auto" stands, those of a small job."""
+    return ComputeSettings.from_json({key: PLAIN[key] if compute[key] == "auto" else compute[key] for key in PLAIN})
 
 
 def _array(
@@ -81,11 +103,19 @@ def _array(
 def probe(
     config: CacheConfig, teacher: ModelBundle, layers: Sequence[FeatureSpec], context: StageContext, num_images: int
 ) -> dict[str, float]:
-    """Measure the teacher's rate on a few batches, rendering and copying included, and extrapolate the total time."""
-    num_probed = min(context.train_set.num_samples, NUM_PROBES * config.batch_size)
-    batch_size = min(config.batch_size, -(-num_probed // 2))
+    """Measure the teacher's rate on a few batches, rendering and copying included, and extrapolate the total time.
+
+    It is computed as its `compute` says: as the recipe, without a trial.
+    """
+    wanted = _batch_size(config)
+    num_probed = min(context.train_set.num_samples, NUM_PROBES * wanted)
+    batch_size = min(wanted, -(-num_probed // 2))
     times_s = []
-    with extract_features(teacher.model, hooked_layers(layers)) as extractor:
+    with (
+        teacher.compute.placed(teacher.model),
+        torch.autocast(context.device.type, enabled=False),
+        extract_features(teacher.model, hooked_layers(layers)) as extractor,
+    ):
         for start in range(0, num_probed - batch_size + 1, batch_size):
             started = time.perf_counter()
             request = ViewRequest(torch.arange(start, start + batch_size), 0)
@@ -102,7 +132,11 @@ def probe(
 @torch.no_grad()
 def first_logits(config: CacheConfig, teacher: ModelBundle, context: StageContext) -> NDArray[np.float32]:
     """Return the teacher's logits of the first batch in the first view, [n, C]."""
-    request = ViewRequest(torch.arange(min(config.batch_size, context.train_set.num_samples)), 0)
+    request = ViewRequest(torch.arange(min(_batch_size(config), context.train_set.num_samples)), 0)
     with extract_features(teacher.model, ()) as extractor:
         outputs = iter_teacher_outputs(extractor, teacher, [request], context.train_loader, monitor=context.monitor)
         return torch.cat([found.logits.float().cpu() for _, found in outputs]).numpy()
+
+
+def _batch_size(config: CacheConfig) -> int:
+    return DEFAULT_BATCH_SIZE if config.batch_size == "auto" else config.batch_size

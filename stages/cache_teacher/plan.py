@@ -5,13 +5,16 @@ from __future__ import annotations
 import shutil
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, Field
 
 from kdpipe.stages.cache_teacher.cache import CacheJob, row_positions
+from kdpipe.stages.cache_teacher.choice import batch_size_of, teacher_of_store
 from kdpipe.stages.cache_teacher.inference import hooked_layers
+from kdpipe.stages.compute.settings import ComputeSettings, MemoryFormat, Precision
 from kdpipe.stages.config import Count, PathStr, section
 from kdpipe.stages.context import StageContext
 from kdpipe.stages.errors import RecipeError, RunError
@@ -59,7 +62,15 @@ class CacheConfig:
         top_k: Store only the largest logits of a row, and the mass of the rest at any temperature in `temperatures`.
         temperatures: The lowest and highest temperature; a narrow range takes fewer bytes.
         store: The store's folder; by default `store.zarr` in the run folder.
-        batch_size: Images per teacher batch.
+        precision: How the teacher is computed: in "float32", or in "tf32", "bfloat16" or "float16" where the device has
+            it. "auto" is float32 for a small job; for a large one a trial finds the fastest that is faithful, and it is
+            recorded in the store. What a store records is used for all that is added to it.
+        memory_format: The memory format of images and convolutions: "contiguous", "channels_last" or "auto".
+        compile: Whether torch.compile compiles the teacher.
+        max_kl: The KL divergence of the teacher's logits from those in float32, in nats, that is accepted: the mean
+            over the trial's images, at the lowest and the highest of `temperatures`.
+        batch_size: Images per teacher batch. "auto" is 256 for a small job; for a large one the trial finds the
+            smallest that is about as fast as any.
         shard_bytes: The approximate size of the widest array's shard files.
     """
 
@@ -68,13 +79,31 @@ class CacheConfig:
     top_k: Annotated[int, Field(ge=1, lt=2**31)] | None = None
     temperatures: Annotated[tuple[Temperature, Temperature], AfterValidator(_ascending)] = (1.0, 20.0)
     store: PathStr | None = None
-    batch_size: Count = 256
+    precision: Literal["auto"] | Precision = "auto"
+    memory_format: Literal["auto"] | MemoryFormat = "auto"
+    compile: bool = False
+    max_kl: Annotated[float, Field(gt=0, le=1)] = 1e-4
+    batch_size: Count | Literal["auto"] = "auto"
     shard_bytes: Annotated[int, Field(ge=4096, le=2**32)] = 64 * 2**20
 
     @property
     def for_test(self) -> CacheConfig:
         """The configuration of the store of the test images, which has all logits."""
         return replace(self, top_k=None)
+
+    @property
+    def settings(self) -> ComputeSettings:
+        """How the teacher of a small job is computed."""
+        precision: Precision = "float32" if self.precision == "auto" else self.precision
+        memory_format: MemoryFormat = "contiguous" if self.memory_format == "auto" else self.memory_format
+        return ComputeSettings(precision, memory_format, self.compile)
+
+    @property
+    def asked(self) -> dict[str, Any]:
+        """What the recipe itself says of how the teacher is computed; a store must not contradict it."""
+        given = {"precision": self.precision, "memory_format": self.memory_format}
+        chosen: dict[str, Any] = {key: value for key, value in given.items() if value != "auto"}
+        return chosen | ({"compile": True} if self.compile else {})
 
 
 def samples_in_row_order(context: StageContext) -> Samples:
@@ -100,7 +129,7 @@ def plan_store(
     num_samples = len(samples.ids)
     data = {**context.data_identity(), "classes": list(context.train_set.class_names)}
     planned = Manifest(
-        identity=Identity(teacher.identity, data, context.view_identity()),
+        identity=Identity(teacher.identity, data, context.view_identity(), config.asked),
         arrays=specs,
         layout=StoreLayout(
             context.views.num_views, rows_per_unit(specs, num_samples, config.shard_bytes), (num_samples,)
@@ -151,6 +180,12 @@ def top_k_of(config: CacheConfig, context: StageContext) -> TopK | None:
 def build_cache_job(
     config: CacheConfig, path: Path, manifest: Manifest, teacher: ModelBundle, context: StageContext
 ) -> CacheJob:
-    """Return the job that fills the store at `path`, whose teacher, views and data set must be these."""
+    """Return the job that fills the store at `path`, whose teacher, views and data set must be these.
+
+    Raises RunError where this device lacks the precision in which the store was begun.
+    """
     positions = row_positions(path, manifest, context.samples)
-    return CacheJob(path, manifest, teacher, context.train_loader, positions, config.batch_size, context.monitor)
+    warn = partial(context.monitor.warn, "cache-teacher")
+    teacher = teacher_of_store(teacher, path, manifest, context.device, warn)
+    batch_size = batch_size_of(manifest, config.batch_size)
+    return CacheJob(path, manifest, teacher, context.train_loader, positions, batch_size, context.monitor)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,9 @@ import torch
 from numpy.typing import NDArray
 
 from kdpipe.stages.cache_teacher.cache import layers_of
+from kdpipe.stages.cache_teacher.choice import is_available, settings_of
 from kdpipe.stages.cache_teacher.inference import hooked_layers, teacher_forward
+from kdpipe.stages.compute.settings import EXACT
 from kdpipe.stages.context import StageContext
 from kdpipe.stages.data.loader.image_loader import ViewRequest
 from kdpipe.stages.data.loader.labels import hard_labels_of
@@ -29,6 +31,9 @@ TOLERANCE = 1e-2
 
 Rounding to float16 takes 5e-4, another batch size or device up to about 1e-3; another teacher differs by about 1.
 """
+
+BFLOAT16_TOLERANCE = 5e-2
+"""The same for a teacher computed in bfloat16, whose rounding takes 4e-3 in each layer."""
 
 SMALLEST = 2.0**-24
 """The smallest step of float16, the tolerance in rows of tiny numbers."""
@@ -64,6 +69,8 @@ class RecheckReport:
 def recompute(path: Path, teacher: ModelBundle, context: StageContext, num_rows: int, seed: int) -> RecheckReport:
     """Compare `num_rows` samples of the store at `path`, each in one view, both drawn with `seed`, with the teacher.
 
+    It is computed as the store's was, or in float32 where this device lacks that precision.
+
     Raises FingerprintMismatch if the store names another teacher or other views, StoreError if it is not finished, or
     has samples that are not in the recipe's data set.
     """
@@ -73,6 +80,8 @@ def recompute(path: Path, teacher: ModelBundle, context: StageContext, num_rows:
     require(
         store.manifest, {"teacher": teacher.identity, "views": context.view_identity()}, f"the store {path}", advice
     )
+    settings = settings_of(store.manifest)
+    teacher = replace(teacher, compute=settings if is_available(settings.precision, context.device) else EXACT)
     rng = np.random.default_rng(seed)
     ids = rng.choice(store.samples.ids, min(num_rows, store.num_samples), replace=False)
     views = rng.integers(store.num_views, size=len(ids))
@@ -103,7 +112,10 @@ def _errors(
     features = [feature for feature in layers_of(store.manifest) if feature.array in names]
     positions = torch.from_numpy(_positions(store, context, ids))
     image_batch = context.train_loader.get(ViewRequest(positions, view))
-    with extract_features(teacher.model, hooked_layers(features)) as extractor:
+    with (
+        teacher.compute.placed(teacher.model),
+        extract_features(teacher.model, hooked_layers(features)) as extractor,
+    ):
         outputs = teacher_forward(
             extractor, teacher, image_batch, features, hard_labels_of(context.train_loader, image_batch)
         )
@@ -128,9 +140,10 @@ def _positions(store: TargetStore, context: StageContext, ids: NDArray[np.int64]
 
 
 def _tolerance(store: TargetStore, name: str) -> float:
-    """Return TOLERANCE plus the error of rounding an archive's mantissas."""
+    """Return the tolerance of the teacher's precision plus the error of rounding an archive's mantissas."""
     bits = store.manifest.rounded.get(name)
-    return TOLERANCE + (0.0 if bits is None else 2.0**-bits)
+    in_bfloat16 = settings_of(store.manifest).precision == "bfloat16"
+    return (BFLOAT16_TOLERANCE if in_bfloat16 else TOLERANCE) + (0.0 if bits is None else 2.0**-bits)
 
 
 def _row_errors(exact: NDArray[Any], stored: NDArray[Any], tolerance: float) -> NDArray[np.float64]:

@@ -5,10 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
+from typing import get_args
 
 from kdpipe.stages.cache_teacher.cache import fill_store, layers_of
+from kdpipe.stages.cache_teacher.choice import with_settings
 from kdpipe.stages.cache_teacher.plan import CacheConfig, build_cache_job, plan_store, samples_in_row_order
+from kdpipe.stages.compute.settings import ComputeSettings, MemoryFormat, Precision
 from kdpipe.stages.context import StageContext
 from kdpipe.stages.errors import RunError
 from kdpipe.stages.models.bundle import ModelBundle
@@ -61,7 +65,11 @@ def _manifest(
     except StoreError:
         if not (path / "markers").is_dir():
             raise
-    return rebuild_manifest(path, plan_store(config, teacher, layers, samples_in_row_order(context), context))
+    planned = plan_store(config, teacher, layers, samples_in_row_order(context), context)
+    for way in product(get_args(Precision), get_args(MemoryFormat), (False, True)):
+        with suppress(StoreError):  # the markers' fingerprint covers how the teacher was computed
+            return rebuild_manifest(path, with_settings(planned, ComputeSettings(*way), {}))
+    return rebuild_manifest(path, planned)  # says why not
 
 
 def _require_own(

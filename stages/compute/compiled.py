@@ -8,6 +8,7 @@ from types import FunctionType
 from typing import Any, TypeVar
 
 import torch
+from torch import Tensor, nn
 
 from kdpipe.stages.errors import RecipeError, cause
 from kdpipe.stages.runtime.memory import is_out_of_memory
@@ -57,7 +58,7 @@ def compiled(
 def begin_step(device: torch.device) -> None:
     """Announce that results of compiled functions of the step before are no longer needed."""
     if device.type == "cuda":
-        torch.compiler.cudagraph_mark_step_begin()
+        torch.compiler.cudagraph_mark_step_begin()  # type: ignore[no-untyped-call]
 
 
 @cache
@@ -71,6 +72,11 @@ def require_compiler(device: torch.device, key: str) -> None:
             f"{key} = true: torch.compile does not work here, it needs {needs} ({cause(error.__cause__ or error)}): "
             f"install it, or set {key} = false."
         ) from error
+
+
+def require_traceable(model: nn.Module, images: Tensor, key: str) -> None:
+    """Trace a network as torch.compile will. Raises RecipeError, naming the recipe key, if it is not one graph."""
+    compiled(model, images.device, key=key, backend="eager")(images)
 
 
 def _with_own_code(function: Callable[..., T]) -> Callable[..., T]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -45,6 +45,19 @@ class ComputeSettings:
         if self.memory_format == "channels_last":
             model.to(memory_format=torch.channels_last)
 
+    @contextmanager
+    def placed(self, model: nn.Module) -> Iterator[None]:
+        """Have a network's weights in the memory format within the block, and in their own after it."""
+        strides = [(tensor, tensor.stride()) for tensor in (*model.parameters(), *model.buffers())]
+        self.place(model)
+        try:
+            yield
+        finally:
+            for tensor, stride in strides:
+                if tensor.stride() != stride:
+                    own = torch.empty_strided(tensor.shape, stride, dtype=tensor.dtype, device=tensor.device)
+                    tensor.data = own.copy_(tensor.data)
+
     def place_images(self, images: Tensor) -> Tensor:
         """Return images [B, C, H, W] in the memory format."""
         if self.memory_format == "channels_last":
@@ -66,8 +79,15 @@ class ComputeSettings:
 
     @staticmethod
     def from_json(record: Mapping[str, Any]) -> ComputeSettings:
-        """Read settings from a record. Raises TypeError or KeyError for an invalid one."""
-        return ComputeSettings(record["precision"], record["memory_format"], record["compile"])
+        """Read settings from a record. Raises TypeError, KeyError or ValueError for an invalid one."""
+        settings = ComputeSettings(record["precision"], record["memory_format"], record["compile"])
+        if settings.precision not in get_args(Precision) or settings.memory_format not in get_args(MemoryFormat):
+            raise ValueError(f"unknown settings: {record}")
+        return settings
+
+    def __str__(self) -> str:
+        parts = [self.precision, *([self.memory_format] if self.memory_format != "contiguous" else [])]
+        return ", ".join([*parts, *(["compiled"] if self.compile else [])])
 
 
 EXACT = ComputeSettings()

@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from kdpipe.stages.compute.settings import EXACT, ComputeSettings
 from kdpipe.stages.errors import ModelError
 from kdpipe.stages.models.normalization import Normalization
 from kdpipe.stages.models.weights.state_dict import weights_sha256
@@ -15,11 +16,12 @@ from kdpipe.stages.models.weights.state_dict import weights_sha256
 
 @dataclass(frozen=True)
 class ModelBundle:
-    """A network, the record from which it can be rebuilt, and its input scaling."""
+    """A network, the record from which it can be rebuilt, its input scaling, and how a teacher is computed."""
 
     model: nn.Module
     architecture: Mapping[str, Any]
     normalize: Normalization
+    compute: ComputeSettings = EXACT
 
     def __call__(self, images: Tensor) -> Tensor:
         """Compute the logits [B, num_classes] of images uint8 [B, C, H, W]. Raises ModelError for others."""

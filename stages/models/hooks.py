@@ -113,7 +113,7 @@ class FeatureExtractor:
     """
 
     def __init__(self, model: nn.Module, layers: Sequence[str], no_further: bool, compile_key: str | None) -> None:
-        self._model, self._layers, self._no_further = model, layers, no_further
+        self._model, self.layers, self._no_further = model, layers, no_further
         self._compile_key = compile_key
         self._compiled: Callable[[Tensor], tuple[Tensor, list[Tensor]]] | None = None
         self._captured: dict[str, Tensor] | None = None  # in a call that is compiled
@@ -147,7 +147,7 @@ class FeatureExtractor:
                 f"the forward pass overwrites {_named(overwritten)} in place in some calls only: choose another layer, "
                 "or replace that operation by one that is not in place."
             )
-        if absent := [layer for layer in self._layers if layer not in record.features]:
+        if absent := [layer for layer in self.layers if layer not in record.features]:
             raise ModelError(f"module {absent[0]!r} is not used in the forward pass: choose another layer.")
         return ModelOutput(record.logits, record.features)
 
@@ -176,16 +176,17 @@ class FeatureExtractor:
             images.is_cuda and not torch.is_grad_enabled()
         ):  # the caller may compute the next batch before it reads these
             logits, features = logits.clone(), [feature.clone() for feature in features]
-        return ModelOutput(logits, dict(zip(self._layers, features, strict=True)))
+        return ModelOutput(logits, dict(zip(self.layers, features, strict=True)))
 
     def _outputs(self, images: Tensor) -> tuple[Tensor, list[Tensor]]:
         """Return logits and features; torch.compile can trace this."""
-        self._captured = captured = {}
+        captured: dict[str, Tensor] = {}
+        self._captured = captured
         try:
             logits = self._model(images.clone() if IMAGES in self.overwritten else images)
         finally:
             self._captured = None
-        return logits, [captured[layer] for layer in self._layers]
+        return logits, [captured[layer] for layer in self.layers]
 
     def hook(self, layer: str, module: nn.Module, inputs: Any, output: Any) -> None:
         """Capture the output of a layer."""

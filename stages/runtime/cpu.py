@@ -33,14 +33,11 @@ def num_cores() -> int:
     return available_cores(os.environ)
 
 
-def num_threads(environ: Mapping[str, str]) -> int:
-    """Return the CPU threads of each operation where the recipe sets none: OMP_NUM_THREADS, else the process's cores.
-
-    torchrun sets OMP_NUM_THREADS to 1 where it is unset; that default is ignored.
-    """
+def omp_num_threads(environ: Mapping[str, str]) -> int | None:
+    """Return OMP_NUM_THREADS; None without it. torchrun sets it to 1 where it is unset: that default is ignored."""
     setting = re.match(r"\s*([1-9][0-9]{0,3})\s*(,|$)", environ.get("OMP_NUM_THREADS", ""))
     by_torchrun = "TORCHELASTIC_RUN_ID" in environ and setting is not None and setting[1] == "1"
-    return int(setting[1]) if setting and not by_torchrun else num_cores()
+    return int(setting[1]) if setting and not by_torchrun else None
 
 
 def available_cores(environ: Mapping[str, str], root: Path = Path("/")) -> int:
@@ -51,10 +48,10 @@ def available_cores(environ: Mapping[str, str], root: Path = Path("/")) -> int:
     """
     quota = min(_quotas(root), default=math.inf)
     processes = _number(environ, "LOCAL_WORLD_SIZE")
-    cores = min(_affinity(0), quota)
+    cores = min(affinity_cores(), quota)
     if processes > 1:
         # A process that is bound to cores of its own has a narrower mask than torchrun, and its share already.
-        cores = min(cores, _affinity(os.getppid()) // processes, quota / processes)
+        cores = min(cores, affinity_cores(os.getppid()) // processes, quota / processes)
     elif "SLURM_STEP_NUM_TASKS" in environ and (share := _number(environ, "SLURM_CPUS_PER_TASK")):
         cores = min(cores, share)
     return max(1, math.ceil(cores))
@@ -108,7 +105,7 @@ def cgroup_dirs(root: Path = Path("/")) -> Iterator[Path]:
         yield (root / "sys/fs/cgroup").joinpath(*parts[:length])
 
 
-def _affinity(pid: int) -> int:
+def affinity_cores(pid: int = 0) -> int:
     """Return the number of cores in the affinity mask of a process; 0 is this one."""
     with suppress(OSError, AttributeError):  # the process has ended; not every system has masks
         return len(os.sched_getaffinity(pid))

@@ -27,8 +27,8 @@ from kdpipe.stages.training.class_balance import with_class_balance
 from kdpipe.stages.training.job import TrainJob, num_steps_of
 from kdpipe.stages.training.optim import build_schedule, learning_rate, set_learning_rate
 from kdpipe.stages.training.optimization.averaging import evaluated_weights, use_evaluated_weights
-from kdpipe.stages.training.set_up import candidates, chosen_settings, resumed_settings, set_up
-from kdpipe.stages.training.step import TrainStep, compile_key
+from kdpipe.stages.training.set_up import candidates, chosen_settings, compile_key, resumed_settings, set_up
+from kdpipe.stages.training.step import TrainStep
 from kdpipe.stages.training.task import Batch
 
 
@@ -156,7 +156,7 @@ def _require_position(job: TrainJob, progress: Progress, steps: int) -> None:
 def time_steps(job: TrainJob, device: torch.device, num_steps: int) -> list[float]:
     """Return the seconds of each of a job's first steps, including reading of targets and images. Nothing is saved."""
     job = with_class_balance(job)
-    state = set_up(job, device, candidates(job.config, job.model, device)[0])
+    state = set_up(job, device, candidates(job, device)[0])
     progress = Progress()
     batches = _stream(job, progress, 1 + num_steps // num_steps_of(job))
     times = []

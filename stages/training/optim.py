@@ -29,6 +29,9 @@ from kdpipe.stages.training.optimization.timm_glue import PREFIX
 IMPORTED = (PREFIX, USER_PREFIX)
 """How names begin that are checked only where they are used: a run can be read without timm and the user's modules."""
 
+FUSED = ("sgd", "adam", "adamw")
+"""Optimizers of torch that have a fused kernel on CUDA."""
+
 Fraction = Annotated[float, Field(ge=0, lt=1)]
 ClassWeight = Annotated[float, Field(ge=0, le=1e6)]
 
@@ -141,7 +144,11 @@ def build_optimizer(config: TrainConfig, modules: nn.ModuleDict) -> torch.optim.
         RecipeError: There is no such optimizer, it has no such argument, or it cannot be used.
     """
     groups = parameter_groups(modules, decay_norm_and_bias=config.decay_norm_and_bias, layer_decay=config.layer_decay)
-    return make_optimizer(config.optimizer, groups, _offered(config), config.optimizer_args)
+    offered = _offered(config)
+    on_cuda = all(parameter.is_cuda for parameter in modules.parameters())
+    if on_cuda and config.optimizer in FUSED and not {"fused", "foreach"} & config.optimizer_args.keys():
+        offered["fused"] = True  # one kernel for all weights; on CPUs it would change last bits
+    return make_optimizer(config.optimizer, groups, offered, config.optimizer_args)
 
 
 def build_schedule(config: TrainConfig, steps_per_epoch: int) -> Callable[[int], float]:

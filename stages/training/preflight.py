@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from kdpipe.stages.compute.compiled import require_traceable
 from kdpipe.stages.config import config_fingerprint
 from kdpipe.stages.data.image_set import ImageSet
 from kdpipe.stages.data.loader.image_loader import ImageLoader
@@ -24,6 +25,7 @@ from kdpipe.stages.training.job import TrainJob
 from kdpipe.stages.training.job_dir import JobDir
 from kdpipe.stages.training.loop import time_steps
 from kdpipe.stages.training.optim import TrainConfig
+from kdpipe.stages.training.set_up import COMPILE
 from kdpipe.stages.training.task import TrainingTask
 from kdpipe.store import KdpipeError
 from kdpipe.store.format.identity import sha256_of
@@ -133,6 +135,8 @@ def _try_training(
         advice = "Change its forward." if size > 1 else "Raise batch_size, or change its forward."
         with _explained(network.model, f"the {role} cannot be trained on a batch of {size}", advice):
             time_steps(job, device, 1)
+    if config.compile:
+        require_traceable(network.model.train(), network.normalize(images.to(device)), COMPILE)
 
 
 def _require_export(model: nn.Module, image_shape: tuple[int, int, int]) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
@@ -12,7 +12,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from kdpipe.stages.compute.compiled import require_compiler
 from kdpipe.stages.compute.settings import EXACT, ComputeSettings, MemoryFormat, Precision, fast_precisions
+from kdpipe.stages.compute.threads import fastest_count, max_threads, open_counts
 from kdpipe.stages.compute.trial import choose, is_worth_a_trial, time_in_turn
 from kdpipe.stages.errors import RecipeError, cause
 from kdpipe.stages.evaluation.macs import count_macs
@@ -28,31 +30,63 @@ from kdpipe.stages.training.optimization.averaging import WeightAverage, has_mod
 from kdpipe.stages.training.step import TrainStep
 from kdpipe.stages.training.task import Batch
 
+COMPILE = "train.compile"
+"""The key, for messages."""
+
 CPU_PRECISIONS: tuple[Precision, ...] = ("float32",)
 """What "auto" tries on a CPU, the most exact first."""
 
 
-def candidates(config: TrainConfig, model: nn.Module, device: torch.device) -> list[ComputeSettings]:
+def candidates(job: TrainJob, device: torch.device) -> list[ComputeSettings]:
     """Return the settings that a recipe leaves open, in order of preference; the first needs no trial.
 
     Raises:
-        RecipeError: The device does not compute the precision in hardware.
+        RecipeError: The device does not compute the precision in hardware, or a loss cannot use it.
     """
-    offered: tuple[Precision, ...] = ("float32", *fast_precisions(device))
+    config, offered = job.config, ("float32", *fast_precisions(device))
+    if job.task.needs_input_gradient:  # which underflows in float16, where no loss scale reaches it
+        offered = tuple(one for one in offered if one != "float16")
     if config.precision not in ("auto", *offered):
         raise RecipeError(
-            f"train.precision = {config.precision!r} is not what this device ({device.type}) computes in hardware: "
-            f"choose 'auto' or one of {', '.join(offered)}."
+            f"train.precision = {config.precision!r} is not what this device ({device.type}) computes in hardware, or "
+            f"a loss cannot use it: choose 'auto' or one of {', '.join(offered)}."
         )
     precisions: tuple[Precision, ...]
     if config.precision != "auto":
         precisions = (config.precision,)
     elif device.type == "cuda":
-        precisions = ("bfloat16" if "bfloat16" in offered else "float16",)
+        precisions = (next(one for one in ("bfloat16", "float16", "float32") if one in offered),)
     else:
         precisions = tuple(one for one in CPU_PRECISIONS if one in offered)
-    has_convolutions = any(isinstance(module, nn.Conv2d) for module in model.modules())
-    return [ComputeSettings(one, form) for one in precisions for form in _formats(config, one, has_convolutions)]
+    has_convolutions = any(isinstance(module, nn.Conv2d) for module in job.model.modules())
+    return [
+        ComputeSettings(one, form, config.compile)
+        for one in precisions
+        for form in _formats(config, one, has_convolutions)
+    ]
+
+
+def compile_key(job: TrainJob, device: torch.device, monitor: RunMonitor) -> str | None:
+    """Return the recipe key that asks for torch.compile; None if the job is not compiled.
+
+    Raises:
+        RecipeError: It cannot be compiled.
+    """
+    if not job.config.compile or job.task.hints_only:
+        return None
+    if job.task.needs_input_gradient:
+        raise RecipeError(no_second_derivative(COMPILE))
+    require_compiler(device, COMPILE)
+    monitor.warn_once(job.stage, f"{COMPILE} = true: the first step compiles the network, which may take a minute.")
+    return COMPILE
+
+
+def no_second_derivative(key: str) -> str:
+    """Return the message for a compiled network with a loss on the gradient by the pixels."""
+    return (
+        f"{key} = true: a loss uses the gradient by the pixels, and compiled networks have no second derivative: set "
+        f"{key} = false."
+    )
 
 
 def _formats(config: TrainConfig, precision: Precision, has_convolutions: bool) -> tuple[MemoryFormat, ...]:
@@ -71,7 +105,7 @@ def resumed_settings(
 
     On a device that does not compute them in hardware the job continues with those that are chosen there.
     """
-    options = candidates(job.config, job.model, device)
+    options = candidates(job, device)
     if "compute" not in made_with:
         formats = "contiguous" if job.config.memory_format == "auto" else job.config.memory_format
         return replace(options[0], memory_format=formats)
@@ -89,18 +123,35 @@ def resumed_settings(
 def chosen_settings(
     job: TrainJob, device: torch.device, batches: Iterator[Batch], monitor: RunMonitor
 ) -> tuple[ComputeSettings, Iterator[Batch]]:
-    """Return the settings for a job that begins, and all of its batches.
+    """Return the settings for a job that begins, and all of its batches; set the number of its CPU threads.
 
-    Jobs that run for long on a CPU try their first batch in each way, and take one that is clearly faster.
+    Jobs that run for long on a CPU try their first batch in each way, and take one that is clearly faster. Others have
+    one thread, unless the user chose a number: theirs would mostly wait for each other.
     """
-    options = candidates(job.config, job.model, device)
-    if len(options) == 1 or job.config.epochs == 0:
+    options = candidates(job, device)
+    counts = job.process_group.broadcast_object(open_counts()) if device.type == "cpu" else [max_threads()]
+    if len(options) == len(counts) == 1 or job.config.epochs == 0:
+        torch.set_num_threads(counts[-1])
         return options[0], batches
     first = next(batches)
-    settings = options[0]
-    if is_worth_a_trial(_num_macs(job, first), device):
-        settings = job.process_group.broadcast_object(_fastest(job, options, first, device, monitor))
-    return settings, chain([first], batches)
+    if not is_worth_a_trial(_num_macs(job, first), device):
+        torch.set_num_threads(counts[0])
+        return options[0], chain([first], batches)
+    torch.set_num_threads(_fastest_count(job, options[0], counts, first, device))
+    settings = _fastest(job, options, first, device, monitor) if len(options) > 1 else options[0]
+    number = job.process_group.broadcast_object(options.index(settings))
+    return options[number], chain([first], batches)
+
+
+def _fastest_count(
+    job: TrainJob, settings: ComputeSettings, counts: Sequence[int], batch: Batch, device: torch.device
+) -> int:
+    """Return the number of CPU threads that is fastest at the steps of a copy of the job."""
+    if len(counts) == 1:
+        return counts[0]
+    with torch.random.fork_rng(devices=[]), ExitStack() as stack:
+        found = fastest_count(counts, _copied_step(job, settings, batch, device, stack))
+    return job.process_group.broadcast_object(found)
 
 
 def _num_macs(job: TrainJob, batch: Batch) -> int:

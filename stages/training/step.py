@@ -18,8 +18,6 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from kdpipe.stages.compute.compiled import require_compiler
-from kdpipe.stages.errors import RecipeError
 from kdpipe.stages.losses.relations.nce import Memory
 from kdpipe.stages.models.hooks import FeatureExtractor
 from kdpipe.stages.numerics import derive_seed
@@ -141,33 +139,6 @@ def _seed(seed: int, device: torch.device) -> None:
         torch.cuda.default_generators[device.index].manual_seed(seed)
     elif device.type != "cpu":
         torch.manual_seed(seed)
-
-
-COMPILE = "train.compile"
-"""The key, for messages."""
-
-
-def compile_key(job: TrainJob, device: torch.device, monitor: RunMonitor) -> str | None:
-    """Return the recipe key that asks for torch.compile; None if the job is not compiled.
-
-    Raises:
-        RecipeError: The job cannot be compiled.
-    """
-    if not job.config.compile or job.task.hints_only:
-        return None
-    if job.task.needs_input_gradient:
-        raise RecipeError(uncompilable(COMPILE))
-    require_compiler(device, COMPILE)
-    monitor.warn_once(job.stage, f"{COMPILE} = true: the first step compiles the network, which may take a minute.")
-    return COMPILE
-
-
-def uncompilable(key: str) -> str:
-    """Return the message for a loss that uses the input's gradient."""
-    return (
-        f"{key} = true: a loss uses the gradient by the pixels, and compiled networks have no second derivative: "
-        f"set {key} = false."
-    )
 
 
 def micro_batch_warning(model: nn.Module, task: TrainingTask, batch: Batch, micro_batches: int) -> str:

@@ -10,7 +10,7 @@ from typing import Any
 
 from kdpipe.store.errors import FingerprintMismatch, StoreError, differences
 from kdpipe.store.format.codec import Codec, codec_from_json
-from kdpipe.store.format.identity import Identity, sha256_of
+from kdpipe.store.format.identity import PLAIN, Identity, sha256_of
 from kdpipe.store.format.layout import DTYPES, ArraySpec, StoreLayout
 from kdpipe.store.format.samples import Samples
 from kdpipe.store.format.schema import ATTRIBUTE, MAX_COUNT, MAX_SHARD_BYTES, MAX_UNITS, SCHEMA_VERSION
@@ -61,6 +61,8 @@ class Manifest:
         codec: Set where chunks are compressed (the archive profile).
         rounded: Mantissa bits kept, of arrays that were rounded.
         named_axes: Whether every axis of the arrays has a name of its own, as xarray needs it; not in older stores.
+        trial: What was found before the teacher ran: device, batch size, and the error of its precision; empty where
+            there was no trial.
     """
 
     identity: Identity
@@ -73,6 +75,7 @@ class Manifest:
     rounded: Mapping[str, int] = field(default_factory=dict)
     finished: Finished | None = None
     named_axes: bool = False
+    trial: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def profile(self) -> str:
@@ -123,6 +126,7 @@ class Manifest:
             "versions": dict(self.versions),
             "finished": self.finished.to_json() if self.finished else None,
             **({"named_axes": True} if self.named_axes else {}),
+            **({"trial": dict(self.trial)} if self.trial else {}),
         }
 
     def spec(self, name: str) -> ArraySpec:
@@ -147,6 +151,7 @@ class Manifest:
             "views": dict(self.identity.views),
             "arrays": {name: self.spec(name).to_json() for name in sorted(names)},
             "rounded": {name: bits for name, bits in self.rounded.items() if name in names},
+            **({"compute": dict(self.identity.compute)} if self.identity.compute else {}),
         }
         if self.top_k and TAIL in names:  # two grids of one length give arrays of one shape
             record["top_k"] = self.top_k.to_json()
@@ -182,7 +187,9 @@ def _parse(record: Mapping[str, Any]) -> Manifest:
     if not arrays:
         raise ValueError("it lists no arrays")
     manifest = Manifest(
-        identity=Identity(dict(record["teacher"]), dict(record["data"]), dict(record["views"])),
+        identity=Identity(
+            dict(record["teacher"]), dict(record["data"]), dict(record["views"]), dict(record.get("compute", {}))
+        ),
         arrays=arrays,
         layout=_parse_layout(record, max(spec.row_bytes for spec in arrays)),
         versions={str(name): str(version) for name, version in record["versions"].items()},
@@ -191,8 +198,11 @@ def _parse(record: Mapping[str, Any]) -> Manifest:
         codec=codec_from_json(record["codec"]),
         rounded={str(name): _count(bits, "rounded") for name, bits in record["rounded"].items()},
         named_axes=record.get("named_axes") is True,
+        trial=_parse_trial(record.get("trial", {})),
     )
     _check_logits(manifest)
+    if not manifest.identity.compute.keys() <= PLAIN.keys():
+        raise ValueError(f"compute has {list(manifest.identity.compute)}, not {list(PLAIN)}")
     classes = manifest.identity.data.get("classes", [])
     if not isinstance(classes, list) or not all(isinstance(name, str) for name in classes):
         raise TypeError(f"the classes are {str(classes)[:40]}, not a list of names")
@@ -219,6 +229,12 @@ def _parse_spec(name: Any, record: Any) -> ArraySpec:
     if not ARRAY_NAME.fullmatch(name) or record["dtype"] not in DTYPES or not _is_shape(sides):
         raise ValueError(f"array {str(name)[:80]!r} is {str(record)[:120]}")
     return ArraySpec(name, tuple(sides), record["dtype"], record.get("own_output") is True)
+
+
+def _parse_trial(record: Mapping[str, Any]) -> dict[str, Any]:
+    if not all(isinstance(record.get(name, {}), Mapping) for name in ("kl", "features", "dropped")):
+        raise TypeError(f"the trial is {str(record)[:120]}")
+    return dict(record)
 
 
 def _check_logits(manifest: Manifest) -> None:

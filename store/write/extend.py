@@ -6,12 +6,14 @@ A second job also uses this to check whether a store already has what it wants, 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 
 from kdpipe.store.errors import FingerprintMismatch, differences
+from kdpipe.store.format.identity import PLAIN
 from kdpipe.store.format.manifest import Manifest, version_note
 from kdpipe.store.format.samples import Samples, read_samples, sample_chunks
 from kdpipe.store.format.zarr_metadata import read_store_manifest, replace_metadata
@@ -26,16 +28,20 @@ COUNTS = ("num_samples", "ids_and_labels_sha256", "pixels_sha256")
 """Keys of the data's identity that an extension changes."""
 
 
-def ensure_store(path: Path, wanted: Manifest, samples: Samples) -> Manifest:
+def ensure_store(
+    path: Path, wanted: Manifest, samples: Samples, decide: Callable[[Manifest], Manifest] = lambda wanted: wanted
+) -> Manifest:
     """Create the store at `path`, or extend it, so that it has room for all that is `wanted` of `samples`.
 
-    Returns its manifest, which may cover more. Raises FingerprintMismatch where the store has another teacher, other
-    samples or another encoding.
+    `decide` completes the manifest of a new store, while other jobs that want it wait. Returns the store's manifest,
+    which may cover more. Raises FingerprintMismatch where the store has another teacher, other samples or another
+    encoding.
     """
     with exclusive_store(path):
         if not path.exists():
-            create_store(path, wanted, samples)
-            return wanted
+            decided = decide(wanted)
+            create_store(path, decided, samples)
+            return decided
         stored = read_store_manifest(path)
         grown, added = plan_growth(path, stored, wanted, samples)
         if grown != stored:
@@ -68,6 +74,8 @@ def plan_growth(path: Path, stored: Manifest, wanted: Manifest, samples: Samples
 def require_same_origin(path: Path, stored: Manifest, wanted: Manifest) -> None:
     """Raise FingerprintMismatch unless teacher, kind of data, view recipe and encoding of both are equal."""
     stored_json, wanted_json = (_origin(manifest) for manifest in (stored, wanted))
+    computed, asked = {**PLAIN, **stored.identity.compute}, wanted.identity.compute
+    stored_json["compute"], wanted_json["compute"] = {key: computed.get(key) for key in asked}, dict(asked)
     found = [
         pair for section in wanted_json for pair in differences(stored_json[section], wanted_json[section], section)
     ]

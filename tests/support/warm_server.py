@@ -61,7 +61,6 @@ LATE_IMPORTS = (
 
 
 def warm_up() -> None:
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as pipeline.main does, before torch is imported
     os.environ["ORT_DISABLE_TELEMETRY"] = "1"  # telemetry would start a thread
     gc.disable()
     for name in EARLY_IMPORTS:

@@ -8,6 +8,7 @@ from typing import Any
 
 from kdpipe.pipeline.terminal.output import printable
 from kdpipe.store import Manifest, holder, read_store_manifest, store_bytes
+from kdpipe.store.format.identity import describe_computation
 from kdpipe.store.format.unit_state import store_state
 
 MAX_LISTED = 5
@@ -81,6 +82,8 @@ def _lines(info: dict[str, Any]) -> Iterator[tuple[str, str]]:
     yield from _progress(info)
     for name, error in ((info["finished"] or {}).get("fidelity") or {}).items():
         yield "fidelity", f"{name}: {describe_encoding_error(error)}"
+    if "compute" in info or "trial" in info:
+        yield "computed in", describe_computation(info.get("compute", {}), info.get("trial", {}))
     yield "written by", ", ".join(f"{name} {version}" for name, version in info["versions"].items())
 
 

@@ -9,16 +9,18 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from itertools import starmap
 
 import torch
 from torch import Tensor
 
+from kdpipe.stages.compute.threads import AdaptiveThreads
 from kdpipe.stages.data.image_set import ImageSet, unequal_sizes_message
 from kdpipe.stages.data.loader.workers import Failure, PrefetchPool, WorkerTask
 from kdpipe.stages.errors import DataError, RecipeError
 from kdpipe.stages.runtime.cpu import num_cores
+from kdpipe.stages.runtime.gpu.transfers import empty_on_host, upload
 from kdpipe.stages.runtime.memory import free_gpu_bytes
 from kdpipe.stages.views.mix import MixAssignment, mix
 from kdpipe.stages.views.ops.resize import resize
@@ -90,8 +92,7 @@ class ImageLoader:
         """
         pairs = ((request, self._sample_mix(request)) for request in requests)
         in_memory = self._images is not None
-        loaded = starmap(self._load_from_memory, pairs) if in_memory else self._load_ahead(pairs, require_all)
-        return loaded if self.size is None else map(self._resized, loaded)
+        return starmap(self._load_from_memory, pairs) if in_memory else self._load_ahead(pairs, require_all)
 
     def get(self, request: ViewRequest, *, require_all: bool = True) -> ImageBatch:
         """Load a single request."""
@@ -136,7 +137,23 @@ class ImageLoader:
             return None
         return self.renderer.sample_mix(self.dataset.sample_ids[request.indices], request.view)
 
+    @cached_property
+    def _threads(self) -> AdaptiveThreads:
+        return AdaptiveThreads()
+
+    def _adapted(self, num_images: int, work: Callable[[], ImageBatch]) -> ImageBatch:
+        """Return the batch that `work` makes, of the same pixels with any number of CPU threads, resized."""
+
+        def resized() -> ImageBatch:
+            batch = work()
+            return batch if self.size is None else replace(batch, images=resize(batch.images, (self.size, self.size)))
+
+        return self._threads.run(num_images, resized) if self.device.type == "cpu" else resized()
+
     def _load_from_memory(self, request: ViewRequest, mixture: MixAssignment | None) -> ImageBatch:
+        return self._adapted(len(request.indices), partial(self._gather, request, mixture))
+
+    def _gather(self, request: ViewRequest, mixture: MixAssignment | None) -> ImageBatch:
         assert self._images is not None and self._partner_images is not None
         sample_ids = self.dataset.sample_ids[request.indices]
         own = self._render_rows(self._images, request.indices, sample_ids, request.view)
@@ -147,15 +164,15 @@ class ImageLoader:
         partners = self._render_rows(self._partner_images, indices, partner_ids, request.view)
         return _mix(request, mixture, own, partners)
 
-    def _resized(self, batch: ImageBatch) -> ImageBatch:
-        assert self.size is not None
-        return replace(batch, images=resize(batch.images, (self.size, self.size)))
-
     def _render_rows(self, source: Tensor, indices: Tensor, sample_ids: Tensor, view: int | None) -> Tensor:
         """Render some of the images in memory, on the device."""
-        if self.renderer is not None and view is not None and source.device == self.device:
-            return self.renderer.render_rows(source, indices, sample_ids, view)
-        images = source.index_select(0, indices.to(source.device, non_blocking=True))
+        if source.device.type == self.device.type:
+            if self.renderer is not None and view is not None:
+                return self.renderer.render_rows(source, indices, sample_ids, view)
+            images = source.index_select(0, indices.to(source.device, non_blocking=True))
+        else:
+            images = empty_on_host((len(indices), *source.shape[1:]), source.dtype, self.device)
+            torch.index_select(source, 0, indices, out=images)
         return self._render(images, sample_ids, view)
 
     def _load_ahead(self, pairs: Iterable[_MixedRequest], require_all: bool) -> Iterator[ImageBatch]:
@@ -187,17 +204,20 @@ class ImageLoader:
             if len(kept) < len(request.indices):
                 request = ViewRequest(request.indices[kept], request.view)
                 mixture = None if mixture is None else mixture.at(kept)
-            ids = self.dataset.sample_ids[request.indices]
-            own = self._render(result.images[: len(kept)], ids, request.view)
-            if mixture is None or not mixture.mixed.any():
-                yield ImageBatch(own, request.indices, mixture)
-                continue
-            partners = self._render(result.images[len(kept) :], mixture.partner_ids[mixture.mixed], request.view)
-            yield _mix(request, mixture, own, partners)
+            yield self._adapted(len(kept), partial(self._finish, result.images, request, mixture))
+
+    def _finish(self, images: Tensor, request: ViewRequest, mixture: MixAssignment | None) -> ImageBatch:
+        """Do the main process's part for images uint8 [K + L, C, H, W] of a worker: K of the request, L partners."""
+        num_own = len(request.indices)
+        own = self._render(images[:num_own], self.dataset.sample_ids[request.indices], request.view)
+        if mixture is None or not mixture.mixed.any():
+            return ImageBatch(own, request.indices, mixture)
+        partners = self._render(images[num_own:], mixture.partner_ids[mixture.mixed], request.view)
+        return _mix(request, mixture, own, partners)
 
     def _render(self, images: Tensor, sample_ids: Tensor, view: int | None) -> Tensor:
         """Do the main process's part of rendering: uint8 [B, C, H, W], on the device."""
-        images = images.to(self.device, non_blocking=True)
+        images = upload(images, self.device)
         return images if self.renderer is None or view is None else self.renderer.render_batch(images, sample_ids, view)
 
     def _report(self, failures: Iterable[Failure], require_all: bool) -> None:

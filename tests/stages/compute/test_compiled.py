@@ -25,7 +25,7 @@ def test_compiled_equals_eager_within_rounding() -> None:
     model = nn.Sequential(nn.Flatten(), nn.Linear(64, 16), nn.ReLU(), nn.Dropout(0.5), nn.Linear(16, 4))
     images = torch.rand(8, 1, 8, 8)
     expected = steps_of(model, model, images)
-    found = [steps_of(compiled(lambda given: model(given), CPU, key="train.compile"), model, images) for _ in range(2)]
+    found = [steps_of(compiled(model, CPU, key="train.compile"), model, images) for _ in range(2)]
     for one, other, wanted in zip(*found, expected, strict=True):
         assert torch.equal(one, other)
         torch.testing.assert_close(one, wanted, rtol=1e-5, atol=1e-5)

@@ -8,8 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from kdpipe.stages.runtime import cpu as cpu_module
-from kdpipe.stages.runtime.cpu import available_cores, num_cores, num_threads
+from kdpipe.stages.runtime.cpu import available_cores, num_cores, omp_num_threads
 
 Machine = Callable[..., Path]
 
@@ -96,21 +95,18 @@ def test_srun_task_keeps_to_its_share(machine: Machine) -> None:
 @pytest.mark.parametrize(
     ("environ", "threads"),
     [
-        ({}, 7),
+        ({}, None),
         ({"OMP_NUM_THREADS": "3"}, 3),
         ({"OMP_NUM_THREADS": "4,2"}, 4),
-        ({"OMP_NUM_THREADS": "0"}, 7),
-        ({"OMP_NUM_THREADS": "many"}, 7),
+        ({"OMP_NUM_THREADS": "0"}, None),
+        ({"OMP_NUM_THREADS": "many"}, None),
         ({"OMP_NUM_THREADS": "1"}, 1),
-        ({"OMP_NUM_THREADS": "1", "TORCHELASTIC_RUN_ID": "none"}, 7),
+        ({"OMP_NUM_THREADS": "1", "TORCHELASTIC_RUN_ID": "none"}, None),
         ({"OMP_NUM_THREADS": "2", "TORCHELASTIC_RUN_ID": "none"}, 2),
     ],
 )
-def test_omp_num_threads_counts_unless_it_is_torchruns(
-    monkeypatch: pytest.MonkeyPatch, environ: dict[str, str], threads: int
-) -> None:
-    monkeypatch.setattr(cpu_module, "num_cores", lambda: 7)
-    assert num_threads(environ) == threads
+def test_omp_num_threads_counts_unless_it_is_torchruns(environ: dict[str, str], threads: int | None) -> None:
+    assert omp_num_threads(environ) == threads
 
 
 def test_this_process_has_at_least_one_core() -> None:

@@ -1,6 +1,7 @@
 """Tests of how a student's steps are computed: precision, memory format, and the trial that chooses."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from kdpipe.stages.runtime.events import WARNING, RunMonitor
 from kdpipe.stages.training import set_up
 from kdpipe.stages.training.optim import TrainConfig
 from kdpipe.stages.training.set_up import candidates, resumed_settings
+from kdpipe.stages.training.task import TrainingTask
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 CHANNELS_LAST = ComputeSettings(memory_format="channels_last")
@@ -92,20 +94,29 @@ def test_settings_in_which_a_network_fails_are_left_out(tmp_path, trial):
     assert told[0].job.startswith("test does not run in float32, channels_last (RuntimeError: view size")
 
 
-def test_what_the_device_only_emulates_is_refused():
+def test_what_the_device_only_emulates_is_refused(tmp_path):
     with pytest.raises(
         RecipeError, match=r"train.precision = 'float16' is not .* 'auto' or one of float32, bfloat16\."
     ):
-        candidates(TrainConfig(precision="float16"), tiny_network(), CPU)
+        candidates(tiny_job(tmp_path, tiny_network(), precision="float16"), CPU)
 
 
 @pytest.mark.parametrize(
     ("fast", "precision"), [(("float16",), "float16"), (("tf32", "float16", "bfloat16"), "bfloat16")]
 )
-def test_cuda_takes_the_mixed_precision_of_its_hardware(monkeypatch, fast, precision):
+def test_cuda_takes_the_mixed_precision_of_its_hardware(tmp_path, monkeypatch, fast, precision):
     monkeypatch.setattr(set_up, "fast_precisions", lambda device: fast)
-    assert candidates(TrainConfig(), tiny_network(), CUDA) == [ComputeSettings(precision, "channels_last")]
-    assert candidates(TrainConfig(), nn.Linear(2, 2), CUDA) == [ComputeSettings(precision)]
+    assert candidates(tiny_job(tmp_path, tiny_network()), CUDA) == [ComputeSettings(precision, "channels_last")]
+    assert candidates(tiny_job(tmp_path, nn.Linear(2, 2)), CUDA) == [ComputeSettings(precision)]
+
+
+def test_a_loss_on_the_gradient_of_the_input_is_not_computed_in_float16(tmp_path, monkeypatch):
+    monkeypatch.setattr(set_up, "fast_precisions", lambda device: ("float16",))
+    monkeypatch.setattr(TrainingTask, "needs_input_gradient", True)
+    job = tiny_job(tmp_path, nn.Linear(2, 2))
+    assert candidates(job, CUDA) == [EXACT]
+    with pytest.raises(RecipeError, match="or a loss cannot use it"):
+        candidates(replace(job, config=TrainConfig(precision="float16")), CUDA)
 
 
 def test_checkpoints_of_older_versions_are_contiguous(tmp_path, monkeypatch):

@@ -5,19 +5,27 @@ import dataclasses
 import pytest
 import torch
 from support.device import DEVICE
-from support.tiny_run import StopAfter, squares, tiny_context
+from support.tiny_run import CACHE, STUDENT, TEACHER, TRAIN, StopAfter, squares, tiny_context
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
+from kdpipe.pipeline.steps import cache_teacher
+from kdpipe.stages.distillation.stores import open_distillation
+from kdpipe.stages.distillation.task_builder import build_student, build_task, student_shapes
 from kdpipe.stages.errors import StoppedEarly
+from kdpipe.stages.losses.distillation import required_of, student_layers
 from kdpipe.stages.losses.features.hint import Hint
 from kdpipe.stages.losses.inputs import DatasetInfo
 from kdpipe.stages.losses.logits.dist import DIST
 from kdpipe.stages.losses.logits.kd import KD
+from kdpipe.stages.losses.registry import LOSSES
 from kdpipe.stages.losses.relations.crd import CRD
 from kdpipe.stages.losses.relations.nce import Memory
 from kdpipe.stages.losses.relations.pkt import PKT
 from kdpipe.stages.losses.sample_selection import SampleSelection
 from kdpipe.stages.losses.weighted import WeightedLoss
+from kdpipe.stages.models.bundle import ModelBundle
+from kdpipe.stages.models.hooks import extract_features
 from kdpipe.stages.models.normalization import Normalization
 from kdpipe.stages.runtime.events import WARNING, RunMonitor
 from kdpipe.stages.targets.feature_spec import FeatureSpec
@@ -27,7 +35,7 @@ from kdpipe.stages.training.job_dir import JobDir
 from kdpipe.stages.training.loop import train
 from kdpipe.stages.training.optim import TrainConfig
 from kdpipe.stages.training.set_up import set_up
-from kdpipe.stages.training.step import depends_on_batch
+from kdpipe.stages.training.step import TrainStep, depends_on_batch
 from kdpipe.stages.training.task import TrainingTask
 
 CONFIG = TrainConfig(epochs=2, batch_size=32, optimizer="adamw", lr=0.01, checkpoint_every_s=0, precision="float32")
@@ -159,3 +167,44 @@ def test_losses_that_are_no_means_over_samples_are_named():
     assert [depends(one) for one in (CRD(layers=layers, dim=4), PKT(layers=layers), DIST())] == [True] * 3
     assert [depends(one) for one in (KD(), Hint(layers=layers))] == [False] * 2
     assert depends(KD(samples=SampleSelection(filter="hard")))
+
+
+class Waits(TorchDispatchMode):
+    """Records the operations whose results the host waits for, on devices that it does not wait for otherwise."""
+
+    OPERATIONS = ("_local_scalar_dense", "nonzero", "masked_select", "_unique2")
+
+    def __init__(self):
+        super().__init__()
+        self.found = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.overloadpacket.__name__ in self.OPERATIONS:
+            self.found.append(func)
+        return func(*args, **(kwargs or {}))
+
+
+LAYERS = (("stage2", "stage2"),)
+WITH_LAYERS = ["hint", "fitnet", "at", "nst", "vid", "review_kd", "rkd", "sp", "pkt", "cc", "crd"]
+
+
+def test_no_loss_waits_for_the_device(tmp_path):
+    """A step of all losses together; the synchronizations of a GPU are those of operations that return numbers."""
+    kinds = LOSSES.builtin
+    losses = [kinds[name](loss=name) for name in kinds.keys() - {*WITH_LAYERS, "simkd"}]
+    losses += [kinds[name](loss=name, layers=LAYERS) for name in WITH_LAYERS]
+    context = tiny_context(tmp_path)
+    required = required_of(losses, student_shapes(STUDENT, losses, context), 0)
+    bundle = build_student(STUDENT, 0, context, losses)
+    teacher = ModelBundle(context.build_model(TEACHER.model, seed=0), {}, bundle.normalize)
+    cache_teacher(CACHE, tmp_path / "store", teacher, required, context)
+    task = build_task(bundle, open_distillation([tmp_path / "store"], losses, STUDENT, {}, context), 0, context)
+    job = TrainJob("x", "x", bundle.model, task, None, TRAIN, 0, JobDir(tmp_path), student_layers(losses))
+    batches = task.stream(0, 32, epoch=0, step=0, epochs=1)
+    with extract_features(bundle.model, job.student_layers) as student, Waits() as waits:
+        step = TrainStep(job, student, set_up(job, DEVICE), Progress(), RunMonitor())
+        for _ in range(2):  # the first one finds layers that are overwritten
+            batch = next(batches)
+            waits.found.clear()
+            step.step(batch)
+    assert waits.found == []

@@ -1,0 +1,184 @@
+"""Compare the default number of CPU threads with the best fixed one, alone and beside busy processes.
+
+    uv run python benchmarks/busy_box.py [views] [step] [pass] [--neighbors 0 1 2] [--rounds N]
+
+Each setting (default, one thread, all cores) works in a process of its own, started beside the neighbors: the views of
+a data set in memory, the steps of a student (resnet8x4), and a teacher's pass with storing (resnet32x4). They work in
+turn, for a second each, and the result is the ratio of the default's median rate to the best median of a fixed number;
+the neighbors multiply matrices on one thread each.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as the command line does
+
+import torch
+
+from kdpipe.pipeline.steps import cache_teacher
+from kdpipe.stages.cache_teacher.plan import CacheConfig
+from kdpipe.stages.compute.threads import set_up_threads
+from kdpipe.stages.context import StageContext
+from kdpipe.stages.data.image_set import ImageSet
+from kdpipe.stages.data.loader.image_loader import ViewRequest
+from kdpipe.stages.models.build import ModelConfig
+from kdpipe.stages.models.bundle import ModelBundle
+from kdpipe.stages.models.normalization import Normalization
+from kdpipe.stages.runtime.cpu import num_cores
+from kdpipe.stages.runtime.events import RunMonitor
+from kdpipe.stages.runtime.memory import disable_malloc_trim
+from kdpipe.stages.training.job import TrainJob
+from kdpipe.stages.training.job_dir import JobDir
+from kdpipe.stages.training.loop import train
+from kdpipe.stages.training.optim import TrainConfig
+from kdpipe.stages.training.task import TrainingTask
+from kdpipe.stages.views.config import Views
+
+BATCH_SIZE, NUM_IMAGES, SHAPE = 64, 50_000, (3, 32, 32)
+NORMALIZE = Normalization((0.5,) * 3, (0.25,) * 3)
+OPERATIONS = ({"name": "RandomCrop", "padding": 4}, {"name": "RandomHorizontalFlip"})
+TARGET, TURN_S = 0.9, 1.0
+
+NEIGHBOR = "import numpy as np\na = np.eye(256)\nwhile True: a = a @ a"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("kinds", nargs="*", default=list(KINDS), metavar="KIND", help=", ".join(KINDS))
+    parser.add_argument("--neighbors", type=int, nargs="*", default=[0, 1, 2])
+    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--work", nargs=2, metavar=("KIND", "THREADS"), help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.work:
+        work(*arguments.work)
+        return
+    settings = ["default", "1", str(num_cores())]
+    print(f"{num_cores()} CPU cores, torch {torch.__version__}, images/s, medians of {arguments.rounds} turns\n")
+    print(f"| work | neighbors | default | 1 thread | {num_cores()} threads | ratio to the best | target |")
+    print("|---|---:|---:|---:|---:|---:|---|")
+    for kind in arguments.kinds:
+        for num_neighbors in arguments.neighbors:
+            with neighbors(num_neighbors):
+                rates = in_turn(kind, settings, arguments.rounds)
+            default, *fixed = (statistics.median(rates[setting]) for setting in settings)
+            ratio = default / max(fixed)
+            row = [kind, num_neighbors, *(f"{rate:,.0f}" for rate in (default, *fixed)), f"{ratio:.2f}"]
+            print("|", " | ".join(map(str, row)), f"| {TARGET} {'met' if ratio >= TARGET else 'NOT met'} |", flush=True)
+
+
+@contextmanager
+def neighbors(count: int) -> Iterator[None]:
+    environ = {**os.environ, "OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
+    busy = [subprocess.Popen([sys.executable, "-c", NEIGHBOR], env=environ) for _ in range(count)]
+    try:
+        yield
+    finally:
+        for process in busy:
+            process.kill()
+            process.wait()
+
+
+def in_turn(kind: str, settings: list[str], num_rounds: int) -> dict[str, list[float]]:
+    """Return the rates of each setting, which wait for each other."""
+    environ = {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"}
+    processes = {
+        setting: subprocess.Popen(
+            [sys.executable, __file__, "--work", kind, setting],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            env=environ,
+        )
+        for setting in settings
+    }
+    rates: dict[str, list[float]] = {setting: [] for setting in settings}
+    try:
+        for number in range(num_rounds + 1):
+            for setting, process in processes.items():
+                assert process.stdin is not None and process.stdout is not None
+                print("go", file=process.stdin, flush=True)
+                rate = float(process.stdout.readline())
+                if number:  # the first turn starts and warms up
+                    rates[setting].append(rate)
+    finally:
+        for process in processes.values():
+            process.kill()
+            process.wait()
+    return rates
+
+
+class Turns:
+    """Works for TURN_S when told to, then reports the rate and waits. It is called once a batch."""
+
+    def __init__(self, batch_size: int) -> None:
+        self._batch_size, self._num_batches, self._started = batch_size, 0, 0.0
+
+    def __call__(self) -> bool:
+        passed = time.perf_counter() - self._started
+        if not self._started:
+            sys.stdin.readline()
+            self._started = time.perf_counter()
+        elif passed >= TURN_S and self._num_batches:
+            print(self._num_batches * self._batch_size / passed, flush=True)
+            sys.stdin.readline()
+            self._started, self._num_batches = time.perf_counter(), 0
+        self._num_batches += 1
+        return False
+
+
+def work(kind: str, setting: str) -> None:
+    disable_malloc_trim()  # as the command line does
+    set_up_threads(None if setting == "default" else int(setting))
+    with tempfile.TemporaryDirectory() as folder:
+        KINDS[kind](Path(folder))
+
+
+def views(folder: Path) -> None:
+    turns = Turns(BATCH_SIZE)
+    loader = make_context(folder, turns).train_loader
+    for view in range(sys.maxsize):
+        for _ in loader.stream(ViewRequest(rows, view) for rows in torch.arange(NUM_IMAGES).split(BATCH_SIZE)):
+            turns()
+
+
+def step(folder: Path) -> None:
+    context = make_context(folder, Turns(BATCH_SIZE))
+    task = TrainingTask(context.train_loader, 1, NORMALIZE)
+    config = TrainConfig(epochs=300, batch_size=BATCH_SIZE, lr=0.01)
+    model = context.build_model(ModelConfig(name="resnet8x4"), 0)
+    job = TrainJob("train-student", "student", model, task, None, config, 0, JobDir(folder))
+    train(job, context.device, context.monitor)
+
+
+def teachers_pass(folder: Path) -> None:
+    config = CacheConfig()
+    context = make_context(folder, Turns(config.batch_size))
+    chosen = ModelConfig(name="resnet32x4")
+    teacher = ModelBundle(context.build_model(chosen, 0).eval(), context.architecture(chosen), NORMALIZE)
+    cache_teacher(config, folder / "store.zarr", teacher, [], context)
+
+
+def make_context(folder: Path, turns: Callable[[], bool]) -> StageContext:
+    images = torch.randint(256, (NUM_IMAGES, *SHAPE), dtype=torch.uint8)
+    classes = tuple(map(str, range(10)))
+    labels, ids = torch.arange(NUM_IMAGES) % len(classes), torch.arange(NUM_IMAGES)
+    image_set = ImageSet("random", "train", images, labels, ids, classes)
+    monitor = RunMonitor(should_stop=turns)
+    return StageContext(folder, image_set, image_set, Views(operations=OPERATIONS), torch.device("cpu"), monitor)
+
+
+KINDS = {"views": views, "step": step, "pass": teachers_pass}
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,45 @@
+"""How far the teacher's outputs in a fast precision are from those in float32."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import numpy as np
+
+from kdpipe.stages.models.hooks import ModelOutput
+from kdpipe.stages.targets.feature_spec import FeatureSpec, compute_statistic
+from kdpipe.store.format.encoding_error import row_kl
+
+
+def compare(
+    pairs: Iterable[tuple[ModelOutput, ModelOutput]], layers: Sequence[FeatureSpec], temperatures: Sequence[float]
+) -> dict[str, Any] | None:
+    """Return the errors of outputs over all batches, as pairs (in float32, to compare); None if they are not finite.
+
+    Returns:
+        num_images, kl (by temperature, the mean of KL(float32 || other) in nats), top1_flips, largest_error of a logit,
+        and features (by array, the root mean square of the errors over that of the features).
+    """
+    logits: tuple[list[Any], list[Any]] = ([], [])
+    squares = {feature.array: np.zeros(2) for feature in layers}
+    for both in pairs:
+        for rows, outputs in zip(logits, both, strict=True):
+            rows.append(outputs.logits.double().cpu().numpy())
+        for feature in layers:
+            own, other = (compute_statistic(feature, outputs.features[feature.source]).double() for outputs in both)
+            squares[feature.array] += [float((other - own).square().sum()), float(own.square().sum())]
+    exact, found = np.concatenate(logits[0]), np.concatenate(logits[1])
+    if not np.isfinite(found).all() or not all(np.isfinite(one).all() for one in squares.values()):
+        return None
+    return {
+        "num_images": len(exact),
+        "kl": {f"{one:g}": _rounded(row_kl(exact, found, one).mean()) for one in dict.fromkeys(temperatures)},
+        "top1_flips": int(np.count_nonzero(exact.argmax(axis=1) != found.argmax(axis=1))),
+        "largest_error": _rounded(np.abs(found - exact).max()),
+        "features": {name: _rounded((error / max(total, 1e-30)) ** 0.5) for name, (error, total) in squares.items()},
+    }
+
+
+def _rounded(value: float) -> float:
+    return float(f"{value:.3g}")

@@ -1,0 +1,237 @@
+"""Tests of how the teacher is computed: what a trial finds, what a store records, and what resumes with it."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+import torch
+from support.made_store import folder_bytes
+from support.tiny_run import CACHE, LAYERS, TEACHER, VIEWS, StopAfter, make_tiny_store, subset, tiny_context
+from torch import nn
+
+from kdpipe.pipeline.commands.store.info import read_store_info
+from kdpipe.pipeline.steps import cache_teacher
+from kdpipe.stages.cache_teacher import choice, trial
+from kdpipe.stages.cache_teacher.estimate import plan_cache
+from kdpipe.stages.cache_teacher.plan import CacheConfig
+from kdpipe.stages.cache_teacher.recheck import recompute
+from kdpipe.stages.cache_teacher.repair import repair
+from kdpipe.stages.compute import settings
+from kdpipe.stages.compute.settings import ComputeSettings
+from kdpipe.stages.compute.trial import choose
+from kdpipe.stages.errors import ModelError, RecipeError, RunError, StoppedEarly
+from kdpipe.stages.models.hooks import extract_features
+from kdpipe.stages.runtime.events import RunMonitor
+from kdpipe.stages.targets.feature_spec import INPUT_GRADIENT, FeatureSpec
+from kdpipe.stages.teacher import load_teacher
+from kdpipe.store import FingerprintMismatch, open_store, read_store_manifest, row_order
+
+FAST = dataclasses.replace(CACHE, precision="bfloat16", memory_format="channels_last", max_kl=1e-2)
+
+
+@pytest.fixture(autouse=True)
+def hardware(monkeypatch):
+    """A CPU with bfloat16, whatever this one has."""
+    monkeypatch.setattr(settings, "has_bfloat16", lambda: True)
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("computed")
+    make_tiny_store(tiny_context(folder))
+    return folder
+
+
+@pytest.fixture
+def always_a_trial(monkeypatch):
+    """Every job is large, and all candidates but the exact one are fast."""
+    monkeypatch.setattr(trial, "WORTH_A_TRIAL", {"cpu": 1.0})
+    monkeypatch.setattr(trial, "is_worth_a_trial", lambda *_: True)
+    monkeypatch.setattr(trial, "time_in_turn", lambda runs, device, rounds=3: made_up(runs))
+
+
+def made_up(runs):
+    for run in runs.values():
+        run()
+    return {name: 0.4**number for number, name in enumerate(runs)}
+
+
+def setup_of(run, **changes):
+    context = tiny_context(run, **changes)
+    return load_teacher(TEACHER, 0, context), context
+
+
+@pytest.mark.parametrize(("precision", "memory_format"), [("float32", "channels_last"), ("bfloat16", "channels_last")])
+def test_stored_equals_recomputed(run, tmp_path, precision, memory_format):
+    teacher, context = setup_of(run)
+    config = dataclasses.replace(FAST, precision=precision, memory_format=memory_format, dtype="float32")
+
+    strides = [parameter.stride() for parameter in teacher.model.parameters()]
+    cache_teacher(config, tmp_path / "store.zarr", teacher, LAYERS, context)
+    store = open_store(tmp_path / "store.zarr")
+    assert [parameter.stride() for parameter in teacher.model.parameters()] == strides
+    order = row_order(context.train_set.sample_ids.numpy(), VIEWS.seed)
+    own, view = ComputeSettings(precision, memory_format), 1
+    images = context.renderer.render_batch(context.train_set.images[order], context.train_set.sample_ids[order], view)
+    own.place(teacher.model)
+    with torch.no_grad(), extract_features(teacher.model, ["stage2"]) as extractor, own.active(context.device):
+        outputs = [extractor(own.place_images(part)) for part in teacher.normalize(images).split(CACHE.batch_size)]
+    logits = torch.cat([part.logits.float() for part in outputs]).numpy()
+    features = torch.cat([part.features["stage2"].float() for part in outputs]).numpy()
+    assert np.array_equal(store.read_view("logits", view), logits)
+    assert np.array_equal(store.read_view("features/stage2", view), features)
+    assert store.manifest.identity.compute == own.to_json()
+
+
+def test_resumed_and_repaired_equal_uninterrupted(run, tmp_path):
+    one, other = tmp_path / "one.zarr", tmp_path / "other.zarr"
+    teacher, context = setup_of(run)
+    cache_teacher(FAST, one, teacher, LAYERS, context)
+    stopped, waiting = setup_of(run, monitor=RunMonitor(should_stop=StopAfter(12)))
+    with pytest.raises(StoppedEarly):
+        cache_teacher(FAST, other, stopped, LAYERS, waiting)
+    # "auto" takes what the store records
+    assert cache_teacher(CACHE, other, teacher, LAYERS, context)["num_units_computed"] > 0
+    assert folder_bytes(one) == folder_bytes(other)
+    report = recompute(other, teacher, context, 50, 0)
+    assert not report.differing and report.largest_error < 0.2
+    (other / "logits/c/1/0/0").write_bytes(b"damaged")
+    (other / "zarr.json").write_text("{}")
+    found, left, num_units = repair(CACHE, other, teacher, LAYERS, context)
+    assert found.damaged and not left.damaged and num_units == 1
+    assert read_store_manifest(other).identity == read_store_manifest(one).identity
+    assert (other / "logits/c/1/0/0").read_bytes() == (one / "logits/c/1/0/0").read_bytes()
+
+
+def test_extended_equals_uninterrupted(run, tmp_path):
+    teacher, context = setup_of(run)
+    fewer = dataclasses.replace(context, views=dataclasses.replace(VIEWS, num_views=1))
+    cache_teacher(FAST, tmp_path / "grown.zarr", teacher, LAYERS, fewer)
+    cache_teacher(CACHE, tmp_path / "grown.zarr", teacher, LAYERS, context)
+    cache_teacher(FAST, tmp_path / "whole.zarr", teacher, LAYERS, context)
+    grown, whole = open_store(tmp_path / "grown.zarr"), open_store(tmp_path / "whole.zarr")
+    assert grown.manifest.identity == whole.manifest.identity
+    for name in ("logits", "features/stage2"):
+        assert np.array_equal(grown.read_view(name, 2), whole.read_view(name, 2))
+
+
+@pytest.mark.usefixtures("always_a_trial")
+def test_a_trial_takes_the_fastest_that_is_faithful(run, tmp_path):
+    teacher, context = setup_of(run)
+    config = CacheConfig(shard_bytes=4096, max_kl=1e-2)
+    cache_teacher(config, tmp_path / "fast.zarr", teacher, LAYERS, context)
+    info = read_store_info(tmp_path / "fast.zarr")
+    assert info["compute"] == {"precision": "bfloat16", "memory_format": "channels_last", "compile": False}
+    found = info["trial"]
+    assert found["device"] == "cpu" and found["batch_size"] in trial.BATCH_SIZES and found["num_images"] == 18
+    assert 0 < found["kl"]["1"] < 1e-2 and found["kl"]["20"] < found["kl"]["1"]
+    assert 0 < found["features"]["features/stage2"] < trial.MAX_FEATURE_ERROR
+    plan = plan_cache(CacheConfig(shard_bytes=4096), tmp_path / "fast.zarr", teacher, LAYERS, context, trained=True)
+    assert plan["compute"]["precision"] == "bfloat16" and plan["compute"]["batch_size"] == found["batch_size"]
+    # The store of the test images is computed as the training images' is.
+    few = dataclasses.replace(context, train_set=subset(context.train_set, 20))
+    figures = cache_teacher(config, tmp_path / "test.zarr", teacher, [], few, like=tmp_path / "fast.zarr")
+    assert figures["compute"] == info["compute"]
+
+
+@pytest.mark.usefixtures("always_a_trial")
+def test_a_trial_keeps_float32_where_bfloat16_loses(run, tmp_path):
+    teacher, context = setup_of(run)
+    with torch.no_grad():
+        teacher.model.fc.bias.add_(1000)  # bfloat16 rounds away what logits of a thousand differ by
+    config = CacheConfig(shard_bytes=4096, memory_format="contiguous", dtype="float32")
+    cache_teacher(config, tmp_path / "exact.zarr", teacher, [], context)
+    manifest = read_store_manifest(tmp_path / "exact.zarr")
+    assert manifest.identity.compute == {}
+    assert "its KL divergence from float32 is" in manifest.trial["dropped"]["bfloat16"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {"precision": "bfloat16", "max_kl": 1e-9},
+            r"in bfloat16: its KL divergence .* nats at T = 1 .*raise cache.max",
+        ),
+        ({"precision": "tf32"}, r"cache.precision = 'tf32': this cpu computes float32 and bfloat16 in hardware"),
+    ],
+)
+def test_a_precision_that_cannot_be_is_refused(run, tmp_path, changes, message):
+    teacher, context = setup_of(run)
+    with pytest.raises((RecipeError, ModelError), match=message):
+        cache_teacher(dataclasses.replace(CACHE, **changes), tmp_path / "store.zarr", teacher, LAYERS, context)
+    assert not (tmp_path / "store.zarr").exists()
+
+
+class OwnType(nn.Module):
+    """Refuses half precision, as code does that mixes types."""
+
+    def forward(self, images):
+        if torch.is_autocast_enabled("cpu"):
+            raise RuntimeError("expected scalar type Float")
+        return images.mean((1, 2, 3))[:, None] * torch.arange(4.0)
+
+
+@pytest.mark.usefixtures("always_a_trial")
+def test_a_network_that_does_not_run_drops_out(run, tmp_path):
+    teacher, context = setup_of(run)
+    own = dataclasses.replace(teacher, model=nn.Sequential(OwnType(), nn.Linear(4, 4)).eval())
+    cache_teacher(CacheConfig(shard_bytes=4096), tmp_path / "own.zarr", own, [], context)
+    manifest = read_store_manifest(tmp_path / "own.zarr")
+    assert manifest.identity.compute["precision"] == "float32"
+    assert "expected scalar type Float" in manifest.trial["dropped"]["bfloat16"]
+    with pytest.raises(RecipeError, match="cannot be computed in bfloat16: RuntimeError: expected scalar type Float"):
+        cache_teacher(CacheConfig(precision="bfloat16"), tmp_path / "half.zarr", own, [], context)
+
+
+def test_a_store_of_another_precision_is_another_store(run):
+    teacher, context = setup_of(run)
+    with pytest.raises(FingerprintMismatch, match="compute.precision: stored 'float32', wanted 'bfloat16'"):
+        cache_teacher(FAST, run / "store.zarr", teacher, LAYERS, context)
+    exact = dataclasses.replace(CACHE, precision="float32", memory_format="contiguous")
+    assert cache_teacher(exact, run / "store.zarr", teacher, LAYERS, context)["num_units_computed"] == 0
+    assert not {"compute", "trial"} & read_store_manifest(run / "store.zarr").to_json().keys()
+
+
+def test_a_device_without_the_precision_does_not_continue(run, tmp_path, monkeypatch):
+    teacher, context = setup_of(run)
+    cache_teacher(FAST, tmp_path / "store.zarr", teacher, [], context)
+    manifest, said = read_store_manifest(tmp_path / "store.zarr"), []
+    begun = dataclasses.replace(manifest, trial={**manifest.trial, "device": "cuda"})
+    choice.teacher_of_store(teacher, tmp_path, begun, context.device, said.append)
+    assert "was begun on cuda and continues on cpu" in said[0]
+    monkeypatch.setattr(settings, "has_bfloat16", lambda: False)
+    with pytest.raises(RunError, match="was begun in bfloat16, and this cpu computes float32 in hardware"):
+        cache_teacher(CACHE, tmp_path / "store.zarr", teacher, LAYERS, context)
+    assert not recompute(tmp_path / "store.zarr", teacher, context, 20, 0).differing  # in float32
+
+
+def test_batch_size_is_doubled_while_that_pays(run, monkeypatch):
+    teacher, context = setup_of(run)
+
+    def seconds(runs, device, rounds):
+        return {size: size / {16: 1, 32: 1.2, 64: 1.5, 128: 1.52}[size] for size in runs}
+
+    monkeypatch.setattr(trial, "time_in_turn", seconds)
+    with trial.ExitStack() as hooks:
+        found = trial.Trial(CACHE, teacher, LAYERS, context, 10**6, hooks)
+        assert found.batch_size(ComputeSettings(), unit_rows=1000) == 64
+        assert found.batch_size(ComputeSettings(), unit_rows=40) == 32
+        monkeypatch.setattr(trial.Trial, "_free_bytes", lambda self: 20 * self._image_bytes())
+        assert found.batch_size(ComputeSettings(), unit_rows=1000) == 16
+
+
+def test_gradients_of_pixels_are_not_computed_in_float16(run, monkeypatch):
+    teacher, context = setup_of(run)
+    monkeypatch.setattr(trial, "fast_precisions", lambda device: ("float16", "bfloat16"))
+    for layers, expected in (([], {"float32", "float16", "bfloat16"}), ([INPUT_GRADIENT], {"float32", "bfloat16"})):
+        specs = [FeatureSpec(layer, layer) for layer in layers]
+        found = trial.Trial(CACHE, teacher, specs, context, 100, trial.ExitStack())
+        assert {one.precision for one in found.candidates} == expected
+
+
+def test_order_of_preference_is_by_exactness(run):
+    teacher, context = setup_of(run)
+    candidates = trial.Trial(CACHE, teacher, [], context, 100, trial.ExitStack()).candidates
+    assert candidates[0] == ComputeSettings() and candidates[-1].precision == "bfloat16"
+    assert choose(dict.fromkeys(candidates, 1.0)) == ComputeSettings()
