@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from kdpipe.store.errors import FingerprintMismatch, KdpipeError, StoreError, differences
     from kdpipe.store.format.codec import Codec
-    from kdpipe.store.format.encoding_error import measure_dense, measure_features, measure_topk
+    from kdpipe.store.format.encoding_error import all_finite, measure_dense, measure_features, measure_topk
     from kdpipe.store.format.identity import Identity, canonical_json
     from kdpipe.store.format.layout import ArraySpec, StoreLayout, Unit, rows_per_unit
     from kdpipe.store.format.manifest import Manifest, version_note
@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 _MODULES = {
     "errors": "FingerprintMismatch KdpipeError StoreError differences",
     "format.codec": "Codec",
-    "format.encoding_error": "measure_dense measure_features measure_topk",
+    "format.encoding_error": "all_finite measure_dense measure_features measure_topk",
     "format.identity": "Identity canonical_json",
     "format.layout": "ArraySpec StoreLayout Unit rows_per_unit",
     "format.manifest": "Manifest version_note",
@@ -64,7 +64,7 @@ _MODULE_OF = {name: module for module, names in _MODULES.items() for name in nam
 __all__ = [  # literal, so that linters and type checkers see it; a test compares it with _MODULES
     "ArraySpec", "Claim", "Codec", "FingerprintMismatch", "Holder", "Identity", "KdpipeError", "LockedError",
     "Manifest", "Samples", "StagingCache", "StoreError", "StoreLayout", "TargetStore", "TopK", "TranscodeOptions",
-    "Unit", "canonical_json", "claim", "create_store", "default_staging_cache", "default_temperatures",
+    "Unit", "all_finite", "canonical_json", "claim", "create_store", "default_staging_cache", "default_temperatures",
     "differences", "encode_topk", "ensure_store", "exclusive", "finish_store", "fsync_path", "holder",
     "ids_and_labels_sha256", "interpolation", "is_url", "make_folders", "measure_dense", "measure_features",
     "measure_topk", "missing_arrays", "missing_units", "needs_staging", "open_store", "plan_growth", "read_json",

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from kdpipe.stages.cache_teacher.choice import compile_key_of
-from kdpipe.stages.cache_teacher.inference import UnitOutputs, collect_unit, hooked_layers, iter_teacher_outputs
+from kdpipe.stages.cache_teacher.collect import UnitOutputs, collect_unit
+from kdpipe.stages.cache_teacher.inference import hooked_layers, iter_teacher_outputs
 from kdpipe.stages.data.loader.image_loader import ImageLoader, ViewRequest
 from kdpipe.stages.errors import RunError, StoppedEarly
 from kdpipe.stages.models.bundle import ModelBundle

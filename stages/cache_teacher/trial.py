@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from kdpipe.stages.cache_teacher.choice import DEFAULT_BATCH_SIZE, require_available, settings_of, with_settings
 from kdpipe.stages.cache_teacher.fidelity import compare
-from kdpipe.stages.cache_teacher.inference import forward, hooked_layers
+from kdpipe.stages.cache_teacher.inference import forward, hooked_layers, needs_labels
 from kdpipe.stages.cache_teacher.plan import CacheConfig, samples_in_row_order
 from kdpipe.stages.compute.settings import EXACT, ComputeSettings, fast_precisions
 from kdpipe.stages.compute.trial import WORTH_A_TRIAL, choose, is_worth_a_trial, time_in_turn
@@ -229,7 +229,8 @@ class Trial:
     def _run(self, settings: ComputeSettings, rows: tuple[Tensor, HardLabels]) -> ModelOutput:
         self.context.monitor.check()
         bundle, extractor = self._networks[settings.memory_format]
-        return forward(extractor, replace(bundle, compute=settings), rows[0], self.layers, rows[1])
+        labels = rows[1] if needs_labels(self.layers) else None
+        return forward(extractor, replace(bundle, compute=settings), rows[0], labels)
 
     def _pairs(self, settings: ComputeSettings) -> Iterator[tuple[ModelOutput, ModelOutput]]:
         """Yield the outputs in float32 and in `settings`, batch by batch."""
@@ -245,7 +246,8 @@ class Trial:
         leaves = [module for module in model.modules() if not any(True for _ in module.children())]
         with capture(leaves, _num_elements) as found:
             model(images)
-        return 16 * max([images.numel(), *(count for counts in found.values() for count in counts)])
+        largest: int = max([images.numel(), *(count for counts in found.values() for count in counts)])
+        return 16 * largest
 
     def _free_bytes(self) -> int:
         """Return the memory that a batch may take."""

@@ -37,8 +37,10 @@ RENDEZVOUS_TIMEOUT = timedelta(minutes=10)
 LEAVE_TIMEOUT_S = 10.0
 """The time that a process which fails takes to leave the others, who may never answer."""
 
-LOST_PEER = ("closed by peer", "reset by peer", "broken pipe", "connection refused", "timed out waiting")
-LOST_PEER += ("ncclremoteerror", "remote process exit")
+LOST_PEER = (
+    *("closed by peer", "reset by peer", "broken pipe", "connection refused", "timed out waiting"),
+    *("ncclremoteerror", "remote process exit"),
+)
 """Parts of the messages of gloo and NCCL when another process has ended, in lower case."""
 
 

@@ -34,7 +34,9 @@ class GradientAverage:
         # The parameters outlive this object, and must not keep it.
         counted = weakref.WeakMethod(self._count)
         handles = [
-            one.register_post_accumulate_grad_hook(lambda one: (count := counted()) and count(one))
+            one.register_post_accumulate_grad_hook(  # type: ignore[no-untyped-call]
+                lambda one: (count := counted()) and count(one)
+            )
             for bucket in self._buckets
             for one in bucket
         ]

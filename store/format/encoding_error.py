@@ -25,6 +25,19 @@ Decode = Callable[[NDArray[np.intp], float], NDArray[np.float32]]
 """(rows [m], temperature) -> logits [m, C] as a reader at that temperature decodes them."""
 
 
+def all_finite(array: NDArray[Any]) -> bool:
+    """Return whether all numbers are finite; integers are. Several times as fast as numpy's `isfinite` on float16.
+
+    Infinity and NaN have the largest exponent, so that read as whole numbers they are the largest of their sign.
+    """
+    if array.dtype.kind != "f" or not array.size:
+        return True
+    signed, unsigned = (np.dtype(f"{kind}{array.dtype.itemsize}") for kind in "iu")
+    infinity, minus_infinity = np.array([np.inf, -np.inf], array.dtype).view(unsigned)
+    bits = np.ascontiguousarray(array)
+    return bool(bits.view(signed).max() < infinity and bits.view(unsigned).max() < minus_infinity)
+
+
 def measure_dense(exact: NDArray[np.float32], stored: NDArray[Any]) -> dict[str, Any]:
     """Measure the error of dense logits [n, C] in the precision of `stored` [n, C]. All must be finite."""
     decoded = stored.astype(np.float32)
@@ -86,10 +99,11 @@ def _log_softmax(logits: NDArray[Any], temperature: float) -> NDArray[np.float64
 
 def measure_features(exact: NDArray[np.float32], stored: NDArray[Any]) -> dict[str, Any]:
     """Measure the error of features [n, ...] in the precision of `stored` [n, ...]. All must be finite."""
-    errors = stored.astype(np.float32) - exact
+    errors = stored.astype(np.float32)
+    errors -= exact
     return {
         "num_rows": len(exact),
-        "largest_error": _rounded(np.abs(errors).max(initial=0.0)),
+        "largest_error": _rounded(max(errors.max(initial=0.0), -errors.min(initial=0.0))),
         "squared_error": _rounded(np.square(errors).sum(dtype=np.float64)),
         "squared": _rounded(np.square(exact).sum(dtype=np.float64)),
     }

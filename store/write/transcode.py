@@ -22,7 +22,7 @@ from numcodecs import BitRound
 from numpy.typing import NDArray
 
 from kdpipe.store.errors import FingerprintMismatch, StoreError
-from kdpipe.store.format.encoding_error import measure_dense, measure_features, measure_topk, merge
+from kdpipe.store.format.encoding_error import all_finite, measure_dense, measure_features, measure_topk, merge
 from kdpipe.store.format.layout import Unit
 from kdpipe.store.format.manifest import Manifest
 from kdpipe.store.format.samples import Samples, read_samples
@@ -164,7 +164,7 @@ def _cast(rows: NDArray[Any], manifest: Manifest, name: str, unit: Unit, sample_
         cast: NDArray[Any] = rows.astype(dtype)
     if bits is not None and bits < MANTISSA_BITS[dtype]:
         cast = BitRound(bits).encode(cast).view(dtype)
-    if cast.dtype.kind == "f" and not np.isfinite(cast).all():
+    if not all_finite(cast):
         bad = np.flatnonzero(~np.isfinite(cast.reshape(len(cast), -1)).all(axis=1))
         rounding = f" rounded to {bits} bits" if bits is not None else ""
         raise StoreError(

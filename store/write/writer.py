@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kdpipe.store.errors import StoreError, explain, translate_os_errors
-from kdpipe.store.format.encoding_error import merge, summarize_features, summarize_logits
+from kdpipe.store.format.encoding_error import all_finite, merge, summarize_features, summarize_logits
 from kdpipe.store.format.layout import ArraySpec, Unit
 from kdpipe.store.format.manifest import Finished, Manifest
 from kdpipe.store.format.markers import Marker, marker_path, write_marker
@@ -128,7 +128,7 @@ def _check_rows(spec: ArraySpec, unit: Unit, rows: NDArray[Any]) -> None:
             f"{spec.name} of {unit} is {rows.dtype}{list(rows.shape)}, "
             f"the store has {spec.dtype}{[unit.num_rows, *spec.row_shape]}."
         )
-    if rows.dtype.kind == "f" and not np.isfinite(rows).all():
+    if not all_finite(rows):
         raise StoreError(f"{spec.name} of {unit} has NaN or infinity, which a store never holds.")
 
 

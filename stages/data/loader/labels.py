@@ -24,8 +24,8 @@ class HardLabels:
     partner_labels: Tensor | None = None
     own_share: Tensor | None = None
 
-    def rows(self, index: Tensor) -> HardLabels:
-        """Return the labels of some samples, int64 [n]."""
+    def rows(self, index: Tensor | slice) -> HardLabels:
+        """Return the labels of some samples, at int64 [n] or a slice."""
         if self.partner_labels is None or self.own_share is None:
             return HardLabels(self.labels[index])
         return HardLabels(self.labels[index], self.partner_labels[index], self.own_share[index])

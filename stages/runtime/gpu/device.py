@@ -12,13 +12,20 @@ from pathlib import Path
 import torch
 
 from kdpipe.stages.errors import RecipeError
-from kdpipe.stages.runtime.gpu.nvml import ORDER, VISIBLE, Gpu, list_gpus, visible_gpus
+from kdpipe.stages.runtime.gpu.nccl import BACKEND, gpu_backend
+from kdpipe.stages.runtime.gpu.nvml import EXCLUSIVE, ORDER, PROHIBITED, VISIBLE, Gpu, list_gpus, visible_gpus
 from kdpipe.stages.runtime.gpu.users import CLAIMS, claim_gpu, gpu_user, is_foreign, is_launched, release_gpu
 from kdpipe.stages.runtime.launcher import local_rank
 from kdpipe.store import LockedError
 from kdpipe.store.fs.lock import Holder
 
 ADVICE = "wait for it, name another GPU with CUDA_VISIBLE_DEVICES, or share it with --share."
+ADVICE_ALONE = "wait for it, or name another GPU with CUDA_VISIBLE_DEVICES."
+
+CPU_ONLY = (
+    f"torch {torch.__version__} is built for CPUs only: install a build for CUDA (https://pytorch.org/get-started), or "
+    "set device to 'cpu'."
+)
 
 _selected: dict[str, torch.device] = {}
 """The devices of this process, by the recipe's name for them."""
@@ -68,6 +75,8 @@ def choose_device(name: str) -> torch.device:
     if (number or 0) >= count:
         raise RecipeError(
             f"device is {name!r}, and torch sees {count} GPUs: set it to 'auto', or to one that is there."
+            if _is_cuda_build()
+            else f"device is {name!r}, and {CPU_ONLY}"
         )
     return torch.device("cuda", (local_rank(os.environ) or 0) % count if number is None else number)
 
@@ -94,19 +103,33 @@ class GpuSelector:
     warn: Callable[[str], None]
     claims: Path = CLAIMS
 
-    def select(self, name: str) -> None:
-        """Claim the GPU that `choose_device` will return for `name`. Raises LockedError where it is in use."""
+    def select(self, name: str) -> bool:
+        """Claim the freest GPU if `name` and CUDA_VISIBLE_DEVICES leave the choice; returns whether they do.
+
+        Otherwise call `reserve` when torch has found its GPUs. Raises LockedError if all are in use, RecipeError if no
+        process may use one, or other processes of this job use them.
+        """
         if not self.gpus:
-            return
+            return False
         self.environ.setdefault(ORDER, "PCI_BUS_ID")
-        number = _number(name)
-        if VISIBLE not in self.environ and number is None:
-            self.environ[VISIBLE] = self._freest().uuid
-            return
-        visible = visible_gpus(self.gpus, self.environ)
+        if VISIBLE in self.environ or _number(name) is not None:
+            return False
+        self.environ[VISIBLE] = self._freest().uuid
+        return True
+
+    def reserve(self, name: str, uuid: str) -> None:
+        """Claim the GPU that torch uses, by its UUID there; if NVML does not list that, by its number. Raises as above.
+
+        Numbers may differ: a container or a batch system shows CUDA some of the GPUs that NVML lists, renumbered.
+        """
+        number, visible = _number(name), visible_gpus(self.gpus, self.environ)
         position = self._rank % max(1, len(visible)) if number is None else number
-        if position < len(visible) and (gpu := visible[position]) is not None:
-            self._reserve(gpu)
+        by_number = visible[position] if position < len(visible) else None
+        gpu = next((gpu for gpu in self.gpus if gpu.uuid.partition("-")[2] == uuid), by_number)
+        if gpu is None:
+            self.warn("NVML does not list the GPU that torch uses: cannot check whether other processes use it.")
+        else:
+            self._reserve(gpu, is_named=number is not None)
 
     def undo(self) -> None:
         """Release all claims, for GPUs that torch cannot use."""
@@ -129,9 +152,13 @@ class GpuSelector:
             return False
         return not is_foreign(holder.pid, launched=True)
 
-    def _reserve(self, gpu: Gpu) -> None:
+    def _reserve(self, gpu: Gpu, *, is_named: bool) -> None:
+        if gpu.compute_mode == PROHIBITED:
+            raise RecipeError(f"{gpu} is closed to computing (its compute mode is Prohibited): name another GPU.")
         holder = claim_gpu(gpu.uuid, self.claims)
         if self._is_sibling(holder):
+            if not is_named:
+                self._share_with_sibling(gpu)
             return
         # The driver's answer comes first: it includes how much memory a process uses.
         user = self._user(gpu) or (None if holder is None else str(holder))
@@ -141,10 +168,13 @@ class GpuSelector:
     def _freest(self) -> Gpu:
         """Claim and return the idle, unclaimed GPU with the most free memory.
 
-        Else return one that a process of the same job has claimed; else, with `share`, one in use.
+        Else, with `share`, return one that a process of the same job has claimed; else one in use.
         """
-        users = {gpu.uuid: self._user(gpu) for gpu in self.gpus}
-        ranked = sorted(self.gpus, key=lambda gpu: (-gpu.free_bytes, gpu.index))
+        usable = [gpu for gpu in self.gpus if gpu.compute_mode != PROHIBITED]
+        if not usable:
+            raise RecipeError(f"{self.gpus[0]} and all others are closed to computing (compute mode Prohibited).")
+        users = {gpu.uuid: self._user(gpu) for gpu in usable}
+        ranked = sorted(usable, key=lambda gpu: (-gpu.free_bytes, gpu.index))
         idle, busy = ([gpu for gpu in ranked if (users[gpu.uuid] is None) is is_idle] for is_idle in (True, False))
         # Each process of a job begins with another GPU: without claims, too, two rarely select the same.
         first = self._rank % max(1, len(idle))
@@ -160,42 +190,60 @@ class GpuSelector:
             else:
                 users[gpu.uuid] = users[gpu.uuid] or str(holder)
         if siblings:
-            return sorted(siblings, key=lambda gpu: (gpu.index, gpu.uuid))[self._rank % len(siblings)]
+            chosen = sorted(siblings, key=lambda gpu: (gpu.index, gpu.uuid))[self._rank % len(siblings)]
+            self._share_with_sibling(chosen)
+            return chosen
         freest = [*idle, *busy][0]
-        self._share(
-            freest,
-            str(users[freest.uuid]),
-            f"all {len(self.gpus)} GPUs are in use; the freest, " if len(self.gpus) > 1 else "",
-        )
+        all_of_them = f"all {len(usable)} GPUs are in use; the freest, " if len(usable) > 1 else ""
+        self._share(freest, str(users[freest.uuid]), all_of_them)
         return freest
+
+    def _share_with_sibling(self, gpu: Gpu) -> None:
+        """Raise RecipeError for more processes than GPUs, unless sharing is asked for."""
+        if not self.share and gpu_backend(self.environ) == "nccl":
+            raise RecipeError(
+                f"another process of this job uses {gpu}, and there is none left for process {self._rank} of this "
+                f"machine: start one process for each GPU, or let them share it with --share (those that train "
+                f"together with {BACKEND}=gloo)."
+            )
 
     def _share(self, gpu: Gpu, user: str, others: str = "") -> None:
         """Share a GPU in use, with a warning; without `share` raise LockedError."""
-        if not self.share:
+        if not self.share or gpu.compute_mode == EXCLUSIVE:
             release_gpu(gpu.uuid, self.claims)
-            raise LockedError(f"{others}{gpu} is in use by {user}: {ADVICE}")
+            alone = gpu.compute_mode == EXCLUSIVE
+            which, advice = (", which lets in one process at a time,", ADVICE_ALONE) if alone else ("", ADVICE)
+            raise LockedError(f"{others}{gpu}{which} is in use by {user}: {advice}")
         claim_gpu(gpu.uuid, self.claims)  # for the time after its user has ended
         self.warn(f"{gpu} is shared with {user}: both run slower, and may run out of GPU memory.")
 
 
 def _select(name: str, selector: GpuSelector, memory_fraction: float | None) -> torch.device:
     # Once torch has initialized CUDA, its visible GPUs are fixed.
-    may_choose = torch.backends.cuda.is_built() and not torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
-    wants_gpu = name != "cpu" and may_choose
-    if wants_gpu:
+    may_choose = _is_cuda_build() and not torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
+    is_claimed = False
+    if name != "cpu" and may_choose:
         selector = replace(selector, gpus=list_gpus() or ())
-        selector.select(name)
+        is_claimed = selector.select(name)
     device = choose_device(name)
     if device.type == "cpu":
         selector.undo()
+        if name == "auto" and not _is_cuda_build() and (unused := list_gpus()):
+            selector.warn(f"running on the CPU, and not on {unused[0]}: {CPU_ONLY}")
         return device
-    if wants_gpu and not selector.gpus:
+    if selector.gpus and not is_claimed:
+        selector.reserve(name, str(torch.cuda.get_device_properties(device).uuid))
+    elif may_choose and not selector.gpus:
         selector.warn("NVML, the driver's library, is not available: cannot check whether other processes use the GPU.")
     if device.index:
         torch.cuda.set_device(device)  # else pinned memory, which names no device, would open the first GPU too
     if memory_fraction is not None:
         torch.cuda.set_per_process_memory_fraction(memory_fraction, device)
     return device
+
+
+def _is_cuda_build() -> bool:
+    return bool(torch.backends.cuda.is_built())  # type: ignore[no-untyped-call]
 
 
 def _number(name: str) -> int | None:

@@ -17,6 +17,9 @@ MPS_SERVER = "nvidia-cuda-mps-server"
 
 VISIBLE, ORDER = "CUDA_VISIBLE_DEVICES", "CUDA_DEVICE_ORDER"
 
+PROHIBITED, EXCLUSIVE = 2, 3
+"""NVML's numbers of the compute modes in which no process, or only one, may use a GPU."""
+
 
 @dataclass(frozen=True)
 class GpuProcess:
@@ -44,6 +47,7 @@ class Gpu:
         uuid: Its name in CUDA_VISIBLE_DEVICES.
         free_bytes: Free memory; where the driver does not report memory, all sizes are 0.
         unseen_bytes: Memory in use, where the driver lists no process.
+        compute_mode: NVML's number of it; 0 lets all processes use the GPU, as does an MPS server.
     """
 
     index: int
@@ -55,6 +59,7 @@ class Gpu:
     unseen_bytes: int = 0
     driver_version: str = ""
     compute_capability: str = ""
+    compute_mode: int = 0
 
     def __str__(self) -> str:
         return f"GPU {self.index} ({self.name}{', ' + self.uuid if self.uuid.startswith('MIG-') else ''})"
@@ -143,16 +148,19 @@ def _read(nvml: Any, index: int, handle: Any, parent: Any) -> Gpu | None:
     ]
     drawing = _query(nvml.nvmlDeviceGetGraphicsRunningProcesses, handle)
     capability = _query(getattr(nvml, "nvmlDeviceGetCudaComputeCapability", None), parent) or ()
+    known = tuple(process for process in computing if PurePath(process.name or "").name != MPS_SERVER)
+    compute_mode = getattr(nvml, "nvmlDeviceGetComputeMode", None)
     return Gpu(
         index=index,
         uuid=_text(uuid),
         name=_text(_query(nvml.nvmlDeviceGetName, handle) or "unnamed"),
         free_bytes=free,
         total_bytes=total,
-        processes=tuple(process for process in computing if PurePath(process.name or "").name != MPS_SERVER),
+        processes=known,
         unseen_bytes=0 if computing or drawing else used,
         driver_version=_text(_query(getattr(nvml, "nvmlSystemGetDriverVersion", None)) or ""),
         compute_capability=".".join(map(str, capability)),
+        compute_mode=0 if len(known) < len(computing) else _query(compute_mode, parent) or 0,
     )
 
 

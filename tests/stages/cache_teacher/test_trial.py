@@ -103,6 +103,19 @@ def test_resumed_and_repaired_equal_uninterrupted(run, tmp_path):
     assert (other / "logits/c/1/0/0").read_bytes() == (one / "logits/c/1/0/0").read_bytes()
 
 
+@pytest.mark.usefixtures("traced")
+def test_a_compiled_teacher_fills_the_same_store(run, tmp_path):
+    one, other = tmp_path / "one.zarr", tmp_path / "other.zarr"
+    compiled, plain = (dataclasses.replace(CACHE, dtype="float32", compile=value) for value in (True, False))
+    teacher, context = setup_of(run)
+    assert cache_teacher(compiled, one, teacher, LAYERS, context)["compute"]["compile"]
+    cache_teacher(plain, other, teacher, LAYERS, context)
+    for name in ("logits", "features/stage2"):  # traced, not fused: the same operations
+        assert np.array_equal(open_store(one).read_view(name, 1), open_store(other).read_view(name, 1))
+    with pytest.raises(FingerprintMismatch, match=r"compute\.compile: stored False, wanted True"):
+        cache_teacher(compiled, other, teacher, LAYERS, context)
+
+
 def test_extended_equals_uninterrupted(run, tmp_path):
     teacher, context = setup_of(run)
     fewer = dataclasses.replace(context, views=dataclasses.replace(VIEWS, num_views=1))

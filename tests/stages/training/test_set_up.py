@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,7 +16,7 @@ from kdpipe.stages.errors import RecipeError
 from kdpipe.stages.runtime.events import WARNING, RunMonitor
 from kdpipe.stages.training import set_up
 from kdpipe.stages.training.optim import TrainConfig
-from kdpipe.stages.training.set_up import candidates, resumed_settings
+from kdpipe.stages.training.set_up import candidates, compile_key, resumed_settings
 from kdpipe.stages.training.task import TrainingTask
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
@@ -68,6 +69,26 @@ def test_equal_runs_and_resumed_ones_have_equal_bits(tmp_path, keys, optimizer):
     exact, _ = trained(tmp_path / "exact", **{**keys, "precision": "float32", "memory_format": "contiguous"})
     assert "bfloat16" not in keys.values() or not equal_weights(whole, exact)
     assert all(parameter.is_contiguous() for parameter in whole.parameters())
+
+
+@pytest.mark.usefixtures("traced")
+def test_compiled_trainings_equal_plain_and_resumed_ones(tmp_path):
+    said = []
+    monitor = RunMonitor(lambda event: said.append(event.job) if event.unit == WARNING else None)
+    whole, history = trained(tmp_path / "whole", monitor, compile=True)
+    pieces, _ = trained_in_pieces(tmp_path / "pieces", compile=True)
+    plain, plain_history = trained(tmp_path / "plain")
+    assert equal_weights(whole, pieces) and equal_weights(whole, plain)  # traced, not fused: the same operations
+    assert [line["losses"] for line in history] == [line["losses"] for line in plain_history]
+    assert history[0]["compute"]["compile"] and "compute" not in plain_history[0]
+    assert said == ["train.compile = true: the first step compiles the network, which may take a minute."]
+
+
+def test_a_loss_on_the_gradient_by_pixels_is_not_compiled(tmp_path):
+    job = tiny_job(tmp_path, tiny_network(), compile=True)
+    task = replace(job.task, distillation=SimpleNamespace(configs={"at": SimpleNamespace(input_gradient=True)}))
+    with pytest.raises(RecipeError, match=r"second derivative: set train\.compile = false"):
+        compile_key(replace(job, task=task), CPU, RunMonitor())
 
 
 def test_small_jobs_have_no_trial(tmp_path):

@@ -6,7 +6,9 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,8 +18,8 @@ from support.paths import ROOT
 from kdpipe.stages.errors import RecipeError
 from kdpipe.stages.runtime.gpu import device as device_module
 from kdpipe.stages.runtime.gpu.device import GpuSelector, select_device
-from kdpipe.stages.runtime.gpu.nvml import Gpu, GpuProcess
-from kdpipe.stages.runtime.gpu.users import claim_gpu, is_launched, release_gpu
+from kdpipe.stages.runtime.gpu.nvml import EXCLUSIVE, PROHIBITED, Gpu, GpuProcess
+from kdpipe.stages.runtime.gpu.users import _claims, claim_gpu, is_launched, release_gpu
 from kdpipe.store import LockedError
 
 FOREIGN = GpuProcess(999_999_999, "python", 3 * 2**30)
@@ -43,7 +45,9 @@ class TrainJob:
         """Return CUDA_VISIBLE_DEVICES after the selection."""
         self.environ = dict(environ)
         try:
-            GpuSelector(gpus, self.environ, share=share, warn=self.warnings.append, claims=self.claims).select(name)
+            selector = GpuSelector(gpus, self.environ, share=share, warn=self.warnings.append, claims=self.claims)
+            if not selector.select(name):
+                selector.reserve(name, "not reported")
             return self.environ.get("CUDA_VISIBLE_DEVICES")
         finally:
             for gpu in gpus:
@@ -135,6 +139,21 @@ def test_device_number_counts_among_visible_gpus(job: TrainJob) -> None:
     assert job.take(used(FIRST), name="cuda:5") is None
 
 
+def test_prohibited_gpu_is_not_selected(job: TrainJob) -> None:
+    closed = replace(SECOND, compute_mode=PROHIBITED)
+    assert job.take(FIRST, closed, THIRD) == FIRST.uuid
+    for environ in ({}, {"CUDA_VISIBLE_DEVICES": "1"}):
+        with pytest.raises(RecipeError, match=r"GPU 1 \(NVIDIA Test\) .*closed to computing"):
+            job.take(closed, share=True, **environ)
+
+
+def test_exclusive_gpu_in_use_cannot_be_shared(job: TrainJob) -> None:
+    exclusive = replace(used(SECOND), compute_mode=EXCLUSIVE)
+    with pytest.raises(LockedError, match="GPU 1 .*, which lets in one process at a time, is in use by process 999"):
+        job.take(exclusive, share=True)
+    assert job.take(replace(SECOND, compute_mode=EXCLUSIVE)) == SECOND.uuid
+
+
 def test_mig_instance_is_selected_by_its_uuid(job: TrainJob) -> None:
     part, other = (Gpu(0, f"MIG-{letter * 8}", "NVIDIA Test MIG 1g.10gb", free_bytes=9 * GIB) for letter in "ef")
     assert job.take(used(part), other) == other.uuid
@@ -202,8 +221,14 @@ def test_processes_of_one_job_spread_over_gpus(job: TrainJob, claimed_elsewhere:
     pid = claimed_elsewhere(SECOND, **first_rank)
     sibling = GpuProcess(999_999_997)  # as in a container: a number that leads to no process
     assert job.take(FIRST, used(SECOND, sibling), **second_rank) == FIRST.uuid
-    assert job.take(used(SECOND, sibling), **second_rank) == SECOND.uuid
-    assert job.take(used(SECOND, sibling), CUDA_VISIBLE_DEVICES="1", **second_rank) == "1"
+    for named in ({}, {"CUDA_VISIBLE_DEVICES": "1"}):  # more processes than GPUs
+        environ = second_rank | named
+        with pytest.raises(RecipeError, match="none left for process 1 of this machine: start one process for each"):
+            job.take(used(SECOND, sibling), **environ)
+        expected = named.get("CUDA_VISIBLE_DEVICES", SECOND.uuid)
+        assert job.take(used(SECOND, sibling), share=True, **environ) == expected
+        assert job.take(used(SECOND, sibling), KDPIPE_DIST_BACKEND="gloo", **environ) == expected
+    assert job.take(used(SECOND, sibling), name="cuda:0", **second_rank) is None  # as the recipe names it
     assert job.warnings == []
     with pytest.raises(LockedError, match=f"process {pid} on"):
         job.take(SECOND)
@@ -241,6 +266,10 @@ class FakeCuda:
         monkeypatch.setattr(cuda, "is_available", lambda: count > 0)
         monkeypatch.setattr(cuda, "device_count", lambda: count)
         monkeypatch.setattr(cuda, "is_initialized", lambda: False)
+        self.uuid = gpus[0].uuid if gpus else ""  # of the GPU that torch uses
+        monkeypatch.setattr(
+            cuda, "get_device_properties", lambda device: SimpleNamespace(uuid=self.uuid.removeprefix("GPU-"))
+        )
         monkeypatch.setattr(cuda, "set_device", lambda device: self.current.append(str(device)))
         monkeypatch.setattr(
             cuda, "set_per_process_memory_fraction", lambda share, device: self.fractions.append((share, str(device)))
@@ -286,7 +315,9 @@ def test_without_nvml_torchs_order_is_used_with_a_warning(monkeypatch: pytest.Mo
 
 def test_memory_fraction_applies_to_the_selected_gpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     cuda = FakeCuda(monkeypatch, tmp_path, 2, FIRST, SECOND)
+    cuda.uuid = SECOND.uuid
     assert cuda.take("cuda:1", memory_fraction=0.5) == "cuda:1"
+    cuda.uuid = FIRST.uuid
     assert cuda.fractions == [(0.5, "cuda:1")]
     assert cuda.take("cuda:0") == "cuda:0"
     assert len(cuda.fractions) == 1
@@ -315,3 +346,35 @@ def test_gpus_unusable_by_torch_are_released_with_warning(
     assert cuda.take("auto") == "cpu"
     assert "torch can use none of 1 GPUs" in cuda.warnings[0]
     assert claimed_elsewhere(FIRST)  # a remaining claim would refuse it
+
+
+def test_renumbered_gpu_is_found_by_its_uuid(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """A batch system shows CUDA one GPU, as number 0; NVML lists all, or that one as number 2."""
+    for listed in ((FIRST, used(THIRD)), (used(THIRD),)):
+        cuda = FakeCuda(monkeypatch, tmp_path, 1, *listed)
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
+        cuda.uuid = THIRD.uuid
+        with pytest.raises(LockedError, match="GPU 2"):
+            cuda.take("auto")
+    cuda = FakeCuda(monkeypatch, tmp_path, 1, used(FIRST), THIRD)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
+    cuda.uuid = THIRD.uuid
+    assert cuda.take("auto") == "cuda:0"
+    assert cuda.warnings == []
+    assert set(_claims) == {tmp_path / f"kdpipe-{THIRD.uuid}.lock"}
+    release_gpu(THIRD.uuid, tmp_path)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "5")
+    cuda.uuid = "GPU-unknown"
+    cuda.take("auto")
+    assert "NVML does not list the GPU that torch uses" in cuda.warnings[0]
+
+
+def test_cpu_build_of_torch_names_what_it_leaves_unused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    cuda = FakeCuda(monkeypatch, tmp_path, 0, FIRST)
+    monkeypatch.setattr(device_module.torch.backends.cuda, "is_built", lambda: False)
+    assert cuda.take("auto") == cuda.take("cpu") == "cpu"
+    (warning,) = cuda.warnings
+    assert warning.startswith("running on the CPU, and not on GPU 0 (NVIDIA Test): torch ")
+    assert "is built for CPUs only: install a build for CUDA" in warning
+    with pytest.raises(RecipeError, match="device is 'cuda', and torch .* is built for CPUs only"):
+        cuda.take("cuda")

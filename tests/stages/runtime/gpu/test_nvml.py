@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 import psutil
 import pytest
 
-from kdpipe.stages.runtime.gpu.nvml import Gpu, GpuProcess, list_gpus
+from kdpipe.stages.runtime.gpu.nvml import EXCLUSIVE, PROHIBITED, Gpu, GpuProcess, list_gpus
 from kdpipe.stages.runtime.gpu.users import gpu_user, is_foreign
 
 GIB = 2**30
@@ -111,6 +111,9 @@ class FakeNvml:
     def nvmlDeviceGetGraphicsRunningProcesses(self, handle: dict[str, Any]) -> list[Any]:
         return [SimpleNamespace(pid=pid, usedGpuMemory=size) for pid, size in handle.get("drawing") or ()]
 
+    def nvmlDeviceGetComputeMode(self, handle: dict[str, Any]) -> int:
+        return handle.get("mode") or refuse()
+
     def nvmlSystemGetProcessName(self, pid: int) -> Any:
         return self.names.get(pid) or refuse()
 
@@ -161,10 +164,16 @@ def test_bytes_and_missing_answers_of_nvml_are_read(nvml: Callable[..., FakeNvml
 
 
 def test_mps_server_is_not_a_user(nvml: Callable[..., FakeNvml]) -> None:
-    handle = {"uuid": "GPU-a", "memory": (0, 2 * GIB, 2 * GIB), "computing": [(11, 2 * GIB)]}
+    handle = {"uuid": "GPU-a", "memory": (0, 2 * GIB, 2 * GIB), "computing": [(11, 2 * GIB)], "mode": EXCLUSIVE}
     nvml(handle, names={11: "/usr/bin/nvidia-cuda-mps-server"})
     (gpu,) = list_gpus() or ()
     assert gpu_user(gpu, False) is None
+    assert gpu.compute_mode == 0  # its clients share the GPU
+
+
+def test_compute_mode_is_read(nvml: Callable[..., FakeNvml]) -> None:
+    nvml({"uuid": "GPU-a", "mode": PROHIBITED}, {"uuid": "GPU-b"}, {"uuid": "GPU-c", "mode": EXCLUSIVE})
+    assert [gpu.compute_mode for gpu in list_gpus() or ()] == [PROHIBITED, 0, EXCLUSIVE]
 
 
 def test_divided_gpu_is_listed_by_its_instances(nvml: Callable[..., FakeNvml]) -> None:

@@ -1,0 +1,143 @@
+"""Collect the rows of a unit: the teacher's outputs in the types of a store, on the host, and checked."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from kdpipe.stages.errors import NotFiniteError
+from kdpipe.stages.models.hooks import ModelOutput
+from kdpipe.stages.runtime.gpu.transfers import Download, download, empty_on_host
+from kdpipe.stages.targets.feature_spec import FeatureSpec, compute_statistic
+from kdpipe.store import Manifest, Unit, all_finite, encode_topk, measure_dense, measure_features, measure_topk
+from kdpipe.store.format.topk import VALUES
+
+MEASURED_ROWS = 64
+"""Rows of a unit's features of which the encoding error is measured."""
+
+
+@dataclass(frozen=True)
+class UnitOutputs:
+    """The teacher's outputs on a unit, on the host.
+
+    Attributes:
+        unit: The unit.
+        logits: float32 [n, C].
+        features: By array, [n, ...] in the store's type.
+        samples: By array, its first rows in float32: they represent the unit, as maps are large, and errors alike.
+    """
+
+    unit: Unit
+    logits: Tensor
+    features: dict[str, Tensor]
+    samples: dict[str, Tensor]
+
+    @staticmethod
+    def empty(manifest: Manifest, unit: Unit, logits: Tensor, features: Mapping[str, Tensor]) -> UnitOutputs:
+        """Allocate the outputs of a unit, like those of its first batch."""
+
+        def empty(like: Tensor, num_rows: int, dtype: torch.dtype = torch.float32) -> Tensor:
+            return empty_on_host((num_rows, *like.shape[1:]), dtype, like.device)
+
+        stored = {name: empty(one, unit.num_rows, _dtype(manifest, name)) for name, one in features.items()}
+        samples = {name: empty(one, min(len(one), MEASURED_ROWS)) for name, one in features.items()}
+        return UnitOutputs(unit, empty(logits, unit.num_rows), stored, samples)
+
+    def encode(self, manifest: Manifest, names: Sequence[str]) -> tuple[dict[str, NDArray[Any]], dict[str, Any]]:
+        """Return the rows of the arrays `names` in the store's types, and their encoding errors."""
+        rows = {name: self.features[name].numpy() for name in names if name in self.features}
+        fidelity = {name: self._measure(name) for name in rows}
+        logits_arrays = [name for name in names if name not in self.features]
+        if not logits_arrays:
+            return rows, fidelity
+        exact = self.logits.numpy()
+        if manifest.top_k is None:
+            stored = self.logits.to(_dtype(manifest, "logits")).numpy()
+            return {**rows, "logits": stored}, {**fidelity, "logits": measure_dense(exact, stored)}
+        packed = encode_topk(exact, manifest.top_k, manifest.spec(VALUES).dtype)
+        fidelity["logits"] = measure_topk(exact, packed, manifest.top_k)
+        return {**rows, **{name: packed[name] for name in logits_arrays}}, fidelity
+
+    def _measure(self, name: str) -> dict[str, Any]:
+        sample = self.samples[name]
+        stored = self.features[name][: len(sample)].float()  # numpy's conversion takes several times as long
+        return measure_features(sample.numpy(), stored.numpy())
+
+
+@dataclass(frozen=True)
+class _Batch:
+    """Rows of a unit on their way to the host; `exact` is on the device, by array."""
+
+    rows: slice
+    ids: Tensor
+    exact: dict[str, Tensor]
+    copies: Download
+
+
+def collect_unit(
+    batches: Iterator[tuple[Tensor, ModelOutput]], manifest: Manifest, unit: Unit, required: Sequence[FeatureSpec]
+) -> UnitOutputs:
+    """Gather the rows of a unit, each batch copied from a GPU, and checked, while the next one is computed.
+
+    Raises:
+        NotFiniteError: There is NaN, infinity or overflow; the message names samples.
+    """
+    outputs: UnitOutputs | None = None
+    waiting: deque[_Batch] = deque()
+    start = 0
+    for ids, found in batches:
+        exact = {feature.array: compute_statistic(feature, found.features[feature.source]) for feature in required}
+        if outputs is None:
+            outputs = UnitOutputs.empty(manifest, unit, found.logits, exact)
+        waiting.append(_send(outputs, slice(start, start + len(ids)), ids, {"logits": found.logits.float(), **exact}))
+        start += len(ids)
+        if len(waiting) > found.logits.is_cuda:
+            _check(outputs, waiting.popleft(), manifest)
+    assert outputs is not None, "a unit has at least one row"
+    while waiting:
+        _check(outputs, waiting.popleft(), manifest)
+    return outputs
+
+
+def _send(outputs: UnitOutputs, rows: slice, ids: Tensor, exact: dict[str, Tensor]) -> _Batch:
+    """Begin to copy the rows of a batch."""
+    copies = [(outputs.logits[rows], exact["logits"])]
+    copies += [(stored[rows], exact[name]) for name, stored in outputs.features.items()]
+    if not rows.start:
+        copies += [(sample, exact[name][: len(sample)]) for name, sample in outputs.samples.items()]
+    return _Batch(rows, ids, exact, download(copies, exact["logits"].device))
+
+
+def _check(outputs: UnitOutputs, batch: _Batch, manifest: Manifest) -> None:
+    """Wait for the rows of a batch; raises NotFiniteError if some are not finite in the store's type."""
+    batch.copies.wait()
+    logits = outputs.logits[batch.rows].to(_dtype(manifest, "logits"))
+    stored = {"logits": logits, **{name: values[batch.rows] for name, values in outputs.features.items()}}
+    for name, values in stored.items():
+        if not all_finite(values.numpy()):
+            raise _not_finite(name, values, batch.exact[name], batch.ids, outputs.unit)
+
+
+def _dtype(manifest: Manifest, name: str) -> torch.dtype:
+    dtype: torch.dtype = getattr(torch, manifest.spec(VALUES if name == "logits" and manifest.top_k else name).dtype)
+    return dtype
+
+
+def _not_finite(name: str, stored: Tensor, exact: Tensor, sample_ids: Tensor, unit: Unit) -> NotFiniteError:
+    """Return the error for rows [n, ...] of the store's type, not all finite; `exact` is what they were."""
+    named = sample_ids[~torch.isfinite(stored).flatten(1).all(1)][:5].tolist()
+    if torch.isfinite(exact).all():
+        return NotFiniteError(
+            f"{name} of samples {named} in view {unit.view} reach {float(exact.abs().max()):.4g}, beyond "
+            f"{str(stored.dtype).removeprefix('torch.')}'s range: set cache.dtype = 'float32'."
+        )
+    return NotFiniteError(
+        f"the teacher returned NaN or infinity as {name} of samples {named} in view {unit.view}: "
+        "check these images and the teacher's weights and normalization."
+    )
