@@ -15,7 +15,7 @@ from torch import nn
 from kdpipe.stages.compute.compiled import require_compiler
 from kdpipe.stages.compute.settings import EXACT, ComputeSettings, MemoryFormat, Precision, fast_precisions
 from kdpipe.stages.compute.threads import fastest_count, max_threads, open_counts
-from kdpipe.stages.compute.trial import choose, is_worth_a_trial, time_in_turn
+from kdpipe.stages.compute.trial import choose, is_worth_a_trial, one_thread_clock, time_in_turn
 from kdpipe.stages.errors import RecipeError, cause
 from kdpipe.stages.evaluation.macs import count_macs
 from kdpipe.stages.models.clone import clone_without_hooks
@@ -187,7 +187,7 @@ def _fastest(
                 monitor.warn(job.stage, f"{job.name} does not run in {tried} ({cause(error)}): it is not used.")
             else:
                 steps[settings] = step
-        return choose(time_in_turn(steps, device))
+        return choose(time_in_turn(steps, device, clock=one_thread_clock(device)))
 
 
 def _copied_step(
