@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from functools import partial
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch: on a busy machine two threads mostly wait for each other
 os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")  # telemetry would start a thread
@@ -30,7 +31,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_configure(config: pytest.Config) -> None:
     """Keep the tests' folders in memory where there is room: stores sync every file, which is slow on disks."""
     device = config.getoption("--device")
-    os.environ["KDPIPE_TESTS_DEVICE"] = "cuda:0" if device == "cuda" else device  # read by support.device
+    os.environ["TESTS_DEVICE"] = "cuda:0" if device == "cuda" else device  # read by support.device
     if IN_MEMORY.is_dir() and os.access(IN_MEMORY, os.W_OK) and shutil.disk_usage(IN_MEMORY).free > MIN_FREE_BYTES:
         os.environ.setdefault("PYTEST_DEBUG_TEMPROOT", str(IN_MEMORY))
 
@@ -68,6 +69,19 @@ def without_onnx(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(preflight, "try_export", lambda model, image_shape: None)
     monkeypatch.setattr(finalize, "export_onnx", lambda model, example, path, metadata: path.write_bytes(b"no file"))
     monkeypatch.setattr(finalize, "require_agreement", lambda path, network, test: 1.0)
+
+
+@pytest.fixture
+def traced(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Trace networks as torch.compile does, and run the operations without compiling them."""
+    from kdpipe.stages.cache_teacher import choice
+    from kdpipe.stages.compute.compiled import compiled
+    from kdpipe.stages.models import hooks
+    from kdpipe.stages.training import set_up
+
+    monkeypatch.setattr(hooks, "compiled", partial(compiled, backend="aot_eager"))
+    for module in (choice, set_up):
+        monkeypatch.setattr(module, "require_compiler", lambda device, key: None)
 
 
 @pytest.fixture

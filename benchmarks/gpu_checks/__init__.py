@@ -9,6 +9,8 @@ from pathlib import Path
 
 import torch
 
+from kdpipe.stages.runtime.gpu.device import choose_device
+
 KDPIPE = [sys.executable, "-c", "from kdpipe.pipeline.entry import main; main()"]
 
 
@@ -39,7 +41,7 @@ class Settings:
 
     @property
     def torch_device(self) -> torch.device:
-        return torch.device(self.device)
+        return choose_device(self.device)
 
 
 @dataclass(frozen=True)

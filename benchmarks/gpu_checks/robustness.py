@@ -81,7 +81,7 @@ def memory(settings: Settings) -> list[Row]:
         return [*rows, Row("little memory", "only on a GPU")]
     size = settings.size(4096, 64)
     limit = torch.cuda.mem_get_info(device)[1]
-    torch.cuda.set_per_process_memory_fraction(min(1.0, settings.size(1200, 24) * 2**20 / limit), device)
+    torch.cuda.set_per_process_memory_fraction(min(1.0, settings.size(1200, 22) * 2**20 / limit), device)
     warnings: list[str] = []
     monitor = RunMonitor(report=lambda event: _keep_warning(event, warnings))
     try:
@@ -116,12 +116,13 @@ def _train(
 ) -> list[dict[str, dict[str, float]]]:
     """Train resnet8x4 on random images with hard labels; return the history."""
     generator = torch.Generator().manual_seed(0)
-    pixels = torch.randint(256, (num_samples, 3, 32, 32), dtype=torch.uint8, generator=generator)
+    side = settings.size(32, 8)
+    pixels = torch.randint(256, (num_samples, 3, side, side), dtype=torch.uint8, generator=generator)
     labels = torch.randint(10, (num_samples,), generator=generator)
     images = ImageSet("random", "train", pixels, labels, torch.arange(num_samples), tuple(map(str, range(10))))
     folder = settings.folder(name)
     context = StageContext(folder, images, images, Views(num_views=1), settings.torch_device, monitor)
-    model = context.build_model(ModelConfig(name="resnet8x4"), seed=0).to(context.device)
+    model = context.build_model(ModelConfig(name="cnn" if settings.toy else "resnet8x4"), seed=0).to(context.device)
     task = TrainingTask(context.train_loader, 1, Normalization((0.5,) * 3, (0.25,) * 3))
     (folder / "job").mkdir(exist_ok=True)
     return train(TrainJob("check", name, model, task, None, config, 0, JobDir(folder / "job")), context.device, monitor)

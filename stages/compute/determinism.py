@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from typing import Any
 
 import torch
-from torch.utils import deterministic as filling
+import torch.utils.deterministic
 
 
 def set_deterministic(device: torch.device) -> Callable[[], None]:
@@ -19,6 +20,7 @@ def set_deterministic(device: torch.device) -> Callable[[], None]:
         return lambda: None
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     cudnn = torch.backends.cudnn
+    filling: Any = torch.utils.deterministic  # its setting has no type
     enabled, warns = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
     before = cudnn.deterministic, cudnn.benchmark, filling.fill_uninitialized_memory
 

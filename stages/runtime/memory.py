@@ -15,6 +15,7 @@ import psutil
 from kdpipe.stages.runtime.cpu import cgroup_dirs
 
 if TYPE_CHECKING:
+    import torch
     from torch import nn
 
 T = TypeVar("T")
@@ -22,8 +23,13 @@ T = TypeVar("T")
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
 """From glibc's <malloc.h>."""
 
-OUT_OF_MEMORY = ("can't allocate memory", "out of memory", "not enough memory", "ALLOC_FAILED", "Failed to allocate")
-"""Parts of the messages of errors: of torch's CPU allocators, CUDA, cuDNN's and cuBLAS's status, and onnxruntime."""
+OUT_OF_MEMORY = (
+    *("can't allocate memory", "out of memory", "not enough memory"),
+    *("ALLOC_FAILED", "ALLOCATION_FAILED", "nable to find an engine to", "nable to find a valid cuDNN algorithm"),
+    "Failed to allocate",
+)
+"""Parts of the messages of errors: of torch's CPU allocators and CUDA; of cuBLAS and cuDNN, whose status it may be, or
+that no algorithm's workspace was to be had; of onnxruntime."""
 
 _sizes: WeakKeyDictionary[nn.Module, int] = WeakKeyDictionary()
 """The number of samples that fit at once, for networks with which a whole batch did not: it holds for later batches."""
@@ -46,6 +52,15 @@ def limit_bytes(root: Path = Path("/")) -> int | None:
         with suppress(OSError, ValueError):
             limits.append(int((folder / "memory.max").read_text()))
     return min(limits) if min(limits) < limits[0] else None
+
+
+def free_gpu_bytes(device: torch.device) -> int:
+    """Return the bytes of a GPU that this process may still take: within its share, `gpu_memory_fraction`."""
+    import torch
+
+    free, total = torch.cuda.mem_get_info(device)
+    allowed = int(total * torch.cuda.get_per_process_memory_fraction(device))
+    return max(0, min(free, allowed - torch.cuda.memory_reserved(device)))
 
 
 def disable_malloc_trim() -> bool:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from kdpipe.stages.config import Bytes, section
+from kdpipe.stages.runtime.memory import free_gpu_bytes
 from kdpipe.stages.targets.feature_spec import FeatureSpec
 from kdpipe.stages.targets.join import JoinedStore
 from kdpipe.stages.targets.outputs import DenseTargets, TeacherTargets, TopKTargets, TransformedTargets
@@ -179,6 +180,6 @@ def _num_bytes(stores: Sequence[tuple[TargetStore, Sequence[str]]]) -> int:
 
 def _residence(num_bytes: int, device: torch.device, config: TargetLoadingConfig) -> str:
     """Return where targets that are not streamed reside: in RAM if the GPU has no room, with the same results."""
-    if device.type == "cuda" and num_bytes <= min(config.device_bytes, torch.cuda.mem_get_info(device)[0] // 2):
+    if device.type == "cuda" and num_bytes <= min(config.device_bytes, free_gpu_bytes(device) // 2):
         return "device"
     return "memory" if num_bytes <= config.memory_bytes else "mapped"

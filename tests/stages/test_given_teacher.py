@@ -41,7 +41,7 @@ class Corners(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         # Brighter than the threshold counts: with another scaling it is passed everywhere, or nowhere.
         means = nn.functional.avg_pool2d(images[:, :1], 4).flatten(1)
-        return ((means > 0) * torch.tensor([4.0, 3.0, 2.0, 1.0]) + self.bias)[:, self.order]
+        return ((means > 0) * torch.tensor([4.0, 3.0, 2.0, 1.0], device=images.device) + self.bias)[:, self.order]
 
 
 @pytest.fixture

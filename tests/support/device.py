@@ -7,7 +7,7 @@ import os
 import pytest
 import torch
 
-VARIABLE = "KDPIPE_TESTS_DEVICE"
+VARIABLE = "TESTS_DEVICE"
 
 DEVICE = torch.device(os.environ.get(VARIABLE, "cpu"))
 

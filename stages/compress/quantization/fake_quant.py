@@ -86,7 +86,7 @@ def weight_scale(weight: Tensor) -> Tensor:
 
 def round_weight(weight: Tensor, scale: Tensor) -> Tensor:
     """Round a weight [O, ...] to integer multiples, -127 to 127, of its channels' scales [O]."""
-    zero_points = torch.zeros(len(scale), dtype=torch.int32, device=scale.device)
+    zero_points = torch.zeros_like(scale)  # torch checks the range of int32 ones, and waits for the GPU to do so
     rounded: Tensor = torch.fake_quantize_per_channel_affine(weight, scale, zero_points, 0, -WEIGHT_MAX, WEIGHT_MAX)
     return rounded
 

@@ -32,6 +32,7 @@ from kdpipe.stages.compress.quantization.fx_trace import Traced, fold_batchnorms
 from kdpipe.stages.compress.quantization.op_types import is_float_tensor, kind_of
 from kdpipe.stages.compress.quantization.placement import QUANTIZERS, place_quantizers, rounded_nodes, set_input_grids
 from kdpipe.stages.compress.quantization.qdq_graph import int8_graph
+from kdpipe.stages.compute.tf32 import tf32
 from kdpipe.stages.errors import ModelError
 from kdpipe.stages.models.clone import clone_without_hooks, preserve_modes
 
@@ -87,6 +88,7 @@ def trace_folded(model: nn.Module, example: Tensor, graph_class: type[Traced]) -
     return traced
 
 
+@tf32(enabled=False)
 def calibrate(model: nn.Module, batches: Iterable[Tensor]) -> None:
     """Run a prepared model in float on `batches` of normalized images [B, C, H, W] to set its activation ranges.
 

@@ -16,6 +16,7 @@ from kdpipe.stages.compress.quantization.fake_quant import QuantConv2d, QuantLin
 from kdpipe.stages.compress.quantization.fx_trace import module_of
 from kdpipe.stages.compress.quantization.placement import quantizer_path, quantizers_after, rounded_nodes
 from kdpipe.stages.compress.quantization.qat import calibrate, logits_of, prepare_qat, trace_folded
+from kdpipe.stages.compute.tf32 import tf32
 from kdpipe.stages.models.weights.state_dict import count_parameters
 
 
@@ -48,6 +49,7 @@ class _Layer:
 
 
 @torch.no_grad()
+@tf32(enabled=False)
 def sensitivity(
     model: nn.Module,
     example: Tensor,

@@ -20,6 +20,8 @@ from kdpipe.stages.data.image_set import ImageSet, unequal_sizes_message
 from kdpipe.stages.data.loader.workers import Failure, PrefetchPool, WorkerTask
 from kdpipe.stages.errors import DataError, RecipeError
 from kdpipe.stages.runtime.cpu import num_cores
+from kdpipe.stages.runtime.gpu.transfers import empty_on_host, upload
+from kdpipe.stages.runtime.memory import free_gpu_bytes
 from kdpipe.stages.views.mix import MixAssignment, mix
 from kdpipe.stages.views.ops.resize import resize
 from kdpipe.stages.views.ops.rows import replace_rows
@@ -164,9 +166,13 @@ class ImageLoader:
 
     def _render_rows(self, source: Tensor, indices: Tensor, sample_ids: Tensor, view: int | None) -> Tensor:
         """Render some of the images in memory, on the device."""
-        if self.renderer is not None and view is not None and source.device == self.device:
-            return self.renderer.render_rows(source, indices, sample_ids, view)
-        images = source.index_select(0, indices.to(source.device, non_blocking=True))
+        if source.device.type == self.device.type:
+            if self.renderer is not None and view is not None:
+                return self.renderer.render_rows(source, indices, sample_ids, view)
+            images = source.index_select(0, indices.to(source.device, non_blocking=True))
+        else:
+            images = empty_on_host((len(indices), *source.shape[1:]), source.dtype, self.device)
+            torch.index_select(source, 0, indices, out=images)
         return self._render(images, sample_ids, view)
 
     def _load_ahead(self, pairs: Iterable[_MixedRequest], require_all: bool) -> Iterator[ImageBatch]:
@@ -211,7 +217,7 @@ class ImageLoader:
 
     def _render(self, images: Tensor, sample_ids: Tensor, view: int | None) -> Tensor:
         """Do the main process's part of rendering: uint8 [B, C, H, W], on the device."""
-        images = images.to(self.device, non_blocking=True)
+        images = upload(images, self.device)
         return images if self.renderer is None or view is None else self.renderer.render_batch(images, sample_ids, view)
 
     def _report(self, failures: Iterable[Failure], require_all: bool) -> None:
@@ -232,6 +238,6 @@ def _mix(request: ViewRequest, mixture: MixAssignment, own: Tensor, partners: Te
 
 def _to_device_if_fits(images: Tensor, device: torch.device) -> Tensor:
     """Move images to the device if they take less than half of its free memory."""
-    if device.type == "cuda" and images.nbytes > torch.cuda.mem_get_info(device)[0] // 2:
+    if device.type == "cuda" and images.nbytes > free_gpu_bytes(device) // 2:
         return images
     return images.to(device)

@@ -185,6 +185,7 @@ def test_plan_shows_keys_that_are_not_default(path, capsys):
         "unit_rows": 1, "arrays": {}, "layers_wanted_by": {}, "missing_bytes": 0, "free_bytes": 1, "probe": None,
         "test_store": {"num_samples": 1, "store_bytes": 1, "store": "t"}, "num_images": 1, "teacher_trained": True,
         "tail_mass": [],
+        "compute": {"precision": "auto", "memory_format": "auto", "compile": False, "batch_size": 9, "trial": {}},
     }  # fmt: skip
     print_plan(plan, origins)
     shown = capsys.readouterr().out

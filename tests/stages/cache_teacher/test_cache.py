@@ -63,10 +63,10 @@ def test_stored_equals_recomputed_through_plain_zarr(run):
     for view in range(VIEWS.num_views):
         images = renderer.render_batch(train_set.images[order], train_set.sample_ids[order], view)
         with torch.no_grad(), extract_features(teacher.model, ["stage2"]) as extractor:
-            outputs = extractor(teacher.normalize(images))
-        np.testing.assert_allclose(group["logits"][view], outputs.logits.numpy(), rtol=2e-3, atol=2e-3)
+            outputs = extractor(teacher.normalize(images.to(DEVICE)))
+        np.testing.assert_allclose(group["logits"][view], outputs.logits.cpu().numpy(), rtol=2e-3, atol=2e-3)
         np.testing.assert_allclose(
-            group["features/stage2"][view], outputs.features["stage2"].numpy(), rtol=2e-3, atol=2e-3
+            group["features/stage2"][view], outputs.features["stage2"].cpu().numpy(), rtol=2e-3, atol=2e-3
         )
     assert group["logits"].dtype == np.float16
     assert np.array_equal(group["samples/ids"][:], train_set.sample_ids[order].numpy())
@@ -237,7 +237,7 @@ def test_top_k_store_matches_the_dense_one(run, tmp_path):
     assert list(result["arrays"]) == ["logits/values", "logits/indices", "logits/tail"]
     top, dense = open_store(tmp_path / "top.zarr"), open_store(run / "store.zarr")
     ids = context.train_set.sample_ids.numpy()[:64]
-    exact = torch.from_numpy(dense.gather("logits", 1, ids)).float()
+    exact = torch.from_numpy(dense.gather("logits", 1, ids)).float().to(DEVICE)
     targets = Targets([join(top, context.train_set, [])], DEVICE).batch(1, torch.arange(64))[0]
     for temperature in (1.0, 2.7, 4.0, 20.0):
         found = torch.softmax(targets.logits_at(temperature) / temperature, 1)

@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import re
-from functools import partial
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from kdpipe.stages.compute.compiled import compiled
 from kdpipe.stages.errors import ModelError
-from kdpipe.stages.models import hooks
 from kdpipe.stages.models.build import ModelConfig, build_model
 from kdpipe.stages.models.hooks import extract_features, get_module, overwritten_layers
 
@@ -160,12 +157,6 @@ class Trainable(InPlace):
     def forward(self, images: Tensor) -> Tensor:
         flat = self.view(self.relu(self.norm(self.conv(images)))) + 1
         return self.head(self.relu(self.drop(self.fc(flat))))  # type: ignore[no-any-return]
-
-
-@pytest.fixture
-def traced(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Trace as torch.compile does, and run the operations without compiling them."""
-    monkeypatch.setattr(hooks, "compiled", partial(compiled, backend="aot_eager"))
 
 
 @pytest.mark.usefixtures("traced")

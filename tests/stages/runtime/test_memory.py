@@ -4,8 +4,15 @@ import platform
 import sys
 
 import pytest
+import torch
 
-from kdpipe.stages.runtime.memory import available_bytes, disable_malloc_trim, installed_bytes, limit_bytes
+from kdpipe.stages.runtime.memory import (
+    available_bytes,
+    disable_malloc_trim,
+    free_gpu_bytes,
+    installed_bytes,
+    limit_bytes,
+)
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="other allocators are left as they are")
@@ -29,3 +36,11 @@ def test_lowest_limit_of_control_groups_is_returned(tmp_path):
         path.mkdir(parents=True, exist_ok=True)
         (path / "memory.max").write_text(limit + "\n")
     assert limit_bytes(tmp_path) == 1_000_000
+
+
+@pytest.mark.parametrize(("fraction", "free"), [(1.0, 700), (0.5, 300), (0.1, 0)])
+def test_free_gpu_memory_is_that_of_the_share(monkeypatch, fraction, free):
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (700, 1000))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 200)
+    monkeypatch.setattr(torch.cuda, "get_per_process_memory_fraction", lambda device: fraction)
+    assert free_gpu_bytes(torch.device("cuda:0")) == free

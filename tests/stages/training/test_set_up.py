@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -9,12 +10,13 @@ from support.tiny_training import equal_weights, tiny_job, tiny_network, trained
 from torch import nn
 
 from kdpipe.stages.compute import settings as compute
+from kdpipe.stages.compute import threads
 from kdpipe.stages.compute.settings import EXACT, ComputeSettings
 from kdpipe.stages.errors import RecipeError
 from kdpipe.stages.runtime.events import WARNING, RunMonitor
 from kdpipe.stages.training import set_up
 from kdpipe.stages.training.optim import TrainConfig
-from kdpipe.stages.training.set_up import candidates, resumed_settings
+from kdpipe.stages.training.set_up import candidates, compile_key, resumed_settings
 from kdpipe.stages.training.task import TrainingTask
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
@@ -42,6 +44,16 @@ def trial(monkeypatch):
     return trials
 
 
+@pytest.fixture
+def cores(monkeypatch):
+    """Let the process have 2 cores, and leave the number of threads to its jobs."""
+    before = torch.get_num_threads()
+    monkeypatch.setattr(threads, "num_cores", lambda: 2)
+    threads.set_up_threads(None)
+    yield 2
+    threads.set_up_threads(before)
+
+
 @pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
 @pytest.mark.parametrize(
     "keys", [{"precision": "bfloat16"}, {"memory_format": "channels_last"}], ids=["bfloat16", "channels_last"]
@@ -59,7 +71,28 @@ def test_equal_runs_and_resumed_ones_have_equal_bits(tmp_path, keys, optimizer):
     assert all(parameter.is_contiguous() for parameter in whole.parameters())
 
 
-def test_small_jobs_have_no_trial(tmp_path):
+@pytest.mark.usefixtures("traced")
+def test_compiled_trainings_equal_plain_and_resumed_ones(tmp_path):
+    said = []
+    monitor = RunMonitor(lambda event: said.append(event.job) if event.unit == WARNING else None)
+    whole, history = trained(tmp_path / "whole", monitor, compile=True)
+    pieces, _ = trained_in_pieces(tmp_path / "pieces", compile=True)
+    plain, plain_history = trained(tmp_path / "plain")
+    assert equal_weights(whole, pieces) and equal_weights(whole, plain)  # traced, not fused: the same operations
+    assert [line["losses"] for line in history] == [line["losses"] for line in plain_history]
+    assert history[0]["compute"]["compile"] and "compute" not in plain_history[0]
+    assert said == ["train.compile = true: the first step compiles the network, which may take a minute."]
+
+
+def test_a_loss_on_the_gradient_by_pixels_is_not_compiled(tmp_path):
+    job = tiny_job(tmp_path, tiny_network(), compile=True)
+    task = replace(job.task, distillation=SimpleNamespace(configs={"at": SimpleNamespace(input_gradient=True)}))
+    with pytest.raises(RecipeError, match=r"second derivative: set train\.compile = false"):
+        compile_key(replace(job, task=task), CPU, RunMonitor())
+
+
+def test_small_jobs_have_no_trial_and_count_nothing(tmp_path, monkeypatch):
+    monkeypatch.setattr(set_up, "count_macs", lambda model, shape: pytest.fail("counting takes seconds"))
     (_, history), (_, plain) = trained(tmp_path / "auto"), trained(tmp_path / "plain", memory_format="contiguous")
     assert history == plain
     assert "compute" not in history[0]
@@ -131,3 +164,14 @@ def test_another_device_continues_in_what_it_computes(tmp_path):
     began = {"compute": ComputeSettings("float16", "channels_last").to_json()}
     assert resumed_settings(json.loads(json.dumps(began)), job, CPU, RunMonitor(told.append)) == EXACT
     assert told[0].job.startswith("test began in float16, which this device (cpu) does not compute in hardware")
+
+
+def test_job_that_may_choose_its_threads_takes_one_unless_it_is_large(tmp_path, monkeypatch, cores):
+    trained(tmp_path / "small")
+    assert torch.get_num_threads() == 1
+    monkeypatch.setattr(set_up, "is_worth_a_trial", lambda num_macs, device: True)
+    monkeypatch.setattr(threads, "time_in_turn", lambda runs, device: {count: 1 / count for count in runs})
+    model, _ = trained(tmp_path / "large", memory_format="contiguous")
+    assert torch.get_num_threads() == cores
+    threads.set_up_threads(cores)
+    assert equal_weights(model, trained(tmp_path / "set", memory_format="contiguous")[0]), "the trial leaves no trace"

@@ -8,6 +8,7 @@ import pytest
 from kdpipe.store.format.encoding_error import (
     KL_ROWS,
     TEMPERATURES,
+    all_finite,
     kl_rows,
     measure_dense,
     measure_features,
@@ -149,3 +150,16 @@ def test_features_that_are_all_zero_have_no_error():
         "largest_error": 0.0,
         "relative_rms": 0.0,
     }
+
+
+def test_finite_numbers_are_told_by_their_bits():
+    patterns = np.arange(2**16, dtype=np.uint16)
+    specials = np.array([0.0, -0.0, 1e-45, 3.4e38, -3.4e38, np.inf, -np.inf, np.nan, -np.nan], np.float32)
+    for numbers in (patterns.view(np.float16), specials, specials.astype(np.float64)):
+        assert [all_finite(numbers[i : i + 1]) for i in range(len(numbers))] == np.isfinite(numbers).tolist()
+    finite = patterns.view(np.float16)[np.isfinite(patterns.view(np.float16))]
+    assert all_finite(finite)
+    assert all_finite(finite[::2])
+    assert not all_finite(np.append(finite, np.float16("nan")))
+    assert all_finite(patterns)
+    assert all_finite(finite[:0])
