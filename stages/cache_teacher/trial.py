@@ -6,6 +6,7 @@ float32 (`cache.max_kl`) is recorded in the new store, with its errors and its b
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
@@ -32,7 +33,7 @@ from kdpipe.stages.models.bundle import ModelBundle
 from kdpipe.stages.models.clone import clone_without_hooks
 from kdpipe.stages.models.hooks import FeatureExtractor, ModelOutput, capture, extract_features
 from kdpipe.stages.runtime.events import ProgressEvent
-from kdpipe.stages.runtime.memory import available_bytes, is_out_of_memory, limit_bytes
+from kdpipe.stages.runtime.memory import available_bytes, free_gpu_bytes, is_out_of_memory, limit_bytes
 from kdpipe.stages.targets.feature_spec import INPUT_GRADIENT, FeatureSpec
 from kdpipe.store import Manifest, read_store_manifest
 from kdpipe.store.format.identity import describe_computation
@@ -83,6 +84,9 @@ def decide(
         if is_large and context.device.type == "cpu" and max_threads() > 1:
             record["threads"] = trial.num_threads(found)
     decided = with_settings(planned, replace(found, compile=config.compile), {"device": context.device.type, **record})
+    inexact = {name: error for name, error in record.get("features", {}).items() if error > MAX_FEATURE_ERROR}
+    for name, error in inexact.items():
+        context.monitor.warn("cache-teacher", f"in {found} the relative error of {name} is {error:.2g}.")
     text = f"the teacher: {describe_computation(decided.identity.compute, decided.trial)}"
     context.monitor.report(ProgressEvent("cache-teacher", text, 1, 1, "trial"))
     return decided
@@ -259,9 +263,8 @@ class Trial:
     def _free_bytes(self) -> int:
         """Return the memory that a batch may take."""
         device = self.context.device
-        free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else available_bytes()
-        limit = free if device.type == "cuda" else limit_bytes() or free
-        return int(MEMORY_SHARE * min(free, limit))
+        free = free_gpu_bytes(device) if device.type == "cuda" else min(available_bytes(), limit_bytes() or math.inf)
+        return int(MEMORY_SHARE * free)
 
 
 def _num_elements(output: object) -> int:

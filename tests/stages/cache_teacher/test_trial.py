@@ -1,6 +1,7 @@
 """Tests of how the teacher is computed: what a trial finds, what a store records, and what resumes with it."""
 
 import dataclasses
+import re
 
 import numpy as np
 import pytest
@@ -9,7 +10,7 @@ from support.made_store import folder_bytes
 from support.tiny_run import CACHE, LAYERS, TEACHER, VIEWS, StopAfter, make_tiny_store, subset, tiny_context
 from torch import nn
 
-from kdpipe.pipeline.commands.store.info import read_store_info
+from kdpipe.pipeline.commands.store.info import print_store_info, read_store_info
 from kdpipe.pipeline.steps import cache_teacher
 from kdpipe.stages.cache_teacher import cache, choice, inference, trial
 from kdpipe.stages.cache_teacher.estimate import plan_cache
@@ -130,7 +131,7 @@ def test_extended_equals_uninterrupted(run, tmp_path):
 
 
 @pytest.mark.usefixtures("always_a_trial")
-def test_a_trial_takes_the_fastest_that_is_faithful(run, tmp_path):
+def test_a_trial_takes_the_fastest_that_is_faithful(run, tmp_path, capsys):
     teacher, context = setup_of(run)
     config = CacheConfig(shard_bytes=4096, max_kl=1e-2)
     cache_teacher(config, tmp_path / "fast.zarr", teacher, LAYERS, context)
@@ -140,6 +141,10 @@ def test_a_trial_takes_the_fastest_that_is_faithful(run, tmp_path):
     assert found["device"] == "cpu" and found["batch_size"] in trial.BATCH_SIZES and found["num_images"] == 18
     assert 0 < found["kl"]["1"] < 1e-2 and found["kl"]["20"] < found["kl"]["1"]
     assert 0 < found["features"]["features/stage2"] < trial.MAX_FEATURE_ERROR
+    print_store_info(info)
+    assert re.search(
+        r"computed in  bfloat16, channels_last on cpu; batches of \d+; against float32: KL ", capsys.readouterr().out
+    )
     plan = plan_cache(CacheConfig(shard_bytes=4096), tmp_path / "fast.zarr", teacher, LAYERS, context, trained=True)
     assert plan["compute"]["precision"] == "bfloat16" and plan["compute"]["batch_size"] == found["batch_size"]
     # The store of the test images is computed as the training images' is.
@@ -200,7 +205,9 @@ def test_a_network_that_does_not_run_drops_out(run, tmp_path):
 
 def test_a_store_of_another_precision_is_another_store(run):
     teacher, context = setup_of(run)
-    with pytest.raises(FingerprintMismatch, match="compute.precision: stored 'float32', wanted 'bfloat16'"):
+    with pytest.raises(
+        FingerprintMismatch, match="compute.precision: stored 'float32', wanted 'bfloat16'.*out to cont"
+    ):
         cache_teacher(FAST, run / "store.zarr", teacher, LAYERS, context)
     exact = dataclasses.replace(CACHE, precision="float32", memory_format="contiguous")
     assert cache_teacher(exact, run / "store.zarr", teacher, LAYERS, context)["num_units_computed"] == 0

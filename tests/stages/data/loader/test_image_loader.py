@@ -6,9 +6,9 @@ import os
 
 import pytest
 import torch
+from support.device import DEVICE
 from support.photographs import UNEQUAL, in_memory, photographs
 from support.reference_rendering import (
-    CPU,
     CROPS,
     MIXED_ANY,
     MIXED_CROPS,
@@ -72,7 +72,7 @@ def test_transforms_of_images_in_memory_run_in_workers(equal):
 def test_original_images_are_loaded_without_a_view(equal, num_workers):
     indices = shuffled(1)
     raw = in_memory(equal).images[indices]
-    for loader in (ImageLoader(equal, CPU, num_workers=num_workers), loader_of(equal, MIXED_CROPS, num_workers)):
+    for loader in (ImageLoader(equal, DEVICE, num_workers=num_workers), loader_of(equal, MIXED_CROPS, num_workers)):
         batch = loader.get(ViewRequest(indices))
         assert torch.equal(batch.images, raw)
         assert batch.mixture is None
@@ -82,7 +82,7 @@ def test_original_images_of_different_sizes_are_rejected(unequal):
     with pytest.raises(
         DataError, match=r"have different sizes: .*0\.png is 10 x 12, .*1\.png is 14 x 9: set data\.image_size"
     ):
-        ImageLoader(unequal, CPU, num_workers=0).get(ViewRequest(torch.arange(4)))
+        ImageLoader(unequal, DEVICE, num_workers=0).get(ViewRequest(torch.arange(4)))
 
 
 def test_partners_can_come_from_a_larger_data_set(equal):
