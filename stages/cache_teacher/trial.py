@@ -22,6 +22,7 @@ from kdpipe.stages.cache_teacher.fidelity import compare
 from kdpipe.stages.cache_teacher.inference import forward, hooked_layers, needs_labels
 from kdpipe.stages.cache_teacher.plan import CacheConfig, samples_in_row_order
 from kdpipe.stages.compute.settings import EXACT, ComputeSettings, fast_precisions
+from kdpipe.stages.compute.threads import fastest_count, max_threads, open_counts
 from kdpipe.stages.compute.trial import WORTH_A_TRIAL, choose, is_worth_a_trial, time_in_turn
 from kdpipe.stages.context import StageContext
 from kdpipe.stages.data.loader.image_loader import ViewRequest
@@ -80,6 +81,8 @@ def decide(
         found, record = trial.faithful(trial.candidates if is_large else [replace(settings, compile=False)])
         if is_large and config.batch_size == "auto":
             record["batch_size"] = trial.batch_size(found, planned.layout.unit_rows)
+        if is_large and context.device.type == "cpu" and max_threads() > 1:
+            record["threads"] = trial.num_threads(found)
     decided = with_settings(planned, replace(found, compile=config.compile), {"device": context.device.type, **record})
     inexact = {name: error for name, error in record.get("features", {}).items() if error > MAX_FEATURE_ERROR}
     for name, error in inexact.items():
@@ -181,6 +184,10 @@ class Trial:
                 break
             best = size
         return best
+
+    def num_threads(self, settings: ComputeSettings) -> int:
+        """Return the number of CPU threads for networks whose last bits depend on it."""
+        return fastest_count(open_counts(), partial(self._run, settings, self._rows(0, self._num_timed)))
 
     def _failures(self, candidates: Sequence[ComputeSettings]) -> dict[ComputeSettings, str]:
         """Return why some candidates do not run at all; raises what float32 raises."""

@@ -15,11 +15,12 @@ from torch import nn
 from kdpipe.stages.compute.compiled import require_compiler
 from kdpipe.stages.compute.settings import EXACT, ComputeSettings, MemoryFormat, Precision, fast_precisions
 from kdpipe.stages.compute.threads import fastest_count, max_threads, open_counts
-from kdpipe.stages.compute.trial import choose, is_worth_a_trial, time_in_turn
+from kdpipe.stages.compute.trial import choose, is_worth_a_trial, one_thread_clock, time_in_turn
 from kdpipe.stages.errors import RecipeError, cause
 from kdpipe.stages.evaluation.macs import count_macs
 from kdpipe.stages.models.clone import clone_without_hooks
 from kdpipe.stages.models.hooks import extract_features
+from kdpipe.stages.models.weights.state_dict import count_parameters
 from kdpipe.stages.runtime.events import RunMonitor
 from kdpipe.stages.runtime.memory import is_out_of_memory
 from kdpipe.stages.runtime.sync_batch_norm import batch_norm_over_processes
@@ -134,7 +135,7 @@ def chosen_settings(
         torch.set_num_threads(counts[-1])
         return options[0], batches
     first = next(batches)
-    if not is_worth_a_trial(_num_macs(job, first), device):
+    if not _is_long(job, first, device):
         torch.set_num_threads(counts[0])
         return options[0], chain([first], batches)
     torch.set_num_threads(_fastest_count(job, options[0], counts, first, device))
@@ -154,11 +155,16 @@ def _fastest_count(
     return job.process_group.broadcast_object(found)
 
 
-def _num_macs(job: TrainJob, batch: Batch) -> int:
-    """Return the multiply-accumulates of a job's forward passes; a backward pass has twice as many."""
+def _is_long(job: TrainJob, batch: Batch, device: torch.device) -> bool:
+    """Return whether a trial pays for a job, by its multiply-accumulates; a backward pass has twice those of a forward.
+
+    Counting takes seconds, and is left out where each weight could meet each pixel without reaching the limit.
+    """
     _, channels, height, width = batch.images.shape
-    of_an_image = count_macs(job.model, (channels, height, width))
-    return 3 * of_an_image * job.task.num_samples * job.config.epochs
+    num_passes = 3 * job.task.num_samples * job.config.epochs
+    if not is_worth_a_trial(num_passes * count_parameters(job.model) * height * width, device):
+        return False
+    return is_worth_a_trial(num_passes * count_macs(job.model, (channels, height, width)), device)
 
 
 def _fastest(
@@ -181,7 +187,7 @@ def _fastest(
                 monitor.warn(job.stage, f"{job.name} does not run in {tried} ({cause(error)}): it is not used.")
             else:
                 steps[settings] = step
-        return choose(time_in_turn(steps, device))
+        return choose(time_in_turn(steps, device, clock=one_thread_clock(device)))
 
 
 def _copied_step(
@@ -192,7 +198,8 @@ def _copied_step(
         task = replace(task, distillation=clone_without_hooks(task.distillation))  # type: ignore[arg-type]
     job = replace(job, model=clone_without_hooks(job.model), task=task)
     state = set_up(job, device, settings)
-    stack.enter_context(batch_norm_over_processes(state.modules))
+    twice = job.task.needs_input_gradient
+    stack.enter_context(batch_norm_over_processes(state.modules, twice_differentiable=twice))
     student = stack.enter_context(extract_features(job.model, job.student_layers, no_further=job.task.hints_only))
     state.modules.train()
     step = TrainStep(job, student, state, Progress(), RunMonitor())

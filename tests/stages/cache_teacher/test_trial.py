@@ -12,12 +12,13 @@ from torch import nn
 
 from kdpipe.pipeline.commands.store.info import print_store_info, read_store_info
 from kdpipe.pipeline.steps import cache_teacher
-from kdpipe.stages.cache_teacher import choice, trial
+from kdpipe.stages.cache_teacher import cache, choice, inference, trial
 from kdpipe.stages.cache_teacher.estimate import plan_cache
+from kdpipe.stages.cache_teacher.inference import forward
 from kdpipe.stages.cache_teacher.plan import CacheConfig
 from kdpipe.stages.cache_teacher.recheck import recompute
 from kdpipe.stages.cache_teacher.repair import repair
-from kdpipe.stages.compute import settings
+from kdpipe.stages.compute import settings, threads
 from kdpipe.stages.compute.settings import ComputeSettings
 from kdpipe.stages.compute.trial import choose
 from kdpipe.stages.errors import ModelError, RecipeError, RunError, StoppedEarly
@@ -272,3 +273,24 @@ def test_order_of_preference_is_by_exactness(run):
     candidates = trial.Trial(CACHE, teacher, [], context, 100, trial.ExitStack()).candidates
     assert candidates[0] == ComputeSettings() and candidates[-1].precision == "bfloat16"
     assert choose(dict.fromkeys(candidates, 1.0)) == ComputeSettings()
+
+
+@pytest.mark.usefixtures("always_a_trial")
+def test_a_large_job_uses_one_thread_or_all_for_the_same_bits(run, tmp_path, monkeypatch):
+    before, used = torch.get_num_threads(), []
+    for module in (threads, cache):
+        monkeypatch.setattr(module, "num_cores", lambda: 2)
+    monkeypatch.setattr(threads, "time_in_turn", lambda runs, device: made_up(runs))
+    monkeypatch.setattr(inference, "forward", lambda *given: used.append(torch.get_num_threads()) or forward(*given))
+    teacher, context = setup_of(run)
+    try:
+        for count in (1, None):
+            threads.set_up_threads(count)
+            cache_teacher(FAST, tmp_path / f"{count}.zarr", teacher, LAYERS, context)
+    finally:
+        threads.set_up_threads(before)
+    one, free = (open_store(tmp_path / f"{count}.zarr") for count in (1, None))
+    assert set(used[: len(used) // 2 - 1]) == {1} and set(used) == {1, 2}
+    assert "threads" not in one.manifest.trial and free.manifest.trial["threads"] == 2
+    for name in ("logits", "features/stage2"):
+        assert np.array_equal(one.read_view(name, 1), free.read_view(name, 1))
