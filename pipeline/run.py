@@ -15,6 +15,7 @@ import torch
 from numpy.typing import NDArray
 
 from kdpipe.pipeline.recipe.load import Recipe, all_losses, read_run_recipe, recipe_json, write_run_recipe
+from kdpipe.stages.cache_teacher.choice import require_available
 from kdpipe.stages.cache_teacher.plan import plan_store, samples_in_row_order
 from kdpipe.stages.compute.determinism import set_deterministic
 from kdpipe.stages.compute.threads import set_up_threads
@@ -197,6 +198,7 @@ class Run:
         Returns:
             The required features, as `required_features`.
         """
+        require_available(self.recipe.cache.precision, self.device)
         teacher = untrained_teacher(self.recipe.teacher, self.recipe.seed, self.context)
         required = self.required_features(teacher)
         plan_store(self.recipe.cache, teacher, list(required), samples_in_row_order(self.context), self.context)

@@ -12,6 +12,7 @@ from kdpipe.pipeline.preflight import preflight
 from kdpipe.pipeline.run import Run
 from kdpipe.pipeline.terminal.output import printable
 from kdpipe.pipeline.terminal.rate import duration_text
+from kdpipe.stages.cache_teacher.choice import require_available
 from kdpipe.stages.cache_teacher.estimate import first_logits, known_settings, plan_cache, probe
 from kdpipe.stages.cache_teacher.plan import top_k_of
 from kdpipe.stages.context import test_context
@@ -114,6 +115,7 @@ def run_plan(run: Run, with_probe: bool) -> dict[str, Any]:
     require_given(recipe.teacher, teacher, run.context)
     required = run.required_features(teacher)
     try:
+        require_available(config.precision, run.device)
         preflight(run)
     except ModelError as error:  # the store can be planned all the same
         run.monitor.warn("plan", f"`kdpipe run` would be refused: {error}")

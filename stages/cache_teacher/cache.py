@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +16,13 @@ from torch import Tensor
 from kdpipe.stages.cache_teacher.choice import compile_key_of
 from kdpipe.stages.cache_teacher.collect import UnitOutputs, collect_unit
 from kdpipe.stages.cache_teacher.inference import hooked_layers, iter_teacher_outputs
+from kdpipe.stages.compute.threads import CheckedThreads, open_counts, threads
 from kdpipe.stages.data.loader.image_loader import ImageLoader, ViewRequest
 from kdpipe.stages.errors import RunError, StoppedEarly
 from kdpipe.stages.models.bundle import ModelBundle
 from kdpipe.stages.models.hooks import FeatureExtractor, extract_features
 from kdpipe.stages.runtime.background_worker import BackgroundWorker
+from kdpipe.stages.runtime.cpu import num_cores
 from kdpipe.stages.runtime.events import ProgressEvent, RunMonitor
 from kdpipe.stages.targets.feature_spec import FeatureSpec, parse_statistic
 from kdpipe.store import (
@@ -74,6 +77,20 @@ class CacheJob:
     positions: Tensor
     batch_size: int
     monitor: RunMonitor
+
+    @property
+    def num_threads(self) -> int:
+        """The number of CPU threads of what may depend on it: the one that the trial recorded, one for small jobs."""
+        recorded, counts = self.manifest.trial.get("threads"), open_counts()
+        if type(recorded) is int and 1 <= recorded <= num_cores():
+            return recorded
+        return counts[-1 if self.manifest.trial or self.loader.device.type != "cpu" else 0]
+
+    @cached_property
+    def adaptive_threads(self) -> CheckedThreads | None:
+        """The threads of the teacher's batches in large jobs; None where they have `num_threads`."""
+        stays = self.loader.device.type != "cpu" or self.teacher.compute.compile or not self.manifest.trial
+        return None if stays else CheckedThreads(self.num_threads)
 
 
 def fill_store(job: CacheJob, units: Sequence[Unit]) -> dict[str, Any]:
@@ -151,6 +168,7 @@ def _fill(job: CacheJob, units: Sequence[Unit]) -> int:
 
     with (
         torch.no_grad(),
+        threads(job.num_threads),
         extract_features(job.teacher.model, hooked_layers(features), compile_key=compile_key) as extractor,
         BackgroundWorker(commit, NUM_WAITING, lambda computed: computed[0].claim.release()) as writer,
     ):
@@ -193,7 +211,13 @@ def _compute(
         requests = [ViewRequest(rows, unit.view) for rows in torch.split(positions, job.batch_size)]
         missing = [feature for feature in features if feature.array in task.missing]
         batches = iter_teacher_outputs(
-            extractor, job.teacher, requests, job.loader, monitor=job.monitor, features=missing
+            extractor,
+            job.teacher,
+            requests,
+            job.loader,
+            monitor=job.monitor,
+            features=missing,
+            threads=job.adaptive_threads,
         )
         return collect_unit(batches, job.manifest, unit, missing)
     except BaseException:

@@ -139,5 +139,6 @@ def _not_finite(name: str, stored: Tensor, exact: Tensor, sample_ids: Tensor, un
         )
     return NotFiniteError(
         f"the teacher returned NaN or infinity as {name} of samples {named} in view {unit.view}: "
-        "check these images and the teacher's weights and normalization."
+        "check these images and the teacher's weights and normalization; a teacher that is computed in float16 needs "
+        "cache.precision = 'float32' and another store."
     )

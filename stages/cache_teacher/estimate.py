@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from kdpipe.stages.cache_teacher.choice import DEFAULT_BATCH_SIZE, batch_size_of, require_available, settings_of
+from kdpipe.stages.cache_teacher.choice import DEFAULT_BATCH_SIZE, batch_size_of, settings_of
 from kdpipe.stages.cache_teacher.inference import hooked_layers, iter_teacher_outputs
 from kdpipe.stages.cache_teacher.plan import CacheConfig, free_bytes, plan_store, samples_in_row_order
 from kdpipe.stages.compute.settings import ComputeSettings
@@ -51,7 +51,6 @@ def plan_cache(
         manifest, _ = plan_growth(path, stored, manifest, samples)
     units = manifest.layout.units()
     missing = {unit: names for unit in units if (names := missing_arrays(path, manifest, unit))}
-    require_available(config.precision, context.device)
     missing_bytes = sum(store_bytes(manifest, [unit], names) for unit, names in missing.items())
     return {
         "store": str(path),

@@ -8,6 +8,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from kdpipe.stages.compute.threads import CheckedThreads
 from kdpipe.stages.data.loader.image_loader import ImageBatch, ImageLoader, ViewRequest
 from kdpipe.stages.data.loader.labels import HardLabels, hard_labels_of
 from kdpipe.stages.models.bundle import ModelBundle
@@ -49,6 +50,7 @@ def teacher_forward_in_chunks(
     hard: HardLabels | None,
     *,
     warn: Callable[[str], None] | None = None,
+    threads: CheckedThreads | None = None,
 ) -> Iterator[tuple[slice, ModelOutput]]:
     """Yield slices of the rows and their outputs, as many rows at once as fit into memory.
 
@@ -58,9 +60,15 @@ def teacher_forward_in_chunks(
 
     def run(rows: slice) -> tuple[slice, ModelOutput]:
         labels = hard.rows(rows) if hard is not None and needs_labels(features) else None
-        return rows, forward(extractor, teacher, image_batch.images[rows], labels)
+        images = image_batch.images[rows]
+        compute = partial(forward, extractor, teacher, images, labels)
+        return rows, threads.run_checked(images.shape, compute, _tensors) if threads else compute()
 
     return run_in_chunks(teacher.model, len(image_batch.images), run, warn)
+
+
+def _tensors(output: ModelOutput) -> list[Tensor]:
+    return [output.logits, *output.features.values()]
 
 
 def needs_labels(features: Sequence[FeatureSpec]) -> bool:
@@ -98,6 +106,7 @@ def iter_teacher_outputs(
     *,
     monitor: RunMonitor,
     features: Sequence[FeatureSpec] = (),
+    threads: CheckedThreads | None = None,
 ) -> Iterator[tuple[Tensor, ModelOutput]]:
     """Yield ids, on the CPU, and outputs, batch by batch.
 
@@ -109,5 +118,7 @@ def iter_teacher_outputs(
         monitor.check()
         ids = loader.dataset.sample_ids[image_batch.indices]
         labels = hard_labels_of(loader, image_batch) if needs_labels(features) else None
-        for rows, outputs in teacher_forward_in_chunks(extractor, teacher, image_batch, features, labels, warn=warn):
+        for rows, outputs in teacher_forward_in_chunks(
+            extractor, teacher, image_batch, features, labels, warn=warn, threads=threads
+        ):
             yield ids[rows], outputs

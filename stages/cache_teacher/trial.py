@@ -6,6 +6,7 @@ float32 (`cache.max_kl`) is recorded in the new store, with its errors and its b
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
@@ -21,6 +22,7 @@ from kdpipe.stages.cache_teacher.fidelity import compare
 from kdpipe.stages.cache_teacher.inference import forward, hooked_layers, needs_labels
 from kdpipe.stages.cache_teacher.plan import CacheConfig, samples_in_row_order
 from kdpipe.stages.compute.settings import EXACT, ComputeSettings, fast_precisions
+from kdpipe.stages.compute.threads import fastest_count, max_threads, open_counts
 from kdpipe.stages.compute.trial import WORTH_A_TRIAL, choose, is_worth_a_trial, time_in_turn
 from kdpipe.stages.context import StageContext
 from kdpipe.stages.data.loader.image_loader import ViewRequest
@@ -31,7 +33,7 @@ from kdpipe.stages.models.bundle import ModelBundle
 from kdpipe.stages.models.clone import clone_without_hooks
 from kdpipe.stages.models.hooks import FeatureExtractor, ModelOutput, capture, extract_features
 from kdpipe.stages.runtime.events import ProgressEvent
-from kdpipe.stages.runtime.memory import available_bytes, is_out_of_memory, limit_bytes
+from kdpipe.stages.runtime.memory import available_bytes, free_gpu_bytes, is_out_of_memory, limit_bytes
 from kdpipe.stages.targets.feature_spec import INPUT_GRADIENT, FeatureSpec
 from kdpipe.store import Manifest, read_store_manifest
 from kdpipe.store.format.identity import describe_computation
@@ -79,7 +81,12 @@ def decide(
         found, record = trial.faithful(trial.candidates if is_large else [replace(settings, compile=False)])
         if is_large and config.batch_size == "auto":
             record["batch_size"] = trial.batch_size(found, planned.layout.unit_rows)
+        if is_large and context.device.type == "cpu" and max_threads() > 1:
+            record["threads"] = trial.num_threads(found)
     decided = with_settings(planned, replace(found, compile=config.compile), {"device": context.device.type, **record})
+    inexact = {name: error for name, error in record.get("features", {}).items() if error > MAX_FEATURE_ERROR}
+    for name, error in inexact.items():
+        context.monitor.warn("cache-teacher", f"in {found} the relative error of {name} is {error:.2g}.")
     text = f"the teacher: {describe_computation(decided.identity.compute, decided.trial)}"
     context.monitor.report(ProgressEvent("cache-teacher", text, 1, 1, "trial"))
     return decided
@@ -167,6 +174,10 @@ class Trial:
             best = size
         return best
 
+    def num_threads(self, settings: ComputeSettings) -> int:
+        """Return the number of CPU threads for networks whose last bits depend on it."""
+        return fastest_count(open_counts(), partial(self._run, settings, self._rows(0, self._num_timed)))
+
     def _failures(self, candidates: Sequence[ComputeSettings]) -> dict[ComputeSettings, str]:
         """Return why some candidates do not run at all; raises what float32 raises."""
         failures: dict[ComputeSettings, str] = {}
@@ -252,9 +263,8 @@ class Trial:
     def _free_bytes(self) -> int:
         """Return the memory that a batch may take."""
         device = self.context.device
-        free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else available_bytes()
-        limit = free if device.type == "cuda" else limit_bytes() or free
-        return int(MEMORY_SHARE * min(free, limit))
+        free = free_gpu_bytes(device) if device.type == "cuda" else min(available_bytes(), limit_bytes() or math.inf)
+        return int(MEMORY_SHARE * free)
 
 
 def _num_elements(output: object) -> int:

@@ -43,12 +43,14 @@ class ComputeSettings:
     def place(self, model: nn.Module) -> None:
         """Convert a network's weights to channels_last if that is the format, in place; values and hooks stay."""
         if self.memory_format == "channels_last":
-            model.to(memory_format=torch.channels_last)
+            for tensor in _tensors(model):
+                if tensor.dim() == 4:  # others have no such format
+                    tensor.data = tensor.data.contiguous(memory_format=torch.channels_last)
 
     @contextmanager
     def placed(self, model: nn.Module) -> Iterator[None]:
         """Have a network's weights in the memory format within the block, and in their own after it."""
-        strides = [(tensor, tensor.stride()) for tensor in (*model.parameters(), *model.buffers())]
+        strides = [(tensor, tensor.stride()) for tensor in _tensors(model)]
         self.place(model)
         try:
             yield
@@ -92,6 +94,11 @@ class ComputeSettings:
 
 EXACT = ComputeSettings()
 """float32, contiguous, not compiled."""
+
+
+def _tensors(model: nn.Module) -> Iterator[Tensor]:
+    yield from model.parameters()
+    yield from model.buffers()
 
 
 def fast_precisions(device: torch.device) -> tuple[Precision, ...]:

@@ -105,5 +105,5 @@ class ImageFiles:
 
 def pixel_checksum(pixels: Pixels) -> int:
     """Return the crc32c of one image's pixels, [C, H, W], row by row."""
-    checksum: int = google_crc32c.value(pixels.tobytes())
+    checksum: int = google_crc32c.value(np.ascontiguousarray(pixels))
     return checksum

@@ -198,7 +198,8 @@ def _copied_step(
         task = replace(task, distillation=clone_without_hooks(task.distillation))  # type: ignore[arg-type]
     job = replace(job, model=clone_without_hooks(job.model), task=task)
     state = set_up(job, device, settings)
-    stack.enter_context(batch_norm_over_processes(state.modules))
+    twice = job.task.needs_input_gradient
+    stack.enter_context(batch_norm_over_processes(state.modules, twice_differentiable=twice))
     student = stack.enter_context(extract_features(job.model, job.student_layers, no_further=job.task.hints_only))
     state.modules.train()
     step = TrainStep(job, student, state, Progress(), RunMonitor())

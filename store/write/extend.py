@@ -83,7 +83,11 @@ def require_same_origin(path: Path, stored: Manifest, wanted: Manifest) -> None:
     for spec in wanted.arrays:
         found += differences(present.get(spec.name, spec.to_json()), spec.to_json(), f"arrays.{spec.name}")
     if found:
-        raise FingerprintMismatch(f"the store {path}", found, ADVICE + version_note(stored.versions, wanted.versions))
+        advice = ADVICE + version_note(stored.versions, wanted.versions)
+        if all(key.startswith("compute.") for key, *_ in found):
+            keys = ", ".join(key.replace("compute", "cache") for key, *_ in found)
+            advice = f"Leave {keys} out to continue it as it was begun. {ADVICE}"
+        raise FingerprintMismatch(f"the store {path}", found, advice)
 
 
 def _origin(manifest: Manifest) -> dict[str, object]:

@@ -1,6 +1,7 @@
 """Tests of how the teacher is computed: what a trial finds, what a store records, and what resumes with it."""
 
 import dataclasses
+import re
 
 import numpy as np
 import pytest
@@ -9,14 +10,15 @@ from support.made_store import folder_bytes
 from support.tiny_run import CACHE, LAYERS, TEACHER, VIEWS, StopAfter, make_tiny_store, subset, tiny_context
 from torch import nn
 
-from kdpipe.pipeline.commands.store.info import read_store_info
+from kdpipe.pipeline.commands.store.info import print_store_info, read_store_info
 from kdpipe.pipeline.steps import cache_teacher
-from kdpipe.stages.cache_teacher import choice, trial
+from kdpipe.stages.cache_teacher import cache, choice, inference, trial
 from kdpipe.stages.cache_teacher.estimate import plan_cache
+from kdpipe.stages.cache_teacher.inference import forward
 from kdpipe.stages.cache_teacher.plan import CacheConfig
 from kdpipe.stages.cache_teacher.recheck import recompute
 from kdpipe.stages.cache_teacher.repair import repair
-from kdpipe.stages.compute import settings
+from kdpipe.stages.compute import settings, threads
 from kdpipe.stages.compute.settings import ComputeSettings
 from kdpipe.stages.compute.trial import choose
 from kdpipe.stages.errors import ModelError, RecipeError, RunError, StoppedEarly
@@ -129,7 +131,7 @@ def test_extended_equals_uninterrupted(run, tmp_path):
 
 
 @pytest.mark.usefixtures("always_a_trial")
-def test_a_trial_takes_the_fastest_that_is_faithful(run, tmp_path):
+def test_a_trial_takes_the_fastest_that_is_faithful(run, tmp_path, capsys):
     teacher, context = setup_of(run)
     config = CacheConfig(shard_bytes=4096, max_kl=1e-2)
     cache_teacher(config, tmp_path / "fast.zarr", teacher, LAYERS, context)
@@ -139,6 +141,10 @@ def test_a_trial_takes_the_fastest_that_is_faithful(run, tmp_path):
     assert found["device"] == "cpu" and found["batch_size"] in trial.BATCH_SIZES and found["num_images"] == 18
     assert 0 < found["kl"]["1"] < 1e-2 and found["kl"]["20"] < found["kl"]["1"]
     assert 0 < found["features"]["features/stage2"] < trial.MAX_FEATURE_ERROR
+    print_store_info(info)
+    assert re.search(
+        r"computed in  bfloat16, channels_last on cpu; batches of \d+; against float32: KL ", capsys.readouterr().out
+    )
     plan = plan_cache(CacheConfig(shard_bytes=4096), tmp_path / "fast.zarr", teacher, LAYERS, context, trained=True)
     assert plan["compute"]["precision"] == "bfloat16" and plan["compute"]["batch_size"] == found["batch_size"]
     # The store of the test images is computed as the training images' is.
@@ -199,7 +205,9 @@ def test_a_network_that_does_not_run_drops_out(run, tmp_path):
 
 def test_a_store_of_another_precision_is_another_store(run):
     teacher, context = setup_of(run)
-    with pytest.raises(FingerprintMismatch, match="compute.precision: stored 'float32', wanted 'bfloat16'"):
+    with pytest.raises(
+        FingerprintMismatch, match="compute.precision: stored 'float32', wanted 'bfloat16'.*out to cont"
+    ):
         cache_teacher(FAST, run / "store.zarr", teacher, LAYERS, context)
     exact = dataclasses.replace(CACHE, precision="float32", memory_format="contiguous")
     assert cache_teacher(exact, run / "store.zarr", teacher, LAYERS, context)["num_units_computed"] == 0
@@ -248,3 +256,24 @@ def test_order_of_preference_is_by_exactness(run):
     candidates = trial.Trial(CACHE, teacher, [], context, 100, trial.ExitStack()).candidates
     assert candidates[0] == ComputeSettings() and candidates[-1].precision == "bfloat16"
     assert choose(dict.fromkeys(candidates, 1.0)) == ComputeSettings()
+
+
+@pytest.mark.usefixtures("always_a_trial")
+def test_a_large_job_uses_one_thread_or_all_for_the_same_bits(run, tmp_path, monkeypatch):
+    before, used = torch.get_num_threads(), []
+    for module in (threads, cache):
+        monkeypatch.setattr(module, "num_cores", lambda: 2)
+    monkeypatch.setattr(threads, "time_in_turn", lambda runs, device: made_up(runs))
+    monkeypatch.setattr(inference, "forward", lambda *given: used.append(torch.get_num_threads()) or forward(*given))
+    teacher, context = setup_of(run)
+    try:
+        for count in (1, None):
+            threads.set_up_threads(count)
+            cache_teacher(FAST, tmp_path / f"{count}.zarr", teacher, LAYERS, context)
+    finally:
+        threads.set_up_threads(before)
+    one, free = (open_store(tmp_path / f"{count}.zarr") for count in (1, None))
+    assert set(used[: len(used) // 2 - 1]) == {1} and set(used) == {1, 2}
+    assert "threads" not in one.manifest.trial and free.manifest.trial["threads"] == 2
+    for name in ("logits", "features/stage2"):
+        assert np.array_equal(one.read_view(name, 1), free.read_view(name, 1))

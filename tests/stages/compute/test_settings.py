@@ -1,5 +1,6 @@
 """Settings of how a network is computed leave its weights, names and hooks as they are."""
 
+import pytest
 import torch
 from torch import nn
 
@@ -26,6 +27,20 @@ def test_channels_last_keeps_weights_and_hooks():
     assert placed.is_contiguous(memory_format=torch.channels_last) and torch.equal(placed, images)
     assert torch.allclose(model(placed), exact, atol=1e-5)
     assert weights_sha256(model) == before and calls
+
+
+def test_placed_restores_the_weights():
+    model = network()
+    model.bias = nn.Parameter(torch.zeros(1, 2, 3, 4, 5))  # channels_last is for four dimensions
+    strides = [parameter.stride() for parameter in model.parameters()]
+    with ComputeSettings(memory_format="channels_last").placed(model):
+        assert model[0].weight.stride() == (27, 1, 9, 3)
+    assert [parameter.stride() for parameter in model.parameters()] == strides
+
+
+def test_an_unknown_record_is_refused():
+    with pytest.raises(ValueError, match="unknown settings"):
+        ComputeSettings.from_json({"precision": "float8", "memory_format": "contiguous", "compile": False})
 
 
 def test_precision_within_the_block():

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from support.device import DEVICE
 from support.photographs import EQUAL, UNEQUAL, path_of, photographs
 from support.reference_rendering import (
-    CPU,
     CROPS,
     MIXED_CROPS,
     NUM_SAMPLES,
@@ -193,7 +193,7 @@ def test_error_of_a_user_transform_is_one_line(tmp_path, monkeypatch, number, nu
     views = Views(engine="transforms", transform=f"python:{module}:made")
     messages = []
     renderer = Renderer(views, 3, None)
-    loader = ImageLoader(image_set, CPU, renderer, num_workers=num_workers, on_failure=messages.append)
+    loader = ImageLoader(image_set, DEVICE, renderer, num_workers=num_workers, on_failure=messages.append)
     with pytest.raises(RecipeError, match=expected_message) as raised:
         list(loader.stream([ViewRequest(torch.arange(6), 0)]))
     assert "Traceback" not in str(raised.value)

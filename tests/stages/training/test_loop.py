@@ -6,6 +6,7 @@ import json
 import pytest
 import torch
 from support.tiny_run import STUDENT, TEACHER, TRAIN, StopAfter, make_tiny_store, open_tiny_spec, tiny_context
+from support.tiny_training import trained
 
 from kdpipe.pipeline.steps import train_student, train_teacher
 from kdpipe.stages.distillation.student_config import student_folder
@@ -109,18 +110,18 @@ def test_damaged_checkpoint_error_says_what_to_delete(tmp_path):
 
 def test_a_resumed_job_uses_the_threads_that_it_began_with(tmp_path, monkeypatch):
     monkeypatch.setattr(circumstances, "num_cores", lambda: 2)
-    config, told, before = dataclasses.replace(TEACHER, train=TRAIN), [], torch.get_num_threads()
+    told, before = [], torch.get_num_threads()
     try:
         torch.set_num_threads(2)
         with pytest.raises(StoppedEarly):
-            train_teacher(config, 0, tiny_context(tmp_path, RunMonitor(should_stop=StopAfter(3))))
+            trained(tmp_path, RunMonitor(should_stop=StopAfter(3)))
         torch.set_num_threads(1)
-        train_teacher(config, 0, tiny_context(tmp_path, RunMonitor(told.append)))
+        trained(tmp_path, RunMonitor(told.append))
         assert torch.get_num_threads() == 2
     finally:
         torch.set_num_threads(before)
     warnings = [event.job for event in told if event.unit == WARNING]
-    assert warnings[0] == "teacher continues with 2 threads, as it began, for the same results."
+    assert warnings[0] == "test continues with 2 threads, as it began, for the same results."
 
 
 @pytest.mark.parametrize(

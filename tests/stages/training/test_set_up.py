@@ -46,11 +46,11 @@ def trial(monkeypatch):
 
 @pytest.fixture
 def cores(monkeypatch):
-    """Let the process have 3 cores, and leave the number of threads to its jobs."""
+    """Let the process have 2 cores, and leave the number of threads to its jobs."""
     before = torch.get_num_threads()
-    monkeypatch.setattr(threads, "num_cores", lambda: 3)
+    monkeypatch.setattr(threads, "num_cores", lambda: 2)
     threads.set_up_threads(None)
-    yield 3
+    yield 2
     threads.set_up_threads(before)
 
 

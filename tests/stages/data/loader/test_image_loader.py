@@ -6,9 +6,9 @@ import os
 
 import pytest
 import torch
+from support.device import DEVICE
 from support.photographs import UNEQUAL, in_memory, photographs
 from support.reference_rendering import (
-    CPU,
     CROPS,
     MIXED_ANY,
     MIXED_CROPS,
@@ -72,17 +72,24 @@ def test_transforms_of_images_in_memory_run_in_workers(equal):
 def test_original_images_are_loaded_without_a_view(equal, num_workers):
     indices = shuffled(1)
     raw = in_memory(equal).images[indices]
-    for loader in (ImageLoader(equal, CPU, num_workers=num_workers), loader_of(equal, MIXED_CROPS, num_workers)):
+    for loader in (ImageLoader(equal, DEVICE, num_workers=num_workers), loader_of(equal, MIXED_CROPS, num_workers)):
         batch = loader.get(ViewRequest(indices))
         assert torch.equal(batch.images, raw)
         assert batch.mixture is None
+
+
+def test_images_that_stay_on_the_host_are_the_same(equal, monkeypatch):
+    image_set, request = in_memory(equal), ViewRequest(shuffled(1)[:7], 2)
+    wanted = loader_of(image_set, MIXED_CROPS, 0).get(request).images
+    monkeypatch.setattr("kdpipe.stages.data.loader.image_loader._to_device_if_fits", lambda images, *rest: images)
+    assert torch.equal(loader_of(image_set, MIXED_CROPS, 0).get(request).images, wanted)
 
 
 def test_original_images_of_different_sizes_are_rejected(unequal):
     with pytest.raises(
         DataError, match=r"have different sizes: .*0\.png is 10 x 12, .*1\.png is 14 x 9: set data\.image_size"
     ):
-        ImageLoader(unequal, CPU, num_workers=0).get(ViewRequest(torch.arange(4)))
+        ImageLoader(unequal, DEVICE, num_workers=0).get(ViewRequest(torch.arange(4)))
 
 
 def test_partners_can_come_from_a_larger_data_set(equal):
