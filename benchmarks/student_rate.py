@@ -1,6 +1,6 @@
 """Compare a student's steps with a bare loop of the same network, and with other precisions and memory formats.
 
-    uv run python benchmarks/student_rate.py [resnet8x4 cnn ...] [--batch-size N] [--steps N] [--rounds N]
+    uv run python benchmarks/student_rate.py [resnet8x4 cnn ...] [--batch-size N] [--steps N] [--rounds N] [--compile]
 
 All variants distill the same student from the same stored logits in one process, in turn. Those of kdpipe are whole
 jobs of the real training loop, timed from step to step: images in their views, targets from the store, learning rate,
@@ -65,18 +65,22 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, default=64)
     parser.add_argument("--steps", type=int, default=8, help="timed steps of a round")
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--compile", action="store_true", help="each variant compiled too, which takes minutes")
     arguments = parser.parse_args()
     disable_malloc_trim()  # as the command line does
     for name in arguments.networks:
         with tempfile.TemporaryDirectory() as folder:
-            measure(name, Path(folder), arguments.batch_size, arguments.steps, arguments.rounds)
+            measure(name, Path(folder), arguments)
 
 
-def measure(name: str, folder: Path, batch_size: int, num_steps: int, num_rounds: int) -> None:
+def measure(name: str, folder: Path, arguments: argparse.Namespace) -> None:
+    batch_size, num_steps, num_rounds = arguments.batch_size, arguments.steps, arguments.rounds
     job = make_job(NETWORKS[name], folder, batch_size, WARM_UP + num_steps)
     device = job.task.loader.device
     precisions = ["float32", *fast_precisions(device)]
     variants = [ComputeSettings(one, form) for one in precisions for form in ("contiguous", "channels_last")]
+    if arguments.compile:
+        variants += [replace(one, compile=True) for one in variants]
     times: dict[tuple[str, ComputeSettings], list[float]] = {}
     for number in range(num_rounds):
         for settings in variants:
@@ -84,11 +88,11 @@ def measure(name: str, folder: Path, batch_size: int, num_steps: int, num_rounds
             times.setdefault(("bare", settings), []).append(bare_step_s(job, settings, num_steps, device))
     where = torch.cuda.get_device_name() if device.type == "cuda" else f"{torch.get_num_threads()} CPU threads"
     print(f"{name}, batches of {batch_size}, {where}; a bare step in float32: {milliseconds(times['bare', EXACT])}")
-    print(f"  {'kdpipe':<26} {'a step':>10} {'of the bare loop':>17} {'of float32, contiguous':>23}")
+    print(f"  {'kdpipe':<34} {'a step':>10} {'of the bare loop':>17} {'of float32, contiguous':>23}")
     for settings in variants:
         own, bare, plain = (times[key] for key in (("kdpipe", settings), ("bare", settings), ("kdpipe", EXACT)))
-        text = f"{settings.precision}, {settings.memory_format}"
-        print(f"  {text:<26} {milliseconds(own):>10} {ratio(bare, own):17.3f} {ratio(plain, own):23.2f}")
+        text = f"{settings.precision}, {settings.memory_format}{', compiled' if settings.compile else ''}"
+        print(f"  {text:<34} {milliseconds(own):>10} {ratio(bare, own):17.3f} {ratio(plain, own):23.2f}")
     auto = choose({one: statistics.median(times["kdpipe", one]) for one in candidates(job, device)})
     print(f"  auto takes {auto.precision}, {auto.memory_format} in a training that is worth a trial", flush=True)
 
@@ -129,7 +133,7 @@ def make_network(config: ModelConfig, context: StageContext) -> ModelBundle:
 def kdpipe_step_s(job: TrainJob, settings: ComputeSettings, folder: Path) -> float:
     """Return the seconds of a step in the training loop; it stops before it would write a checkpoint."""
     folder.mkdir(exist_ok=True)
-    config = replace(job.config, precision=settings.precision, memory_format=settings.memory_format)
+    config = replace(job.config, **settings.to_json())
     ends: list[float] = []
     monitor = RunMonitor(lambda event: ends.append(now(job.task.loader.device)))
     train(replace(job, config=config, job_dir=JobDir(folder)), job.task.loader.device, monitor)
@@ -151,6 +155,7 @@ def bare_step_s(job: TrainJob, settings: ComputeSettings, num_steps: int, device
 def bare_step(job: TrainJob, settings: ComputeSettings, device: torch.device) -> Callable[[], None]:
     model, config = job.model.train(), job.config
     settings.place(model)
+    network = torch.compile(model) if settings.compile else model
     batch = next(job.task.stream(0, config.batch_size, epoch=0, step=0, epochs=1))
     images, labels, targets = settings.place_images(batch.images), batch.hard.labels, batch.teachers[0].logits_at(1.0)
     p_teacher = F.softmax(targets / T, dim=1)
@@ -161,7 +166,7 @@ def bare_step(job: TrainJob, settings: ComputeSettings, device: torch.device) ->
     def step() -> None:
         optimizer.zero_grad(set_to_none=True)
         with settings.active(device):
-            logits = model(images).float()
+            logits = network(images).float()
             log_p = F.log_softmax(logits / T, dim=1)
             loss = F.cross_entropy(logits, labels) + T * T * F.kl_div(log_p, p_teacher, reduction="batchmean")
         loss.backward()
