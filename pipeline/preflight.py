@@ -33,9 +33,9 @@ def preflight(run: Run, *, with_teacher: bool = True, compresses: bool = True) -
     for where, training in trainings_of(recipe).items():
         if training.compile:
             require_compiler(context.device, f"{where}.compile")
+        class_weights(training, context.train_set.labels, context.train_set.num_classes)
     if recipe.cache.compile:
         require_compiler(context.device, "cache.compile")
-        class_weights(training, context.train_set.labels, context.train_set.num_classes)
     if with_teacher:
         try_teacher(recipe.teacher, build_teacher(recipe.teacher, recipe.seed, context), context)
     seed = recipe.student.seeds[0]
