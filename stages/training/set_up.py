@@ -15,7 +15,7 @@ from torch import nn
 from kdpipe.stages.compute.compiled import require_compiler
 from kdpipe.stages.compute.settings import EXACT, ComputeSettings, MemoryFormat, Precision, fast_precisions
 from kdpipe.stages.compute.threads import fastest_count, max_threads, open_counts
-from kdpipe.stages.compute.trial import choose, is_worth_a_trial, time_in_turn
+from kdpipe.stages.compute.trial import choose, is_worth_a_trial, one_thread_clock, time_in_turn
 from kdpipe.stages.errors import RecipeError, cause
 from kdpipe.stages.evaluation.macs import count_macs
 from kdpipe.stages.models.clone import clone_without_hooks
@@ -197,7 +197,7 @@ def _fastest(
                 monitor.warn(job.stage, f"{job.name} does not run in {tried} ({cause(error)}): it is not used.")
             else:
                 steps[settings] = step
-        return choose(time_in_turn(steps, device))
+        return choose(time_in_turn(steps, device, clock=one_thread_clock(device)))
 
 
 def _copied_step(
@@ -208,7 +208,8 @@ def _copied_step(
         task = replace(task, distillation=clone_without_hooks(task.distillation))  # type: ignore[arg-type]
     job = replace(job, model=clone_without_hooks(job.model), task=task)
     state = set_up(job, device, settings)
-    stack.enter_context(batch_norm_over_processes(state.modules))
+    twice = job.task.needs_input_gradient
+    stack.enter_context(batch_norm_over_processes(state.modules, twice_differentiable=twice))
     student = stack.enter_context(extract_features(job.model, job.student_layers, no_further=job.task.hints_only))
     state.modules.train()
     step = TrainStep(job, student, state, Progress(), RunMonitor())

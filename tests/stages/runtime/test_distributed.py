@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from support import user_losses
+from support import batch_norm_kernels, user_losses
 from support.device import DEVICE
 from support.tiny_run import STUDENT, tiny_context
 from support.two_processes import free_port, run_two_processes
@@ -170,6 +170,21 @@ def batch_norm_results(rows: slice) -> dict[str, Any]:
     }
 
 
+def results_by_kernels(rows: slice) -> dict[str, Any]:
+    """Batch norm's results with the kernels for GPUs, which formulas play here."""
+    torch.manual_seed(1)
+    norm, maps = nn.BatchNorm2d(3), 5 + 2 * torch.randn(NUM, 3, 2, 2)
+    nn.init.uniform_(norm.weight)
+    own = maps[rows].clone().requires_grad_()
+    with batch_norm_kernels.played(), batch_norm_over_processes(norm, twice_differentiable=False):
+        made = norm(own)
+        (made**3).sum().backward()
+        assert ("_Normalize" in str(made.grad_fn)) == dist.is_initialized()
+    found = {"made": made, "of_maps": own.grad, "of_weight": norm.weight.grad, "of_bias": norm.bias.grad}
+    buffers = {name: one.tolist() for name, one in norm.named_buffers()}
+    return {name: [] if one is None else one.flatten().tolist() for name, one in found.items()} | buffers
+
+
 class PartlyUnreadableLoader(ImageLoader):
     """A loader that leaves out every seventh image, as unreadable."""
 
@@ -236,6 +251,8 @@ def run_process(rank: int, folder: Path, port: str) -> None:
         found = {
             "agreement": agreement(processes),
             "batch_norm": batch_norm_results(rows),
+            "by_kernels": results_by_kernels(rows),
+            "by_kernels_of_one": results_by_kernels(slice(0) if rank == 0 else slice(None)),
             "trained": train_digest(processes, folder),
         }
         found["with_dropout"] = train_digest(processes, folder / "dropout", dropout=0.2)
@@ -297,6 +314,18 @@ def test_batch_norm_over_processes_equals_whole_batch(results: list[dict[str, An
     assert first["buffers"] == second["buffers"]
     for ours, expected in zip(first["buffers"], whole["buffers"], strict=True):
         assert ours == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize("case", ["by_kernels", "by_kernels_of_one"])
+def test_batch_norm_by_kernels_equals_whole_batch(case: str, results: list[dict[str, Any]]) -> None:
+    whole, first, second = results_by_kernels(slice(None)), results[0][case], results[1][case]
+    for name in ("made", "of_maps"):
+        assert first[name] + second[name] == pytest.approx(whole[name], rel=1e-4, abs=1e-4), name
+    for name in ("of_weight", "of_bias"):
+        added = [one + other for one, other in zip(first[name], second[name], strict=True)]
+        assert added == pytest.approx(whole[name], rel=1e-4), name
+    for name in ("running_mean", "running_var", "num_batches_tracked"):
+        assert first[name] == second[name] == pytest.approx(whole[name], rel=1e-5), name
 
 
 @pytest.mark.parametrize("case", CASES)

@@ -34,7 +34,7 @@ def trial(monkeypatch):
     trials = []
     monkeypatch.setattr(set_up, "is_worth_a_trial", lambda num_macs, device: True)
 
-    def fake_times(runs, device):
+    def fake_times(runs, device, clock):
         trials.append(list(runs))
         for run in runs.values():
             run()
