@@ -1,6 +1,6 @@
 """Measure the teacher's rate by precision and memory format: `cache-teacher` with storing, against eager float32.
 
-    uv run python benchmarks/teacher_rate.py [resnet32x4] [resnet50] [vit_b_16] [efficientnet_lite0] [--images N]
+    uv run python benchmarks/teacher_rate.py [resnet32x4] [resnet50] [vit_b_16] [...] [--images N] [--compile]
 
 All ways fill new stores with the same images, in turn in one process, and the last one as `auto` chooses by its trial,
 which is not counted: it is a small part of a long job. The ratio is the median over the rounds of the rates, to float32
@@ -18,7 +18,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as the command line does
@@ -76,6 +76,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--device", default="auto")
     parser.add_argument("--clock", choices=CLOCKS, default="wall")
+    parser.add_argument("--compile", action="store_true", help="each way compiled too, which takes minutes")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     disable_malloc_trim()  # as the command line does
@@ -113,6 +114,8 @@ def measure(
     flops = 2 * count_macs(teacher.model, context.image_shape)
     config = CacheConfig(batch_size=arguments.batch_size, max_kl=1e-2)
     ways = [ComputeSettings(one, other) for one in peaks for other in ("contiguous", "channels_last")]  # type: ignore[arg-type]
+    if arguments.compile:
+        ways += [replace(way, compile=True) for way in ways]
     chosen = auto(config, teacher, context)
     rates: dict[ComputeSettings, list[float]] = {way: [] for way in ways}
     for number in range(arguments.rounds + 1):

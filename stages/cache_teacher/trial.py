@@ -82,7 +82,7 @@ def decide(
         if is_large and config.batch_size == "auto":
             record["batch_size"] = trial.batch_size(found, planned.layout.unit_rows)
         if is_large and context.device.type == "cpu" and max_threads() > 1:
-            record["threads"] = trial.num_threads(found)
+            record["threads"] = trial.num_threads(found, record.get("batch_size", config.batch_size))
     decided = with_settings(planned, replace(found, compile=config.compile), {"device": context.device.type, **record})
     inexact = {name: error for name, error in record.get("features", {}).items() if error > MAX_FEATURE_ERROR}
     for name, error in inexact.items():
@@ -185,9 +185,10 @@ class Trial:
             best = size
         return best
 
-    def num_threads(self, settings: ComputeSettings) -> int:
+    def num_threads(self, settings: ComputeSettings, batch_size: int) -> int:
         """Return the number of CPU threads for networks whose last bits depend on it."""
-        return fastest_count(open_counts(), partial(self._run, settings, self._rows(0, self._num_timed)))
+        rows = self._rows(0, min(batch_size, MAX_TIMED["cpu"]))
+        return fastest_count(open_counts(), partial(self._run, settings, rows))
 
     def _failures(self, candidates: Sequence[ComputeSettings]) -> dict[ComputeSettings, str]:
         """Return why some candidates do not run at all; raises what float32 raises."""
