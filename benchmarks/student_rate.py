@@ -1,12 +1,13 @@
 """Compare a student's steps with a bare loop of the same network, and with other precisions and memory formats.
 
-    uv run python benchmarks/student_rate.py [resnet8x4 cnn ...] [--batch-size N] [--steps N] [--rounds N]
+    uv run python benchmarks/student_rate.py [resnet8x4 cnn ...] [--batch-size N] [--steps N] [--rounds N] [--compile]
 
-All variants distill the same student from the same stored logits in one process, in turn. Those of kdpipe are whole
-jobs of the real training loop, timed from step to step: images in their views, targets from the store, learning rate,
-progress. The bare loop has neither views nor a store: forward, cross entropy, KD loss, backward and optimizer on images
-and targets in memory. Ratios are medians over the rounds; on one CPU thread (OMP_NUM_THREADS=1) they are of CPU time,
-which other programs change less. The images are random: their content does not change the cost.
+Each variant is the real training loop that distills the student from stored logits, timed from step to step: images
+in their views, targets from the store, learning rate, progress. After each step a bare one of another copy of the
+network is timed: forward, cross entropy, KD loss, backward and optimizer on images and targets in memory, without views
+or store. Rates are relative to the bare loop's (median over the steps) and to those of float32, contiguous. On one CPU
+thread (OMP_NUM_THREADS=1) they are of CPU time, which other programs change less. The images are random: their content
+does not change the cost.
 """
 
 from __future__ import annotations
@@ -18,7 +19,6 @@ import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import replace
-from itertools import pairwise
 from pathlib import Path
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as the command line does
@@ -38,8 +38,9 @@ from kdpipe.stages.distillation.task_builder import build_task
 from kdpipe.stages.losses.logits.kd import KD
 from kdpipe.stages.models.build import ModelConfig
 from kdpipe.stages.models.bundle import ModelBundle
+from kdpipe.stages.models.clone import clone_without_hooks
 from kdpipe.stages.models.normalization import Normalization
-from kdpipe.stages.runtime.events import RunMonitor
+from kdpipe.stages.runtime.events import ProgressEvent, RunMonitor
 from kdpipe.stages.runtime.gpu.device import choose_device
 from kdpipe.stages.runtime.memory import disable_malloc_trim
 from kdpipe.stages.training.job import TrainJob
@@ -65,41 +66,36 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, default=64)
     parser.add_argument("--steps", type=int, default=8, help="timed steps of a round")
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--compile", action="store_true", help="each variant compiled too, which takes minutes")
     arguments = parser.parse_args()
     disable_malloc_trim()  # as the command line does
     for name in arguments.networks:
         with tempfile.TemporaryDirectory() as folder:
-            measure(name, Path(folder), arguments.batch_size, arguments.steps, arguments.rounds)
+            measure(name, Path(folder), arguments)
 
 
-def measure(name: str, folder: Path, batch_size: int, num_steps: int, num_rounds: int) -> None:
+def measure(name: str, folder: Path, arguments: argparse.Namespace) -> None:
+    batch_size, num_steps, num_rounds = arguments.batch_size, arguments.steps, arguments.rounds
     job = make_job(NETWORKS[name], folder, batch_size, WARM_UP + num_steps)
     device = job.task.loader.device
     precisions = ["float32", *fast_precisions(device)]
     variants = [ComputeSettings(one, form) for one in precisions for form in ("contiguous", "channels_last")]
-    times: dict[tuple[str, ComputeSettings], list[float]] = {}
+    if arguments.compile:
+        variants += [replace(one, compile=True) for one in variants]
+    times: dict[ComputeSettings, list[tuple[float, float]]] = {settings: [] for settings in variants}
     for number in range(num_rounds):
         for settings in variants:
-            times.setdefault(("kdpipe", settings), []).append(kdpipe_step_s(job, settings, folder / f"job{number}"))
-            times.setdefault(("bare", settings), []).append(bare_step_s(job, settings, num_steps, device))
+            times[settings] += step_times(job, settings, folder / f"job{number}")
+    own = {settings: statistics.median(step for step, _ in pairs) for settings, pairs in times.items()}
     where = torch.cuda.get_device_name() if device.type == "cuda" else f"{torch.get_num_threads()} CPU threads"
-    print(f"{name}, batches of {batch_size}, {where}; a bare step in float32: {milliseconds(times['bare', EXACT])}")
-    print(f"  {'kdpipe':<26} {'a step':>10} {'of the bare loop':>17} {'of float32, contiguous':>23}")
-    for settings in variants:
-        own, bare, plain = (times[key] for key in (("kdpipe", settings), ("bare", settings), ("kdpipe", EXACT)))
-        text = f"{settings.precision}, {settings.memory_format}"
-        print(f"  {text:<26} {milliseconds(own):>10} {ratio(bare, own):17.3f} {ratio(plain, own):23.2f}")
-    auto = choose({one: statistics.median(times["kdpipe", one]) for one in candidates(job, device)})
+    print(f"{name}, batches of {batch_size}, {where}")
+    print(f"  {'':<34} {'a step':>10} {'of the bare loop':>17} {'of float32, contiguous':>23}")
+    for settings, pairs in times.items():
+        ratio = statistics.median(bare / step for step, bare in pairs)
+        text = f"{settings.precision}, {settings.memory_format}{', compiled' if settings.compile else ''}"
+        print(f"  {text:<34} {1000 * own[settings]:>7.2f} ms {ratio:17.3f} {own[EXACT] / own[settings]:23.2f}")
+    auto = choose({one: own[one] for one in candidates(job, device)})
     print(f"  auto takes {auto.precision}, {auto.memory_format} in a training that is worth a trial", flush=True)
-
-
-def milliseconds(times: list[float]) -> str:
-    return f"{1000 * statistics.median(times):.2f} ms"
-
-
-def ratio(rivals: list[float], own: list[float]) -> float:
-    """Return how many times as fast as its rival of the same round a variant is."""
-    return statistics.median(rival / time_s for rival, time_s in zip(rivals, own, strict=True))
 
 
 def make_job(student: ModelConfig, folder: Path, batch_size: int, num_steps: int) -> TrainJob:
@@ -126,31 +122,30 @@ def make_network(config: ModelConfig, context: StageContext) -> ModelBundle:
     return ModelBundle(model, context.architecture(config), Normalization((0.5,) * 3, (0.25,) * 3))
 
 
-def kdpipe_step_s(job: TrainJob, settings: ComputeSettings, folder: Path) -> float:
-    """Return the seconds of a step in the training loop; it stops before it would write a checkpoint."""
+def step_times(job: TrainJob, settings: ComputeSettings, folder: Path) -> list[tuple[float, float]]:
+    """Return the seconds of each step of the training loop and of the bare step after it; none is saved."""
     folder.mkdir(exist_ok=True)
-    config = replace(job.config, precision=settings.precision, memory_format=settings.memory_format)
-    ends: list[float] = []
-    monitor = RunMonitor(lambda event: ends.append(now(job.task.loader.device)))
-    train(replace(job, config=config, job_dir=JobDir(folder)), job.task.loader.device, monitor)
+    device = job.task.loader.device
+    config = replace(job.config, **settings.to_json())
+    bare, times = bare_step(job, settings, device), list[tuple[float, float]]()
+    started = now(device)
+
+    def on_event(event: ProgressEvent) -> None:
+        nonlocal started
+        ended = now(device)
+        bare()
+        times.append((ended - started, now(device) - ended))
+        started = now(device)
+
+    train(replace(job, config=config, job_dir=JobDir(folder)), device, RunMonitor(on_event))
     (folder / "checkpoint.safetensors").unlink()
-    steps = [after - before for before, after in pairwise(ends[WARM_UP:-1])]
-    return statistics.median(steps)
-
-
-def bare_step_s(job: TrainJob, settings: ComputeSettings, num_steps: int, device: torch.device) -> float:
-    """Return the seconds of a step in a loop written by hand."""
-    step = bare_step(job, settings, device)
-    ends = []
-    for _ in range(WARM_UP + num_steps):
-        step()
-        ends.append(now(device))
-    return statistics.median(after - before for before, after in pairwise(ends[WARM_UP - 1 :]))
+    return times[WARM_UP:-1]  # the last event is the epoch's
 
 
 def bare_step(job: TrainJob, settings: ComputeSettings, device: torch.device) -> Callable[[], None]:
-    model, config = job.model.train(), job.config
+    model, config = clone_without_hooks(job.model).train(), job.config
     settings.place(model)
+    network = torch.compile(model) if settings.compile else model
     batch = next(job.task.stream(0, config.batch_size, epoch=0, step=0, epochs=1))
     images, labels, targets = settings.place_images(batch.images), batch.hard.labels, batch.teachers[0].logits_at(1.0)
     p_teacher = F.softmax(targets / T, dim=1)
@@ -161,7 +156,7 @@ def bare_step(job: TrainJob, settings: ComputeSettings, device: torch.device) ->
     def step() -> None:
         optimizer.zero_grad(set_to_none=True)
         with settings.active(device):
-            logits = model(images).float()
+            logits = network(images).float()
             log_p = F.log_softmax(logits / T, dim=1)
             loss = F.cross_entropy(logits, labels) + T * T * F.kl_div(log_p, p_teacher, reduction="batchmean")
         loss.backward()
@@ -171,11 +166,11 @@ def bare_step(job: TrainJob, settings: ComputeSettings, device: torch.device) ->
 
 
 def now(device: torch.device) -> float:
-    """Return the time when the device is done; on one CPU thread the time of the process."""
+    """Return the time when the device is done; on one CPU thread its own time."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     elif torch.get_num_threads() == 1:
-        return time.process_time()
+        return time.thread_time()
     return time.perf_counter()
 
 

@@ -352,6 +352,7 @@ def _builtin_recipe(name: str) -> Path:
 def main() -> None:
     """Run the console script `kdpipe`."""
     os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # a lost process is reported in a sentence, not in C++ frames
     os.environ.setdefault("PYDANTIC_DISABLE_PLUGINS", "__all__")  # searching for them takes a tenth of a short command
     set_verbosity(Verbosity.NORMAL)
     try:

@@ -79,9 +79,9 @@ def memory(settings: Settings) -> list[Row]:
     rows = [_float16(settings)]
     if device.type != "cuda":
         return [*rows, Row("little memory", "only on a GPU")]
-    size = settings.size(4096, 64)
+    size = 4096
     limit = torch.cuda.mem_get_info(device)[1]
-    torch.cuda.set_per_process_memory_fraction(min(1.0, settings.size(1200, 22) * 2**20 / limit), device)
+    torch.cuda.set_per_process_memory_fraction(min(1.0, settings.size(1200, 100) * 2**20 / limit), device)
     warnings: list[str] = []
     monitor = RunMonitor(report=lambda event: _keep_warning(event, warnings))
     try:

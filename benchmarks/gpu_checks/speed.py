@@ -13,8 +13,10 @@ import torch
 from torch import Tensor
 
 from gpu_checks import Row, Settings, at_least, at_most
-from kdpipe.stages.compute.settings import fast_precisions
+from kdpipe.stages.cache_teacher.plan import CacheConfig
+from kdpipe.stages.compute.settings import ComputeSettings, fast_precisions
 from kdpipe.stages.data.loader.image_loader import ViewRequest
+from kdpipe.stages.evaluation.macs import count_macs
 from kdpipe.stages.training.task import TrainingTask
 
 NUM_ROUNDS = 3
@@ -23,13 +25,19 @@ NUM_ROUNDS = 3
 def stage_one(settings: Settings) -> list[Row]:
     """Measure images/s of cache-teacher, storing included, at each precision, as a share of the GEMM peak."""
     device, rows = settings.torch_device, []
-    networks = ("resnet32x4",) if settings.toy else ("resnet50", "vit_b_16")
-    for name in networks:
-        case = teacher_rate.make_case(name, settings.folder(name), device, num_images=settings.size(2048, 16))
-        for precision in ("float32", *fast_precisions(device), "auto"):
-            found = teacher_rate.measure(case, precision)
-            rows.append(Row(f"{name}, {precision}: images/s", found.images_per_s))
-            rows.append(Row(f"{name}, {precision}: share of the GEMM peak in it", found.share_of_peak))
+    peaks = {one: teacher_rate.gemm_rate(one, device) for one in ("float32", *fast_precisions(device))}
+    rows += [Row(f"matrix products, {one}: TFLOP/s", rate / 1e12) for one, rate in peaks.items()]
+    config = CacheConfig(batch_size=settings.size(256, 8))
+    for name in ("resnet32x4",) if settings.toy else ("resnet50", "vit_b_16"):
+        images = settings.size(2048, 16)
+        context, teacher = teacher_rate.make_setup(teacher_rate.CASES[name], settings.folder(name), device, images)
+        flops = 2 * count_macs(teacher.model, context.image_shape)
+        for precision, peak in peaks.items():
+            way = ComputeSettings(precision, "channels_last")  # type: ignore[arg-type]
+            _, rate = (teacher_rate.rate(config, way, teacher, context) for _ in range(2))  # the first warms up
+            rows.append(Row(f"{name}, {way}: images/s", rate))
+            rows.append(Row(f"{name}, {way}: share of the peak", rate * flops / peak))
+        rows.append(Row(f"{name}, auto", str(teacher_rate.auto(config, teacher, context))))
     return rows
 
 

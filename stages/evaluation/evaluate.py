@@ -71,12 +71,12 @@ class Evaluation:
         return self.normalize(self.loader.get(ViewRequest(indices)).images)
 
     def batches(self, limit: int | None = None) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yield the first images, or all, normalized: float32 [B, C, H, W], with their labels int64 [B]."""
+        """Yield the first images, or all, normalized: float32 [B, C, H, W], with their labels int64 [B], on the CPU."""
         image_set = self.loader.dataset
         indices = torch.arange(image_set.num_samples)[:limit]
         for image_batch in self.loader.stream(ViewRequest(some) for some in torch.split(indices, BATCH_SIZE)):
             self.before_batch()
-            yield self.normalize(image_batch.images), image_set.labels[image_batch.indices]
+            yield self.normalize(image_batch.images.cpu()), image_set.labels[image_batch.indices]
 
 
 @dataclass(frozen=True)

@@ -169,14 +169,13 @@ def _predictions(
     predicted: list[Tensor] = []
     for image_batch in test.loader.stream(ViewRequest(some) for some in torch.split(indices, BATCH_SIZE)):
         test.before_batch()
-        scaled = scaling(image_batch.images)
-        inputs = scaled.flip(1) if flip else scaled
-        classes = partial(_classes, model, inputs)
-        predicted += run_in_chunks(model, len(inputs), classes, test.warn)
+        classes = partial(_classes, model, image_batch.images, scaling, flip)
+        predicted += run_in_chunks(model, len(image_batch.images), classes, test.warn)
         labels.append(test.loader.dataset.labels[image_batch.indices].cpu())
     return torch.cat(labels), torch.cat(predicted)
 
 
-def _classes(model: nn.Module, inputs: Tensor, rows: slice) -> Tensor:
-    predicted: Tensor = model(inputs[rows]).argmax(1).cpu()
+def _classes(model: nn.Module, images: Tensor, scaling: Normalization, flip: bool, rows: slice) -> Tensor:
+    scaled = scaling(images[rows])
+    predicted: Tensor = model(scaled.flip(1) if flip else scaled).argmax(1).cpu()
     return predicted

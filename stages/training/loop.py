@@ -48,7 +48,7 @@ def train(job: TrainJob, device: torch.device, monitor: RunMonitor) -> list[dict
         job = replace(job, test=replace(job.test, compute=state.settings))
     with (
         callbacks_of(job, progress, monitor) as hooks,
-        batch_norm_over_processes(state.modules),
+        batch_norm_over_processes(state.modules, twice_differentiable=job.task.needs_input_gradient),
         extract_features(
             job.model, job.student_layers, no_further=job.task.hints_only, compile_key=compile_key(job, device, monitor)
         ) as student,
@@ -161,7 +161,10 @@ def time_steps(job: TrainJob, device: torch.device, num_steps: int) -> list[floa
     progress = Progress()
     batches = _stream(job, progress, 1 + num_steps // num_steps_of(job))
     times = []
-    with batch_norm_over_processes(state.modules), extract_features(job.model, job.student_layers) as student:
+    with (
+        batch_norm_over_processes(state.modules, twice_differentiable=job.task.needs_input_gradient),
+        extract_features(job.model, job.student_layers) as student,
+    ):
         state.modules.train()
         train_step = TrainStep(job, student, state, progress, RunMonitor())
         for _ in range(num_steps):

@@ -15,7 +15,7 @@ from torch import nn
 from kdpipe.stages.compute.compiled import require_compiler
 from kdpipe.stages.compute.settings import EXACT, ComputeSettings, MemoryFormat, Precision, fast_precisions
 from kdpipe.stages.compute.threads import fastest_count, max_threads, open_counts
-from kdpipe.stages.compute.trial import choose, is_worth_a_trial, time_in_turn
+from kdpipe.stages.compute.trial import choose, is_worth_a_trial, one_thread_clock, time_in_turn
 from kdpipe.stages.errors import RecipeError, cause
 from kdpipe.stages.evaluation.macs import count_macs
 from kdpipe.stages.models.clone import clone_without_hooks
@@ -77,9 +77,19 @@ def compile_key(job: TrainJob, device: torch.device, monitor: RunMonitor) -> str
         return None
     if job.task.needs_input_gradient:
         raise RecipeError(no_second_derivative(COMPILE))
-    require_compiler(device, COMPILE)
+    require_compilable(COMPILE, device, job.process_group.count)
     monitor.warn_once(job.stage, f"{COMPILE} = true: the first step compiles the network, which may take a minute.")
     return COMPILE
+
+
+def require_compilable(key: str, device: torch.device, num_processes: int) -> None:
+    """Raise RecipeError, naming the recipe key, where trainings cannot be compiled."""
+    if num_processes > 1:
+        raise RecipeError(
+            f"{key} = true: trainings are compiled in one process only, and this one has {num_processes}: set {key} = "
+            "false, or start one process."
+        )
+    require_compiler(device, key)
 
 
 def no_second_derivative(key: str) -> str:
@@ -187,7 +197,7 @@ def _fastest(
                 monitor.warn(job.stage, f"{job.name} does not run in {tried} ({cause(error)}): it is not used.")
             else:
                 steps[settings] = step
-        return choose(time_in_turn(steps, device))
+        return choose(time_in_turn(steps, device, clock=one_thread_clock(device)))
 
 
 def _copied_step(
@@ -198,7 +208,8 @@ def _copied_step(
         task = replace(task, distillation=clone_without_hooks(task.distillation))  # type: ignore[arg-type]
     job = replace(job, model=clone_without_hooks(job.model), task=task)
     state = set_up(job, device, settings)
-    stack.enter_context(batch_norm_over_processes(state.modules))
+    twice = job.task.needs_input_gradient
+    stack.enter_context(batch_norm_over_processes(state.modules, twice_differentiable=twice))
     student = stack.enter_context(extract_features(job.model, job.student_layers, no_further=job.task.hints_only))
     state.modules.train()
     step = TrainStep(job, student, state, Progress(), RunMonitor())

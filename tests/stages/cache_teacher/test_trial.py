@@ -242,6 +242,23 @@ def test_batch_size_is_doubled_while_that_pays(run, monkeypatch):
         assert found.batch_size(ComputeSettings(), unit_rows=1000) == 16
 
 
+def test_a_trial_that_does_not_fit_takes_fewer_images(run, monkeypatch):
+    teacher, context = setup_of(run)
+    sizes, forward = [], trial.forward
+
+    def limited(extractor, bundle, images, hard):
+        sizes.append(len(images))
+        if len(images) > 2:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return forward(extractor, bundle, images, hard)
+
+    monkeypatch.setattr(trial, "forward", limited)
+    with trial.ExitStack() as hooks:
+        found = trial.Trial(FAST, teacher, LAYERS, context, 100, hooks)
+        assert found.faithful(found.candidates)[1]["num_images"] == 16
+    assert max(sizes) == 4 and sizes[-1] == 2
+
+
 def test_gradients_of_pixels_are_not_computed_in_float16(run, monkeypatch):
     teacher, context = setup_of(run)
     monkeypatch.setattr(trial, "fast_precisions", lambda device: ("float16", "bfloat16"))

@@ -5,7 +5,7 @@ import time
 import pytest
 import torch
 
-from kdpipe.stages.compute.trial import choose, is_worth_a_trial, time_in_turn
+from kdpipe.stages.compute.trial import choose, is_worth_a_trial, one_thread_clock, time_in_turn
 
 CPU = torch.device("cpu")
 
@@ -33,6 +33,13 @@ def test_times_are_in_turn_after_one_call_each():
 def test_slower_run_takes_longer():
     found = time_in_turn({"slow": lambda: time.sleep(0.02), "fast": lambda: None}, CPU)
     assert choose(found) == "fast"
+
+
+def test_on_one_thread_waiting_for_a_core_does_not_count(monkeypatch):
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
+    assert time_in_turn({"": lambda: time.sleep(0.02)}, CPU, clock=one_thread_clock(CPU))[""] < 0.01
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    assert one_thread_clock(CPU) is time.perf_counter
 
 
 def test_small_jobs_have_no_trial():

@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from support import user_losses
+from support import batch_norm_kernels, user_losses
 from support.device import DEVICE
 from support.tiny_run import STUDENT, tiny_context
 from support.two_processes import free_port, run_two_processes
@@ -52,6 +52,7 @@ from kdpipe.stages.runtime.collectives import all_gather_with_grad
 from kdpipe.stages.runtime.distributed import (
     SINGLE,
     ProcessGroup,
+    gradient_group,
     group_from_env,
     init_distributed,
     require_single_process,
@@ -170,6 +171,21 @@ def batch_norm_results(rows: slice) -> dict[str, Any]:
     }
 
 
+def results_by_kernels(rows: slice) -> dict[str, Any]:
+    """Batch norm's results with the kernels for GPUs, which formulas play here."""
+    torch.manual_seed(1)
+    norm, maps = nn.BatchNorm2d(3), 5 + 2 * torch.randn(NUM, 3, 2, 2)
+    nn.init.uniform_(norm.weight)
+    own = maps[rows].clone().requires_grad_()
+    with batch_norm_kernels.played(), batch_norm_over_processes(norm, twice_differentiable=False):
+        made = norm(own)
+        (made**3).sum().backward()
+        assert ("_Normalize" in str(made.grad_fn)) == dist.is_initialized()
+    found = {"made": made, "of_maps": own.grad, "of_weight": norm.weight.grad, "of_bias": norm.bias.grad}
+    buffers = {name: one.tolist() for name, one in norm.named_buffers()}
+    return {name: [] if one is None else one.flatten().tolist() for name, one in found.items()} | buffers
+
+
 class PartlyUnreadableLoader(ImageLoader):
     """A loader that leaves out every seventh image, as unreadable."""
 
@@ -236,6 +252,8 @@ def run_process(rank: int, folder: Path, port: str) -> None:
         found = {
             "agreement": agreement(processes),
             "batch_norm": batch_norm_results(rows),
+            "by_kernels": results_by_kernels(rows),
+            "by_kernels_of_one": results_by_kernels(slice(0) if rank == 0 else slice(None)),
             "trained": train_digest(processes, folder),
         }
         found["with_dropout"] = train_digest(processes, folder / "dropout", dropout=0.2)
@@ -299,6 +317,18 @@ def test_batch_norm_over_processes_equals_whole_batch(results: list[dict[str, An
         assert ours == pytest.approx(expected, rel=1e-5)
 
 
+@pytest.mark.parametrize("case", ["by_kernels", "by_kernels_of_one"])
+def test_batch_norm_by_kernels_equals_whole_batch(case: str, results: list[dict[str, Any]]) -> None:
+    whole, first, second = results_by_kernels(slice(None)), results[0][case], results[1][case]
+    for name in ("made", "of_maps"):
+        assert first[name] + second[name] == pytest.approx(whole[name], rel=1e-4, abs=1e-4), name
+    for name in ("of_weight", "of_bias"):
+        added = [one + other for one, other in zip(first[name], second[name], strict=True)]
+        assert added == pytest.approx(whole[name], rel=1e-4), name
+    for name in ("running_mean", "running_var", "num_batches_tracked"):
+        assert first[name] == second[name] == pytest.approx(whole[name], rel=1e-5), name
+
+
 @pytest.mark.parametrize("case", CASES)
 def test_loss_and_gradient_equal_those_of_one_process(case: str, results: list[dict[str, Any]]) -> None:
     whole = loss_and_gradient(case, slice(None))
@@ -336,6 +366,14 @@ def test_single_process_needs_no_communication() -> None:
     assert SINGLE.on_main(lambda: {1: object}) == {1: object}
     with init_distributed({}) as processes:
         assert processes == SINGLE
+
+
+def test_processes_connected_anew_get_new_groups(tmp_path: Path) -> None:
+    for name in ("first", "second"):
+        dist.init_process_group("gloo", init_method=f"file://{tmp_path / name}", rank=0, world_size=1)
+        ProcessGroup(0, 2).use_device(torch.device("cpu"))
+        dist.all_reduce(torch.ones(1), group=gradient_group())  # fails in a group that was destroyed
+        dist.destroy_process_group()
 
 
 def test_array_element_is_a_separate_job() -> None:

@@ -78,6 +78,13 @@ def test_original_images_are_loaded_without_a_view(equal, num_workers):
         assert batch.mixture is None
 
 
+def test_images_that_stay_on_the_host_are_the_same(equal, monkeypatch):
+    image_set, request = in_memory(equal), ViewRequest(shuffled(1)[:7], 2)
+    wanted = loader_of(image_set, MIXED_CROPS, 0).get(request).images
+    monkeypatch.setattr("kdpipe.stages.data.loader.image_loader._to_device_if_fits", lambda images, *rest: images)
+    assert torch.equal(loader_of(image_set, MIXED_CROPS, 0).get(request).images, wanted)
+
+
 def test_original_images_of_different_sizes_are_rejected(unequal):
     with pytest.raises(
         DataError, match=r"have different sizes: .*0\.png is 10 x 12, .*1\.png is 14 x 9: set data\.image_size"
