@@ -137,7 +137,7 @@ class Trial:
         Fewer images at once are tried where they do not fit into memory. Raises RecipeError where the recipe leaves no
         other candidate.
         """
-        size = self._num_timed
+        size = max(4, min(MAX_TIMED[self.context.device.type], self.num_images // 800))
         while True:
             try:
                 return self._faithful(candidates, size)
@@ -217,10 +217,6 @@ class Trial:
         features = errors["features"]
         bad = [name for name in features if self.config.precision == "auto" and features[name] > MAX_FEATURE_ERROR]
         return f"the relative error of {bad[0]} is {features[bad[0]]:.2g}" if bad else None
-
-    @property
-    def _num_timed(self) -> int:
-        return max(4, min(MAX_TIMED[self.context.device.type], self.num_images // 800))
 
     @cached_property
     def _first(self) -> tuple[Tensor, HardLabels]:
