@@ -7,12 +7,12 @@ float32 (`cache.max_kl`) is recorded in the new store, with its errors and its b
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -23,7 +23,7 @@ from kdpipe.stages.cache_teacher.inference import forward, hooked_layers, needs_
 from kdpipe.stages.cache_teacher.plan import CacheConfig, samples_in_row_order
 from kdpipe.stages.compute.settings import EXACT, ComputeSettings, fast_precisions
 from kdpipe.stages.compute.threads import fastest_count, max_threads, open_counts
-from kdpipe.stages.compute.trial import WORTH_A_TRIAL, choose, is_worth_a_trial, time_in_turn
+from kdpipe.stages.compute.trial import WORTH_A_TRIAL, choose, is_worth_a_trial, one_thread_clock, time_in_turn
 from kdpipe.stages.context import StageContext
 from kdpipe.stages.data.loader.image_loader import ViewRequest
 from kdpipe.stages.data.loader.labels import HardLabels, hard_labels_of
@@ -48,6 +48,8 @@ BATCH_SIZES = (16, 32, 64, 128, 256, 512, 1024)
 
 MAX_TIMED = {"cpu": 64, "cuda": 256}
 """Images of which each candidate is timed, at most."""
+
+K = TypeVar("K")
 
 MEMORY_SHARE = 0.25
 """The share of the memory that is free which a batch's activations may take."""
@@ -150,7 +152,7 @@ class Trial:
         dropped = self._failures(candidates)
         rows = self._rows(0, size)
         runs = {one: partial(self._run, one, rows) for one in candidates if one not in dropped}
-        seconds = time_in_turn(runs, self.context.device) if len(runs) > 1 else dict.fromkeys(runs, 0.0)
+        seconds = self._time(runs) if len(runs) > 1 else dict.fromkeys(runs, 0.0)
         while seconds:
             chosen, record = choose(seconds), {"dropped": {str(one): why for one, why in dropped.items()}}
             if chosen == EXACT:
@@ -175,7 +177,7 @@ class Trial:
         for size in sizes[1:]:
             runs = {one: partial(self._run, settings, self._rows(0, one)) for one in (best, size)}
             try:
-                seconds = time_in_turn(runs, self.context.device, rounds=2)
+                seconds = self._time(runs)
             except Exception as error:
                 if not is_out_of_memory(error):
                     raise
@@ -217,6 +219,10 @@ class Trial:
         features = errors["features"]
         bad = [name for name in features if self.config.precision == "auto" and features[name] > MAX_FEATURE_ERROR]
         return f"the relative error of {bad[0]} is {features[bad[0]]:.2g}" if bad else None
+
+    def _time(self, runs: Mapping[K, Callable[[], object]]) -> dict[K, float]:
+        device = self.context.device
+        return time_in_turn(runs, device, clock=one_thread_clock(device))
 
     @cached_property
     def _first(self) -> tuple[Tensor, HardLabels]:

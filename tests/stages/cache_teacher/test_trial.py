@@ -49,7 +49,7 @@ def always_a_trial(monkeypatch):
     """Every job is large, and all candidates but the exact one are fast."""
     monkeypatch.setattr(trial, "WORTH_A_TRIAL", {"cpu": 1.0})
     monkeypatch.setattr(trial, "is_worth_a_trial", lambda *_: True)
-    monkeypatch.setattr(trial, "time_in_turn", lambda runs, device, rounds=3: made_up(runs))
+    monkeypatch.setattr(trial, "time_in_turn", lambda runs, device, **_: made_up(runs))
 
 
 def made_up(runs):
@@ -230,7 +230,7 @@ def test_a_device_without_the_precision_does_not_continue(run, tmp_path, monkeyp
 def test_batch_size_is_doubled_while_that_pays(run, monkeypatch):
     teacher, context = setup_of(run)
 
-    def seconds(runs, device, rounds):
+    def seconds(runs, device, **_):
         return {size: size / {16: 1, 32: 1.2, 64: 1.5, 128: 1.52}[size] for size in runs}
 
     monkeypatch.setattr(trial, "time_in_turn", seconds)
