@@ -25,10 +25,10 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as the command line does
 
 import torch
 
-from kdpipe.pipeline.steps import cache_teacher
 from kdpipe.stages.cache_teacher import trial
+from kdpipe.stages.cache_teacher.cache import fill_store
 from kdpipe.stages.cache_teacher.choice import settings_of, with_settings
-from kdpipe.stages.cache_teacher.plan import CacheConfig, plan_store, samples_in_row_order
+from kdpipe.stages.cache_teacher.plan import CacheConfig, build_cache_job, plan_store, samples_in_row_order
 from kdpipe.stages.compute.settings import EXACT, ComputeSettings, fast_precisions
 from kdpipe.stages.context import StageContext
 from kdpipe.stages.data.image_set import ImageSet
@@ -155,13 +155,13 @@ def rate(
     context: StageContext,
     clock: Callable[[], float],
 ) -> float:
-    """Return the images a second of filling a new store, computed like another one: without a trial of its own."""
-    path, like = context.run_dir / "store.zarr", context.run_dir / f"{way}.zarr"
-    samples = samples_in_row_order(context)
+    """Return the images a second of filling a new store: passes, checks, encoding, writing and committing."""
+    path, samples = context.run_dir / "store.zarr", samples_in_row_order(context)
     planned = plan_store(config, teacher, [], samples, context)
-    ensure_store(like, planned, samples, lambda new: with_settings(new, way, {}))
+    manifest = ensure_store(path, planned, samples, lambda new: with_settings(new, way, {}))
+    job = build_cache_job(config, path, manifest, teacher, context)
     started = clock()
-    cache_teacher(config, path, teacher, [], context, like=like)
+    fill_store(job, manifest.layout.units())
     seconds = clock() - started
     shutil.rmtree(path)
     return context.train_set.num_samples / seconds

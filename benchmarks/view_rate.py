@@ -10,16 +10,20 @@ with a batch of uint8 images in the main process; they alternate in one process,
 from __future__ import annotations
 
 import argparse
+import os
 import statistics
 import time
 from collections.abc import Callable, Iterator
 from operator import attrgetter
+
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as the command line does
 
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import v2
 
+from kdpipe.stages.compute.threads import max_threads, set_up_threads
 from kdpipe.stages.data.image_set import ImageSet
 from kdpipe.stages.data.loader.image_loader import ImageLoader, ViewRequest
 from kdpipe.stages.runtime.memory import disable_malloc_trim
@@ -50,7 +54,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=5)
     rounds = parser.parse_args().rounds
-    disable_malloc_trim()  # as the command line does
+    disable_malloc_trim()  # both as the command line does
+    set_up_threads(None)
     images = torch.randint(256, (NUM_IMAGES, 3, 32, 32), dtype=torch.uint8)
     ours, baseline = tensor_engine(images), one_by_one(images)
     rates: dict[str, list[float]] = {"ours": [], "baseline": []}
@@ -60,7 +65,7 @@ def main() -> None:
             if number:  # the first round warms up workers and memory
                 rates[name].append(found)
     ratios = [own / other for own, other in zip(rates["ours"], rates["baseline"], strict=True)]
-    print(f"crop and flip at 32x32, batches of {BATCH_SIZE}, {torch.get_num_threads()} CPU threads")
+    print(f"crop and flip at 32x32, batches of {BATCH_SIZE}, up to {max_threads()} CPU threads")
     print(f"  tensor engine                        {statistics.median(rates['ours']):11,.0f} images/s")
     print(f"  torchvision v2, {NUM_WORKERS} DataLoader workers  {statistics.median(rates['baseline']):11,.0f} images/s")
     print(f"  ratio {statistics.median(ratios):.1f}")

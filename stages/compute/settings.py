@@ -45,7 +45,7 @@ class ComputeSettings:
         if self.memory_format == "channels_last":
             for tensor in _tensors(model):
                 if tensor.dim() == 4:  # others have no such format
-                    tensor.data = tensor.data.contiguous(memory_format=torch.channels_last)
+                    tensor.data = tensor.data.to(memory_format=torch.channels_last)  # one channel: strides too
 
     @contextmanager
     def placed(self, model: nn.Module) -> Iterator[None]:

@@ -280,7 +280,7 @@ def test_a_large_job_uses_one_thread_or_all_for_the_same_bits(run, tmp_path, mon
     before, used = torch.get_num_threads(), []
     for module in (threads, cache):
         monkeypatch.setattr(module, "num_cores", lambda: 2)
-    monkeypatch.setattr(threads, "time_in_turn", lambda runs, device: made_up(runs))
+    monkeypatch.setattr(threads, "_seconds", lambda count, run: (run(), 1 / count)[1])
     monkeypatch.setattr(inference, "forward", lambda *given: used.append(torch.get_num_threads()) or forward(*given))
     teacher, context = setup_of(run)
     try:
