@@ -38,7 +38,7 @@ from kdpipe.stages.runtime.memory import disable_malloc_trim
 from kdpipe.stages.targets.feature_spec import FeatureSpec
 from kdpipe.stages.views.config import Views
 
-CONFIG = CacheConfig(shard_bytes=8 * 2**20)
+CONFIG = CacheConfig(shard_bytes=8 * 2**20, batch_size=256)
 """Shards of an eighth of the default size: a round has as many units as a real job, and more files per byte."""
 
 TARGETS = {"logits": 0.97, "logits and a layer's maps": 0.90}
