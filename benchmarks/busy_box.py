@@ -161,8 +161,8 @@ def step(folder: Path) -> None:
 
 
 def teachers_pass(folder: Path) -> None:
-    config = CacheConfig()
-    context = make_context(folder, Turns(config.batch_size))
+    config = CacheConfig(batch_size=256)
+    context = make_context(folder, Turns(256))
     chosen = ModelConfig(name="resnet32x4")
     teacher = ModelBundle(context.build_model(chosen, 0).eval(), context.architecture(chosen), NORMALIZE)
     cache_teacher(config, folder / "store.zarr", teacher, [], context)

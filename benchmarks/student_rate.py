@@ -1,6 +1,6 @@
 """Compare a student's steps with a bare loop of the same network, and with other precisions and memory formats.
 
-    uv run python benchmarks/student_rate.py [resnet8x4 cnn ...] [--batch-size N] [--steps N] [--rounds N]
+    uv run python benchmarks/student_rate.py [resnet8x4 cnn ...] [--batch-size N] [--steps N] [--rounds N] [--compile]
 
 Each variant is the real training loop that distills the student from stored logits, timed from step to step: images
 in their views, targets from the store, learning rate, progress. After each step a bare one of another copy of the
@@ -66,18 +66,22 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, default=64)
     parser.add_argument("--steps", type=int, default=8, help="timed steps of a round")
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--compile", action="store_true", help="each variant compiled too, which takes minutes")
     arguments = parser.parse_args()
     disable_malloc_trim()  # as the command line does
     for name in arguments.networks:
         with tempfile.TemporaryDirectory() as folder:
-            measure(name, Path(folder), arguments.batch_size, arguments.steps, arguments.rounds)
+            measure(name, Path(folder), arguments)
 
 
-def measure(name: str, folder: Path, batch_size: int, num_steps: int, num_rounds: int) -> None:
+def measure(name: str, folder: Path, arguments: argparse.Namespace) -> None:
+    batch_size, num_steps, num_rounds = arguments.batch_size, arguments.steps, arguments.rounds
     job = make_job(NETWORKS[name], folder, batch_size, WARM_UP + num_steps)
     device = job.task.loader.device
     precisions = ["float32", *fast_precisions(device)]
     variants = [ComputeSettings(one, form) for one in precisions for form in ("contiguous", "channels_last")]
+    if arguments.compile:
+        variants += [replace(one, compile=True) for one in variants]
     times: dict[ComputeSettings, list[tuple[float, float]]] = {settings: [] for settings in variants}
     for number in range(num_rounds):
         for settings in variants:
@@ -85,11 +89,11 @@ def measure(name: str, folder: Path, batch_size: int, num_steps: int, num_rounds
     own = {settings: statistics.median(step for step, _ in pairs) for settings, pairs in times.items()}
     where = torch.cuda.get_device_name() if device.type == "cuda" else f"{torch.get_num_threads()} CPU threads"
     print(f"{name}, batches of {batch_size}, {where}")
-    print(f"  {'':<26} {'a step':>10} {'of the bare loop':>17} {'of float32, contiguous':>23}")
+    print(f"  {'':<34} {'a step':>10} {'of the bare loop':>17} {'of float32, contiguous':>23}")
     for settings, pairs in times.items():
         ratio = statistics.median(bare / step for step, bare in pairs)
-        text = f"{settings.precision}, {settings.memory_format}"
-        print(f"  {text:<26} {1000 * own[settings]:>7.2f} ms {ratio:17.3f} {own[EXACT] / own[settings]:23.2f}")
+        text = f"{settings.precision}, {settings.memory_format}{', compiled' if settings.compile else ''}"
+        print(f"  {text:<34} {1000 * own[settings]:>7.2f} ms {ratio:17.3f} {own[EXACT] / own[settings]:23.2f}")
     auto = choose({one: own[one] for one in candidates(job, device)})
     print(f"  auto takes {auto.precision}, {auto.memory_format} in a training that is worth a trial", flush=True)
 
@@ -122,7 +126,7 @@ def step_times(job: TrainJob, settings: ComputeSettings, folder: Path) -> list[t
     """Return the seconds of each step of the training loop and of the bare step after it; none is saved."""
     folder.mkdir(exist_ok=True)
     device = job.task.loader.device
-    config = replace(job.config, precision=settings.precision, memory_format=settings.memory_format)
+    config = replace(job.config, **settings.to_json())
     bare, times = bare_step(job, settings, device), list[tuple[float, float]]()
     started = now(device)
 
@@ -141,6 +145,7 @@ def step_times(job: TrainJob, settings: ComputeSettings, folder: Path) -> list[t
 def bare_step(job: TrainJob, settings: ComputeSettings, device: torch.device) -> Callable[[], None]:
     model, config = clone_without_hooks(job.model).train(), job.config
     settings.place(model)
+    network = torch.compile(model) if settings.compile else model
     batch = next(job.task.stream(0, config.batch_size, epoch=0, step=0, epochs=1))
     images, labels, targets = settings.place_images(batch.images), batch.hard.labels, batch.teachers[0].logits_at(1.0)
     p_teacher = F.softmax(targets / T, dim=1)
@@ -151,7 +156,7 @@ def bare_step(job: TrainJob, settings: ComputeSettings, device: torch.device) ->
     def step() -> None:
         optimizer.zero_grad(set_to_none=True)
         with settings.active(device):
-            logits = model(images).float()
+            logits = network(images).float()
             log_p = F.log_softmax(logits / T, dim=1)
             loss = F.cross_entropy(logits, labels) + T * T * F.kl_div(log_p, p_teacher, reduction="batchmean")
         loss.backward()

@@ -1,11 +1,12 @@
 """Measure the teacher's rate by precision and memory format: `cache-teacher` with storing, against eager float32.
 
-    uv run python benchmarks/teacher_rate.py [resnet32x4] [resnet50] [vit_b_16] [efficientnet_lite0] [--images N]
+    uv run python benchmarks/teacher_rate.py [resnet32x4] [resnet50] [vit_b_16] [...] [--images N] [--compile]
 
 All ways fill new stores with the same images, in turn in one process, and the last one as `auto` chooses by its trial,
 which is not counted: it is a small part of a long job. The ratio is the median over the rounds of the rates, to float32
 and contiguous. The share of the peak is that of this machine's own matrix products of that precision, measured in the
-same run. The images and weights are random: their content does not change the cost.
+same run. The images and weights are random: their content does not change the cost. On a machine with other jobs
+`--clock cpu` counts this process's time on the CPU alone.
 """
 
 from __future__ import annotations
@@ -16,17 +17,18 @@ import shutil
 import statistics
 import tempfile
 import time
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as the command line does
 
 import torch
 
-from kdpipe.pipeline.steps import cache_teacher
 from kdpipe.stages.cache_teacher import trial
+from kdpipe.stages.cache_teacher.cache import fill_store
 from kdpipe.stages.cache_teacher.choice import settings_of, with_settings
-from kdpipe.stages.cache_teacher.plan import CacheConfig, plan_store, samples_in_row_order
+from kdpipe.stages.cache_teacher.plan import CacheConfig, build_cache_job, plan_store, samples_in_row_order
 from kdpipe.stages.compute.settings import EXACT, ComputeSettings, fast_precisions
 from kdpipe.stages.context import StageContext
 from kdpipe.stages.data.image_set import ImageSet
@@ -42,6 +44,8 @@ from kdpipe.store import ensure_store
 
 MIN_GAIN = 2.0
 """The least ratio of `auto` to float32 for the networks on 224 x 224 pixels, where there is bfloat16 in hardware."""
+
+CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
 
 GEMM_SIZE = {"cpu": 1024, "cuda": 8192}
 
@@ -71,12 +75,14 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--device", default="auto")
+    parser.add_argument("--clock", choices=CLOCKS, default="wall")
+    parser.add_argument("--compile", action="store_true", help="each way compiled too, which takes minutes")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     disable_malloc_trim()  # as the command line does
     device = choose_device(arguments.device)
     where = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{arguments.threads} CPU threads"
-    peaks = {one: gemm_rate(one, device) for one in ("float32", *fast_precisions(device))}
+    peaks = {one: gemm_rate(one, device, CLOCKS[arguments.clock]) for one in ("float32", *fast_precisions(device))}
     shown = ", ".join(f"{one} {rate / 1e12:.3g} TFLOP/s" for one, rate in peaks.items())
     print(f"{where}, torch {torch.__version__}; matrix products: {shown}\n")
     print("| teacher | computed in | images/s | ratio | share of the peak | |\n|---|---|---:|---:|---:|---|")
@@ -85,16 +91,18 @@ def main() -> None:
             measure(name, Path(folder), device, peaks, arguments)
 
 
-def gemm_rate(precision: str, device: torch.device) -> float:
-    """Return the operations a second of a large matrix product."""
-    size = GEMM_SIZE[device.type]
+def gemm_rate(precision: str, device: torch.device, clock: Callable[[], float]) -> float:
+    """Return the operations a second of a large matrix product, at best."""
+    size, times_s = GEMM_SIZE[device.type], []
     settings = ComputeSettings(precision)  # type: ignore[arg-type]
-    one, other = (torch.randn(size, size, device=device) for _ in range(2))
-    if settings.autocast_dtype is not None:
-        one, other = one.to(settings.autocast_dtype), other.to(settings.autocast_dtype)
+    one, other = (torch.randn(size, size, device=device, dtype=settings.autocast_dtype) for _ in range(2))
     with settings.active(device):
-        seconds = trial.time_in_turn({precision: lambda: one @ other}, device, rounds=5)
-    return 2 * size**3 / seconds[precision]
+        for _ in range(6):
+            started = clock()
+            product = one @ other
+            float(product[0, 0])  # waits for a GPU
+            times_s.append(clock() - started)
+    return 2 * size**3 / min(times_s)
 
 
 def measure(
@@ -106,11 +114,13 @@ def measure(
     flops = 2 * count_macs(teacher.model, context.image_shape)
     config = CacheConfig(batch_size=arguments.batch_size, max_kl=1e-2)
     ways = [ComputeSettings(one, other) for one in peaks for other in ("contiguous", "channels_last")]  # type: ignore[arg-type]
+    if arguments.compile:
+        ways += [replace(way, compile=True) for way in ways]
     chosen = auto(config, teacher, context)
     rates: dict[ComputeSettings, list[float]] = {way: [] for way in ways}
     for number in range(arguments.rounds + 1):
         for way in ways if number % 2 else ways[::-1]:
-            rates[way].append(rate(config, way, teacher, context))
+            rates[way].append(rate(config, way, teacher, context, CLOCKS[arguments.clock]))
     for way in ways:
         own = rates[way][1:]  # the first round warms up
         ratio = statistics.median(one / exact for one, exact in zip(own, rates[EXACT][1:], strict=True))
@@ -138,15 +148,21 @@ def auto(config: CacheConfig, teacher: ModelBundle, context: StageContext) -> Co
         trial.WORTH_A_TRIAL, trial.is_worth_a_trial = before, is_large
 
 
-def rate(config: CacheConfig, way: ComputeSettings, teacher: ModelBundle, context: StageContext) -> float:
-    """Return the images a second of filling a new store, computed like another one: without a trial of its own."""
-    path, like = context.run_dir / "store.zarr", context.run_dir / f"{way}.zarr"
-    samples = samples_in_row_order(context)
+def rate(
+    config: CacheConfig,
+    way: ComputeSettings,
+    teacher: ModelBundle,
+    context: StageContext,
+    clock: Callable[[], float],
+) -> float:
+    """Return the images a second of filling a new store: passes, checks, encoding, writing and committing."""
+    path, samples = context.run_dir / "store.zarr", samples_in_row_order(context)
     planned = plan_store(config, teacher, [], samples, context)
-    ensure_store(like, planned, samples, lambda new: with_settings(new, way, {}))
-    started = time.perf_counter()
-    cache_teacher(config, path, teacher, [], context, like=like)
-    seconds = time.perf_counter() - started
+    manifest = ensure_store(path, planned, samples, lambda new: with_settings(new, way, {}))
+    job = build_cache_job(config, path, manifest, teacher, context)
+    started = clock()
+    fill_store(job, manifest.layout.units())
+    seconds = clock() - started
     shutil.rmtree(path)
     return context.train_set.num_samples / seconds
 

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import torch
+
 from kdpipe.pipeline.recipe.load import trainings_of
 from kdpipe.pipeline.run import Run
+from kdpipe.stages.cache_teacher.choice import COMPILE as CACHE_COMPILE
 from kdpipe.stages.compress.compress import CompressConfig, dry_run, is_done
-from kdpipe.stages.compute.compiled import require_compiler
+from kdpipe.stages.compute.compiled import require_compiler, require_traceable
 from kdpipe.stages.context import StageContext
 from kdpipe.stages.distillation.student_config import ALONE, DISTILLED, StudentConfig, student_folder
 from kdpipe.stages.distillation.task_builder import build_student
@@ -15,6 +18,7 @@ from kdpipe.stages.teacher import TeacherConfig, build_teacher, teacher_folder
 from kdpipe.stages.training.class_balance import class_weights
 from kdpipe.stages.training.job_dir import JobDir
 from kdpipe.stages.training.preflight import try_network
+from kdpipe.stages.training.set_up import require_compilable
 
 
 def preflight(run: Run, *, with_teacher: bool = True, compresses: bool = True) -> None:
@@ -32,12 +36,15 @@ def preflight(run: Run, *, with_teacher: bool = True, compresses: bool = True) -
     recipe, context = run.recipe, run.context
     for where, training in trainings_of(recipe).items():
         if training.compile:
-            require_compiler(context.device, f"{where}.compile")
-    if recipe.cache.compile:
-        require_compiler(context.device, "cache.compile")
+            require_compilable(f"{where}.compile", context.device, context.process_group.count)
         class_weights(training, context.train_set.labels, context.train_set.num_classes)
+    if recipe.cache.compile:
+        require_compiler(context.device, CACHE_COMPILE)
     if with_teacher:
-        try_teacher(recipe.teacher, build_teacher(recipe.teacher, recipe.seed, context), context)
+        teacher = build_teacher(recipe.teacher, recipe.seed, context)
+        if recipe.cache.compile:
+            require_traceable(teacher.model.eval(), torch.zeros(2, *context.image_shape), CACHE_COMPILE)
+        try_teacher(recipe.teacher, teacher, context)
     seed = recipe.student.seeds[0]
     student = build_student(recipe.student, seed, context)
     for kind in [ALONE] * recipe.student.baseline + [DISTILLED]:

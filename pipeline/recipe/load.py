@@ -48,8 +48,8 @@ class Recipe:
         seed: Seed of the teacher; each student has its own (student.seeds), and views have theirs (views.seed).
         device: auto (the freest GPU, or the first that CUDA_VISIBLE_DEVICES leaves; the CPU without one), cpu, cuda or
             cuda:N.
-        num_threads: CPU threads of each operation; by default OMP_NUM_THREADS, else what is fastest for each kind of work,
-            up to the cores that this process may use. Networks of a few thousand parameters train fastest on one.
+        num_threads: CPU threads of each operation; by default OMP_NUM_THREADS, else what is fastest for each kind of
+            work, up to the cores that this process may use. Networks of a few thousand parameters train fastest on one.
         gpu_memory_fraction: Fraction of the GPU's memory that this job may use; beyond it, it is out of memory.
         callbacks: What observes every training: csv, tensorboard, wandb, mlflow, trackio and others, or
             "python:MODULE:CLASS"; a table of name and arguments where it has some.

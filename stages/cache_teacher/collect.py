@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -23,6 +23,16 @@ MEASURED_ROWS = 64
 
 
 @dataclass(frozen=True)
+class _Batch:
+    """Rows of a unit on their way to the host; `exact` is on the device, by array."""
+
+    rows: slice
+    ids: Tensor
+    exact: dict[str, Tensor]
+    copies: Download
+
+
+@dataclass(frozen=True)
 class UnitOutputs:
     """The teacher's outputs on a unit, on the host.
 
@@ -31,12 +41,14 @@ class UnitOutputs:
         logits: float32 [n, C].
         features: By array, [n, ...] in the store's type.
         samples: By array, its first rows in float32: they represent the unit, as maps are large, and errors alike.
+        waiting: Batches that have not been checked yet.
     """
 
     unit: Unit
     logits: Tensor
     features: dict[str, Tensor]
     samples: dict[str, Tensor]
+    waiting: deque[_Batch] = field(default_factory=deque)
 
     @staticmethod
     def empty(manifest: Manifest, unit: Unit, logits: Tensor, features: Mapping[str, Tensor]) -> UnitOutputs:
@@ -50,7 +62,13 @@ class UnitOutputs:
         return UnitOutputs(unit, empty(logits, unit.num_rows), stored, samples)
 
     def encode(self, manifest: Manifest, names: Sequence[str]) -> tuple[dict[str, NDArray[Any]], dict[str, Any]]:
-        """Return the rows of the arrays `names` in the store's types, and their encoding errors."""
+        """Return the rows of the arrays `names` in the store's types, and their encoding errors.
+
+        Raises:
+            NotFiniteError: There is NaN, infinity or overflow; the message names samples.
+        """
+        while self.waiting:
+            self.check_next(manifest)
         rows = {name: self.features[name].numpy() for name in names if name in self.features}
         fidelity = {name: self._measure(name) for name in rows}
         logits_arrays = [name for name in names if name not in self.features]
@@ -64,20 +82,20 @@ class UnitOutputs:
         fidelity["logits"] = measure_topk(exact, packed, manifest.top_k)
         return {**rows, **{name: packed[name] for name in logits_arrays}}, fidelity
 
+    def check_next(self, manifest: Manifest) -> None:
+        """Wait for the rows of the next batch; raises NotFiniteError if some are not finite in the store's type."""
+        batch = self.waiting.popleft()
+        batch.copies.wait()
+        logits = self.logits[batch.rows].to(_dtype(manifest, "logits"))
+        stored = {"logits": logits, **{name: values[batch.rows] for name, values in self.features.items()}}
+        for name, values in stored.items():
+            if not all_finite(values.numpy()):
+                raise _not_finite(name, values, batch.exact[name], batch.ids, self.unit)
+
     def _measure(self, name: str) -> dict[str, Any]:
         sample = self.samples[name]
         stored = self.features[name][: len(sample)].float()  # numpy's conversion takes several times as long
         return measure_features(sample.numpy(), stored.numpy())
-
-
-@dataclass(frozen=True)
-class _Batch:
-    """Rows of a unit on their way to the host; `exact` is on the device, by array."""
-
-    rows: slice
-    ids: Tensor
-    exact: dict[str, Tensor]
-    copies: Download
 
 
 def collect_unit(
@@ -85,23 +103,24 @@ def collect_unit(
 ) -> UnitOutputs:
     """Gather the rows of a unit, each batch copied from a GPU, and checked, while the next one is computed.
 
+    The last one may still be on its way: `encode` waits for it, so that the next unit can begin.
+
     Raises:
         NotFiniteError: There is NaN, infinity or overflow; the message names samples.
     """
     outputs: UnitOutputs | None = None
-    waiting: deque[_Batch] = deque()
     start = 0
     for ids, found in batches:
         exact = {feature.array: compute_statistic(feature, found.features[feature.source]) for feature in required}
         if outputs is None:
             outputs = UnitOutputs.empty(manifest, unit, found.logits, exact)
-        waiting.append(_send(outputs, slice(start, start + len(ids)), ids, {"logits": found.logits.float(), **exact}))
+        outputs.waiting.append(
+            _send(outputs, slice(start, start + len(ids)), ids, {"logits": found.logits.float(), **exact})
+        )
         start += len(ids)
-        if len(waiting) > found.logits.is_cuda:
-            _check(outputs, waiting.popleft(), manifest)
+        if len(outputs.waiting) > found.logits.is_cuda:
+            outputs.check_next(manifest)
     assert outputs is not None, "a unit has at least one row"
-    while waiting:
-        _check(outputs, waiting.popleft(), manifest)
     return outputs
 
 
@@ -112,16 +131,6 @@ def _send(outputs: UnitOutputs, rows: slice, ids: Tensor, exact: dict[str, Tenso
     if not rows.start:
         copies += [(sample, exact[name][: len(sample)]) for name, sample in outputs.samples.items()]
     return _Batch(rows, ids, exact, download(copies, exact["logits"].device))
-
-
-def _check(outputs: UnitOutputs, batch: _Batch, manifest: Manifest) -> None:
-    """Wait for the rows of a batch; raises NotFiniteError if some are not finite in the store's type."""
-    batch.copies.wait()
-    logits = outputs.logits[batch.rows].to(_dtype(manifest, "logits"))
-    stored = {"logits": logits, **{name: values[batch.rows] for name, values in outputs.features.items()}}
-    for name, values in stored.items():
-        if not all_finite(values.numpy()):
-            raise _not_finite(name, values, batch.exact[name], batch.ids, outputs.unit)
 
 
 def _dtype(manifest: Manifest, name: str) -> torch.dtype:

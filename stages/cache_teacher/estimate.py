@@ -16,6 +16,7 @@ from kdpipe.stages.cache_teacher.choice import DEFAULT_BATCH_SIZE, batch_size_of
 from kdpipe.stages.cache_teacher.inference import hooked_layers, iter_teacher_outputs
 from kdpipe.stages.cache_teacher.plan import CacheConfig, free_bytes, plan_store, samples_in_row_order
 from kdpipe.stages.compute.settings import ComputeSettings
+from kdpipe.stages.compute.threads import CheckedThreads, max_threads
 from kdpipe.stages.context import StageContext
 from kdpipe.stages.data.loader.image_loader import ViewRequest
 from kdpipe.stages.models.bundle import ModelBundle
@@ -109,7 +110,8 @@ def probe(
     wanted = _batch_size(config)
     num_probed = min(context.train_set.num_samples, NUM_PROBES * wanted)
     batch_size = min(wanted, -(-num_probed // 2))
-    times_s = []
+    times_s: list[float] = []
+    threads = CheckedThreads(max_threads()) if context.device.type == "cpu" else None
     with (
         teacher.compute.placed(teacher.model),
         torch.autocast(context.device.type, enabled=False),
@@ -119,7 +121,13 @@ def probe(
             started = time.perf_counter()
             request = ViewRequest(torch.arange(start, start + batch_size), 0)
             batches = iter_teacher_outputs(
-                extractor, teacher, [request], context.train_loader, monitor=context.monitor, features=layers
+                extractor,
+                teacher,
+                [request],
+                context.train_loader,
+                monitor=context.monitor,
+                features=layers,
+                threads=threads,
             )
             for _, outputs in batches:
                 outputs.logits.float().cpu()

@@ -6,6 +6,8 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
+import torch
+from torch import Tensor
 
 from kdpipe.stages.models.hooks import ModelOutput
 from kdpipe.stages.targets.feature_spec import FeatureSpec, compute_statistic
@@ -27,8 +29,8 @@ def compare(
         for rows, outputs in zip(logits, both, strict=True):
             rows.append(outputs.logits.double().cpu().numpy())
         for feature in layers:
-            own, other = (compute_statistic(feature, outputs.features[feature.source]).double() for outputs in both)
-            squares[feature.array] += [float((other - own).square().sum()), float(own.square().sum())]
+            own, other = (compute_statistic(feature, outputs.features[feature.source]) for outputs in both)
+            squares[feature.array] += [_squared(other - own), _squared(own)]
     exact, found = np.concatenate(logits[0]), np.concatenate(logits[1])
     if not np.isfinite(found).all() or not all(np.isfinite(one).all() for one in squares.values()):
         return None
@@ -39,6 +41,10 @@ def compare(
         "largest_error": _rounded(np.abs(found - exact).max()),
         "features": {name: _rounded((error / max(total, 1e-30)) ** 0.5) for name, (error, total) in squares.items()},
     }
+
+
+def _squared(values: Tensor) -> float:
+    return float(values.square().sum(dtype=torch.float64))
 
 
 def _rounded(value: float) -> float:

@@ -82,7 +82,7 @@ def decide(
         if is_large and config.batch_size == "auto":
             record["batch_size"] = trial.batch_size(found, planned.layout.unit_rows)
         if is_large and context.device.type == "cpu" and max_threads() > 1:
-            record["threads"] = trial.num_threads(found)
+            record["threads"] = trial.num_threads(found, record.get("batch_size", config.batch_size))
     decided = with_settings(planned, replace(found, compile=config.compile), {"device": context.device.type, **record})
     inexact = {name: error for name, error in record.get("features", {}).items() if error > MAX_FEATURE_ERROR}
     for name, error in inexact.items():
@@ -134,17 +134,28 @@ class Trial:
     def faithful(self, candidates: Sequence[ComputeSettings]) -> tuple[ComputeSettings, dict[str, Any]]:
         """Return the fastest of the candidates whose outputs are those in float32, and the record of its errors.
 
-        Raises RecipeError where the recipe leaves no other.
+        Fewer images at once are tried where they do not fit into memory. Raises RecipeError where the recipe leaves no
+        other candidate.
         """
+        size = self._num_timed
+        while True:
+            try:
+                return self._faithful(candidates, size)
+            except Exception as error:
+                if size == 1 or not is_out_of_memory(error):
+                    raise
+            size //= 2
+
+    def _faithful(self, candidates: Sequence[ComputeSettings], size: int) -> tuple[ComputeSettings, dict[str, Any]]:
         dropped = self._failures(candidates)
-        rows = self._rows(0, self._num_timed)
+        rows = self._rows(0, size)
         runs = {one: partial(self._run, one, rows) for one in candidates if one not in dropped}
         seconds = time_in_turn(runs, self.context.device) if len(runs) > 1 else dict.fromkeys(runs, 0.0)
         while seconds:
             chosen, record = choose(seconds), {"dropped": {str(one): why for one, why in dropped.items()}}
             if chosen == EXACT:
                 return chosen, record if dropped else {}
-            errors = compare(self._pairs(chosen), self.layers, self.config.temperatures)
+            errors = compare(self._pairs(chosen, size), self.layers, self.config.temperatures)
             fault = self._fault(errors)
             if errors is not None and fault is None:
                 return chosen, {**errors, **(record if dropped else {})}
@@ -174,16 +185,17 @@ class Trial:
             best = size
         return best
 
-    def num_threads(self, settings: ComputeSettings) -> int:
+    def num_threads(self, settings: ComputeSettings, batch_size: int) -> int:
         """Return the number of CPU threads for networks whose last bits depend on it."""
-        return fastest_count(open_counts(), partial(self._run, settings, self._rows(0, self._num_timed)))
+        rows = self._rows(0, min(batch_size, MAX_TIMED["cpu"]))
+        return fastest_count(open_counts(), partial(self._run, settings, rows))
 
     def _failures(self, candidates: Sequence[ComputeSettings]) -> dict[ComputeSettings, str]:
         """Return why some candidates do not run at all; raises what float32 raises."""
         failures: dict[ComputeSettings, str] = {}
         for settings in candidates:
             try:
-                self._run(settings, self._rows(0, 2))
+                self._run(settings, self._rows(0, 1))
             except StoppedEarly:
                 raise
             except Exception as error:
@@ -243,11 +255,11 @@ class Trial:
         labels = rows[1] if needs_labels(self.layers) else None
         return forward(extractor, replace(bundle, compute=settings), rows[0], labels)
 
-    def _pairs(self, settings: ComputeSettings) -> Iterator[tuple[ModelOutput, ModelOutput]]:
+    def _pairs(self, settings: ComputeSettings, size: int) -> Iterator[tuple[ModelOutput, ModelOutput]]:
         """Yield the outputs in float32 and in `settings`, batch by batch."""
-        size = min(self._num_timed, len(self._first[0]))
-        for start in range(0, len(self._first[0]), size):
-            rows = self._rows(start, min(start + size, len(self._first[0])))
+        count = len(self._first[0])
+        for start in range(0, count, size):
+            rows = self._rows(start, min(start + size, count))
             yield self._run(EXACT, rows), self._run(settings, rows)
 
     @torch.no_grad()

@@ -18,6 +18,7 @@ from kdpipe.stages.compress.pruning.prune import PruneConfig, Pruned, prune
 from kdpipe.stages.compress.pruning.sparsity import masks_of
 from kdpipe.stages.compress.pruning.widths import record_widths
 from kdpipe.stages.compress.resume import PrunedCheckpoint, TrainedModel, load_pruned, pruned_path, save_pruned
+from kdpipe.stages.compute.threads import max_threads
 from kdpipe.stages.distillation.adapters import save_adapters
 from kdpipe.stages.evaluation.evaluate import evaluate
 from kdpipe.stages.evaluation.latency import measure_latency
@@ -215,7 +216,7 @@ def latency_share(full: nn.Module, image_shape: tuple[int, int, int]) -> Callabl
             paths["full"].write_bytes(exported[0])
             export_onnx(candidate, example, paths["candidate"], metadata={})
             found = measure_latency(
-                paths, image_shape, [LATENCY_BATCH_SIZE], num_rounds=LATENCY_ROUNDS, num_threads=torch.get_num_threads()
+                paths, image_shape, [LATENCY_BATCH_SIZE], num_rounds=LATENCY_ROUNDS, num_threads=max_threads()
             )
         return found["candidate"][LATENCY_BATCH_SIZE].p50_ms / found["full"][LATENCY_BATCH_SIZE].p50_ms
 

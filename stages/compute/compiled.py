@@ -76,7 +76,8 @@ def require_compiler(device: torch.device, key: str) -> None:
 
 def require_traceable(model: nn.Module, images: Tensor, key: str) -> None:
     """Trace a network as torch.compile will. Raises RecipeError, naming the recipe key, if it is not one graph."""
-    compiled(model, images.device, key=key, backend="eager")(images)
+    with torch.no_grad():
+        compiled(model, images.device, key=key, backend="eager")(images)
 
 
 def _with_own_code(function: Callable[..., T]) -> Callable[..., T]:

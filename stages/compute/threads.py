@@ -7,20 +7,19 @@ thread or to all. Work whose last bits depend on it keeps its number.
 
 from __future__ import annotations
 
+import math
 import os
 import time
 from collections import deque
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
-from functools import partial
 from itertools import chain
 from statistics import median_low
 from typing import TypeVar
 
 import torch
 
-from kdpipe.stages.compute.trial import choose, time_in_turn
 from kdpipe.stages.runtime.cpu import affinity_cores, num_cores, omp_num_threads
 
 T = TypeVar("T")
@@ -34,16 +33,14 @@ NUM_TIMES = 3
 MIN_THREAD_GAIN = 1.1
 """More threads must be this many times as fast as fewer."""
 
-CPU = torch.device("cpu")
-
 _limit: ContextVar[int | None] = ContextVar("limit", default=None)
 """The largest number of threads that jobs may choose; None where the user chose the number, which is then torch's."""
 
 
 def set_up_threads(count: int | None) -> None:
-    """Use `count` CPU threads for each operation; None leaves the number to each job, up to the process's cores."""
+    """Use `count` CPU threads for each operation; None is one, and jobs choose more, up to the process's cores."""
     _limit.set(None if count else num_cores())
-    torch.set_num_threads(count or num_cores())
+    torch.set_num_threads(count or 1)
 
 
 @contextmanager
@@ -71,9 +68,26 @@ def open_counts() -> list[int]:
 
 
 def fastest_count(counts: Sequence[int], run: Callable[[], object]) -> int:
-    """Return the smallest of the numbers of threads that no larger one clearly beats at `run`."""
-    runs = {count: partial(_on_threads, count, run) for count in counts}
-    return choose(time_in_turn(runs, CPU), min_gain=MIN_THREAD_GAIN) if len(counts) > 1 else counts[0]
+    """Return the smallest of the numbers of threads, ascending, that no larger one clearly beats at `run`.
+
+    A number that is twice as slow at first is not tried again: beside busy processes it may take a hundred times as
+    long.
+    """
+    chosen, shortest = counts[0], math.inf
+    for count in counts if len(counts) > 1 else ():
+        times: list[float] = []
+        while len(times) < NUM_TIMES and (not times or times[0] < 2 * shortest):
+            times.append(_seconds(count, run))
+        if median_low(times) * MIN_THREAD_GAIN < shortest:
+            chosen, shortest = count, median_low(times)
+    return chosen
+
+
+def _seconds(count: int, run: Callable[[], object]) -> float:
+    with threads(count):
+        started = time.perf_counter()
+        run()
+        return time.perf_counter() - started
 
 
 def _on_threads(count: int, run: Callable[[], T]) -> T:

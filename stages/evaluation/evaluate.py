@@ -5,18 +5,23 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from weakref import WeakKeyDictionary
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kdpipe.stages.compute.settings import EXACT, ComputeSettings
+from kdpipe.stages.compute.threads import CheckedThreads, max_threads
 from kdpipe.stages.data.loader.image_loader import ImageLoader, ViewRequest
 from kdpipe.stages.errors import NotFiniteError
 from kdpipe.stages.models.normalization import Normalization
 from kdpipe.stages.runtime.memory import run_in_chunks
 
 BATCH_SIZE = 500
+
+_threads: WeakKeyDictionary[nn.Module, CheckedThreads] = WeakKeyDictionary()
+"""Where the logits do not depend on the number of CPU threads, a network runs on the one that is faster at present."""
 
 LogitsAt = Callable[[Tensor], Tensor]
 """Returns a teacher's logits, float32 [B, C], of the samples at positions int64 [B] of a test set."""
@@ -135,8 +140,14 @@ def _logits(model: nn.Module, test: Evaluation, images: Tensor) -> Tensor:
     """Return the model's logits, float32 [B, num_classes], of images uint8 [B, C, H, W]."""
 
     def logits_of(rows: slice) -> Tensor:
-        with test.compute.active(images.device):
-            return model(test.compute.place_images(test.normalize(images[rows]))).float()  # type: ignore[no-any-return]
+        def compute() -> Tensor:
+            with test.compute.active(images.device):
+                return model(test.compute.place_images(test.normalize(images[rows]))).float()  # type: ignore[no-any-return]
+
+        if images.device.type != "cpu" or test.compute.compile:
+            return compute()
+        threads = _threads.setdefault(model, CheckedThreads(max_threads()))
+        return threads.run_checked(images[rows].shape, compute, lambda logits: [logits])
 
     chunks = list(run_in_chunks(model, len(images), logits_of, test.warn))
     return chunks[0] if len(chunks) == 1 else torch.cat(chunks)

@@ -172,9 +172,7 @@ class FeatureExtractor:
             self._compiled = compiled(self._outputs, images.device, key=key)
         begin_step(images.device)
         logits, features = self._compiled(images)
-        if (
-            images.is_cuda and not torch.is_grad_enabled()
-        ):  # the caller may compute the next batch before it reads these
+        if images.is_cuda and not self._model.training:  # the next batch may be computed before these are read
             logits, features = logits.clone(), [feature.clone() for feature in features]
         return ModelOutput(logits, dict(zip(self.layers, features, strict=True)))
 
@@ -268,8 +266,8 @@ def extract_features(
     """Hook `layers` of `model` while the block runs; raises ModelError, with the nearest paths, if one does not exist.
 
     With `no_further` the forward pass stops after the last of them, and is not compiled; the logits are then [B, 0].
-    With `compile_key`, the recipe key that asks for it, torch.compile compiles the pass. On CUDA its outputs with
-    gradients are valid until the next call.
+    With `compile_key`, the recipe key that asks for it, torch.compile compiles the pass. On CUDA its outputs in
+    training mode are valid until the next call.
     """
     layers = tuple(dict.fromkeys(layers))
     extractor = FeatureExtractor(model, layers, no_further, None if no_further else compile_key)

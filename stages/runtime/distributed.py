@@ -86,7 +86,12 @@ class ProcessGroup:
             RecipeError: Only some processes use GPUs, or two the same one.
             RunError: The connection failed; all processes say in which one.
         """
-        if self.count == 1 or device.type in _groups:
+        if self.count == 1:
+            return
+        if _groups.get(WORLD) is not dist.group.WORLD:  # connected anew, by the caller of the Python API
+            _groups.clear()
+            _groups[WORLD] = dist.group.WORLD
+        if device.type in _groups:
             return
         if all(self.any([device.type == "cpu", device.type != "cpu"])):
             raise RecipeError(
@@ -151,10 +156,10 @@ class ProcessGroup:
 
 SINGLE = ProcessGroup()
 
-GRADIENTS = "gradients"
+GRADIENTS, WORLD = "gradients", "world"
 
 _groups: dict[str, Any] = {}
-"""The process groups for the tensors of a type of device, None for the default one, and that of gradients.
+"""The process groups for the tensors of a type of device, None for the default one; that of gradients, and of all.
 
 Gradients have a group of their own, as they are sent while other collectives of the backward pass go on: a process that
 lacks a gradient sends it later than others do, and within one group the order must be the same in all.
@@ -241,7 +246,7 @@ def is_lost_peer(error: BaseException) -> bool:
 
 def _leave(*, failed: bool) -> None:
     """Disconnect this process. After a failure nothing is waited for: what others were to send may never come."""
-    groups = [group for group in _groups.values() if group is not None]
+    groups = [group for name, group in _groups.items() if group is not None and name != WORLD]
     _groups.clear()
     if not failed:
         dist.destroy_process_group()

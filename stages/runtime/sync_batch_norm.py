@@ -139,22 +139,22 @@ class _Normalize(torch.autograd.Function):
         return torch.batch_norm_elemt(maps, weight, bias, mean, inverse_std, eps) if maps.numel() else maps.clone()
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         maps, weight, mean, inverse_std, nums = ctx.saved_tensors
         gradient, needed = _dense(gradient), ctx.needs_input_grad[:3]
+        moments = (gradient, maps, mean, inverse_std, weight)
         if maps.numel():
-            moments = (gradient, maps, mean, inverse_std, weight)
-            *sums, of_weight, of_bias = torch.batch_norm_backward_reduce(*moments, *needed)
+            of_mean, products, of_weight, of_bias = torch.batch_norm_backward_reduce(*moments, *needed)
         else:
-            sums = [torch.zeros_like(mean) for _ in range(2)]
+            of_mean = products = torch.zeros_like(mean)
             of_weight = of_bias = torch.zeros_like(weight)
         of_maps = None
         if needed[0]:
-            everyone = torch.cat(sums)
-            dist.all_reduce(everyone, group=torch_group_of(everyone))
-            sums = torch.split(everyone, len(mean))
-            of_maps = torch.batch_norm_backward_elemt(*moments, *sums, nums) if maps.numel() else gradient
+            sums = torch.cat([of_mean, products])
+            dist.all_reduce(sums, group=torch_group_of(sums))
+            of_mean, products = torch.split(sums, len(mean))
+            of_maps = torch.batch_norm_backward_elemt(*moments, of_mean, products, nums) if maps.numel() else gradient
         return of_maps, of_weight if needed[1] else None, of_bias if needed[2] else None, None, None, None, None
 
 

@@ -77,9 +77,19 @@ def compile_key(job: TrainJob, device: torch.device, monitor: RunMonitor) -> str
         return None
     if job.task.needs_input_gradient:
         raise RecipeError(no_second_derivative(COMPILE))
-    require_compiler(device, COMPILE)
+    require_compilable(COMPILE, device, job.process_group.count)
     monitor.warn_once(job.stage, f"{COMPILE} = true: the first step compiles the network, which may take a minute.")
     return COMPILE
+
+
+def require_compilable(key: str, device: torch.device, num_processes: int) -> None:
+    """Raise RecipeError, naming the recipe key, where trainings cannot be compiled."""
+    if num_processes > 1:
+        raise RecipeError(
+            f"{key} = true: trainings are compiled in one process only, and this one has {num_processes}: set {key} = "
+            "false, or start one process."
+        )
+    require_compiler(device, key)
 
 
 def no_second_derivative(key: str) -> str:

@@ -122,8 +122,9 @@ class TrainStep:
         # Fused attention has no second derivative.
         kernels = sdpa_kernel(SDPBackend.MATH) if differentiates_input else nullcontext()
         with kernels, self.state.settings.active(batch.images.device):
-            # Compiled results are overwritten by the next pass: those of micro-batches would be, with their gradients.
-            student = self._student if self.progress.micro_batches == 1 else self._student.eager
+            # Compiled are whole batches. Of micro-batches the next pass would overwrite the gradients.
+            is_whole = len(batch.images) == min(job.config.batch_size, job.task.num_samples)
+            student = self._student if is_whole else self._student.eager
             losses = job.task.losses(student(batch.images), batch)
         values = torch.stack(list(losses.values()))
         if share != 1:

@@ -29,6 +29,7 @@ def describe_computation(compute: Mapping[str, Any], trial: Mapping[str, Any]) -
     settings = [str(names[key]) for key in ("precision", "memory_format")] + ["compiled"] * bool(names["compile"])
     on = f" on {trial['device']}" if "device" in trial else ""
     parts = [", ".join(settings) + on, *([f"batches of {trial['batch_size']}"] if "batch_size" in trial else [])]
+    parts += [f"{trial['threads']} threads"] if "threads" in trial else []
     if "kl" in trial:
         kl = ", ".join(f"{nats} at T={temperature}" for temperature, nats in trial["kl"].items())
         flips = f"top-1 flips {trial.get('top1_flips')} of {trial.get('num_images')}"

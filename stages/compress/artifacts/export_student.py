@@ -8,8 +8,6 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from kdpipe.stages.compress.artifacts.latency_record import Latencies, latency_path, read_latencies
 from kdpipe.stages.compress.artifacts.write import Candidate, artifact_folder, write_artifacts
 from kdpipe.stages.compress.compress import CompressConfig, float_source, student_job_dir, student_source
@@ -17,6 +15,7 @@ from kdpipe.stages.compress.external_student import low_precision_dtypes
 from kdpipe.stages.compress.fine_tune import FineTuneContext
 from kdpipe.stages.compress.quantize_student import prepare, quantize_fingerprint, quantized_record
 from kdpipe.stages.compress.resume import TrainedModel, finished_source
+from kdpipe.stages.compute.threads import max_threads
 from kdpipe.stages.distillation.student_config import ALONE, DISTILLED, student_folder
 from kdpipe.stages.evaluation.evaluate import Evaluation
 from kdpipe.stages.evaluation.latency import measure_latency
@@ -78,7 +77,7 @@ def measure_files(config: CompressConfig, fine_tuning: FineTuneContext) -> Laten
     measured_on: dict[str, Any] = {
         "batch_sizes": list(config.latency_batch_sizes),
         "num_rounds": config.latency_rounds,
-        "num_threads": torch.get_num_threads(),
+        "num_threads": max_threads(),
         "files_sha256": {name: file_sha256(path) for name, path in present.items()},
     }
     recorded, previous = read_latencies(record), read_json_file(record) or {}
@@ -89,7 +88,7 @@ def measure_files(config: CompressConfig, fine_tuning: FineTuneContext) -> Laten
         None,
         config.latency_batch_sizes,
         num_rounds=config.latency_rounds,
-        num_threads=torch.get_num_threads(),
+        num_threads=max_threads(),
         between_rounds=fine_tuning.monitor.check,
     )
     files = {

@@ -64,6 +64,11 @@ def test_messages_name_the_fault(tmp_path, line, wanted):
     assert wanted in message_for(tmp_path, line + "\n" + MINIMAL if "[" not in line else MINIMAL + line)
 
 
+def test_a_loss_on_gradients_is_refused_with_compile(tmp_path):
+    message = message_for(tmp_path, MINIMAL + "[[distill]]\nloss = 'at_gradient'", "student.train.compile=true")
+    assert "no second derivative: set student.train.compile = false" in message
+
+
 def test_a_missing_key_is_named(tmp_path):
     assert "the key 'student' is missing" in message_for(tmp_path, MINIMAL.replace("student =", "# student ="))
 

@@ -33,7 +33,8 @@ def outputs(manifest):
 def collect(manifest, outputs):
     ids = torch.arange(len(outputs.logits)) + 1000
     batches = ((ids[rows], moved(outputs.rows(rows))) for rows in torch.arange(len(ids)).split(BATCH))
-    return collect_unit(batches, manifest, manifest.layout.units()[0], [LAYER])
+    unit = collect_unit(batches, manifest, manifest.layout.units()[0], [LAYER])
+    return unit.encode(manifest, [spec.name for spec in SPECS])
 
 
 def moved(outputs):
@@ -43,7 +44,7 @@ def moved(outputs):
 
 def test_rows_of_all_batches_are_rounded_once_and_measured(manifest, outputs):
     assert len(outputs.logits) > 2 * BATCH
-    rows, fidelity = collect(manifest, outputs).encode(manifest, [spec.name for spec in SPECS])
+    rows, fidelity = collect(manifest, outputs)
     maps = outputs.features[LAYER.layer].numpy()
     assert np.array_equal(rows["logits"], outputs.logits.half().numpy())
     assert np.array_equal(rows[LAYER.array], maps.astype(np.float16))

@@ -242,6 +242,23 @@ def test_batch_size_is_doubled_while_that_pays(run, monkeypatch):
         assert found.batch_size(ComputeSettings(), unit_rows=1000) == 16
 
 
+def test_a_trial_that_does_not_fit_takes_fewer_images(run, monkeypatch):
+    teacher, context = setup_of(run)
+    sizes, forward = [], trial.forward
+
+    def limited(extractor, bundle, images, hard):
+        sizes.append(len(images))
+        if len(images) > 2:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return forward(extractor, bundle, images, hard)
+
+    monkeypatch.setattr(trial, "forward", limited)
+    with trial.ExitStack() as hooks:
+        found = trial.Trial(FAST, teacher, LAYERS, context, 100, hooks)
+        assert found.faithful(found.candidates)[1]["num_images"] == 16
+    assert max(sizes) == 4 and sizes[-1] == 2
+
+
 def test_gradients_of_pixels_are_not_computed_in_float16(run, monkeypatch):
     teacher, context = setup_of(run)
     monkeypatch.setattr(trial, "fast_precisions", lambda device: ("float16", "bfloat16"))
@@ -263,7 +280,7 @@ def test_a_large_job_uses_one_thread_or_all_for_the_same_bits(run, tmp_path, mon
     before, used = torch.get_num_threads(), []
     for module in (threads, cache):
         monkeypatch.setattr(module, "num_cores", lambda: 2)
-    monkeypatch.setattr(threads, "time_in_turn", lambda runs, device: made_up(runs))
+    monkeypatch.setattr(threads, "_seconds", lambda count, run: (run(), 1 / count)[1])
     monkeypatch.setattr(inference, "forward", lambda *given: used.append(torch.get_num_threads()) or forward(*given))
     teacher, context = setup_of(run)
     try:

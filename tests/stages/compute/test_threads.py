@@ -8,6 +8,7 @@ from kdpipe.stages.compute.threads import (
     PROBE_SHARE,
     AdaptiveThreads,
     CheckedThreads,
+    fastest_count,
     max_threads,
     open_counts,
     set_up_threads,
@@ -80,7 +81,7 @@ def test_jobs_choose_only_what_the_user_did_not(four_threads, monkeypatch):
     assert (max_threads(), open_counts()) == (4, [4])
     monkeypatch.setattr(threads_module, "num_cores", lambda: 6)
     set_up_threads(None)
-    torch.set_num_threads(1)  # a job's choice limits only itself
+    assert torch.get_num_threads() == 1
     assert (max_threads(), open_counts()) == (6, [1, 3, 6])
 
 
@@ -94,6 +95,17 @@ def test_calls_in_python_use_the_number_that_was_set(four_threads, monkeypatch, 
         assert open_counts() == counts
         torch.set_num_threads(1)
     assert (torch.get_num_threads(), open_counts()) == (before, [before])
+
+
+@pytest.mark.parametrize(
+    ("costs", "chosen", "num_runs"),
+    [({1: 1.0, 2: 0.6, 4: 0.3}, 4, 9), ({1: 1.0, 2: 0.95, 4: 0.92}, 1, 9), ({1: 1.0, 2: 100.0, 4: 0.5}, 4, 7)],
+)
+def test_trial_takes_more_threads_where_they_pay(box, monkeypatch, costs, chosen, num_runs):
+    monkeypatch.setattr(threads_module.time, "perf_counter", lambda: box.now)
+    box.costs = costs
+    assert fastest_count([1, 2, 4], box.work) == chosen
+    assert len(box.used) == num_runs
 
 
 @pytest.mark.parametrize(("depends", "used"), [(False, {1, 4}), (True, {4})])

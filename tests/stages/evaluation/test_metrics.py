@@ -25,7 +25,7 @@ class TableModel(nn.Module):
 
     def __init__(self, table):
         super().__init__()
-        self.table = table
+        self.table = table.to(DEVICE)
 
     def forward(self, images):
         assert not self.training
@@ -182,7 +182,8 @@ def test_report_is_reproducible_and_equals_evaluate():
 def test_finished_job_saves_the_report(tmp_path):
     context, folder = tiny_context(tmp_path), JobDir(tmp_path)
     normalize = Normalization((0.4,), (0.2,))
-    network = ModelBundle(context.build_model(STUDENT.model, 0), context.architecture(STUDENT.model), normalize)
+    model = context.build_model(STUDENT.model, 0).to(DEVICE)
+    network = ModelBundle(model, context.architecture(STUDENT.model), normalize)
     result = finalize(folder, network, [], context.evaluation(network.normalize))
     assert folder.result() == json.loads(json.dumps(result)) == result
     assert result["accuracy"] == result["best_accuracy"] == result["examined"]["top1"]

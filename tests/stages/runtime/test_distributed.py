@@ -52,6 +52,7 @@ from kdpipe.stages.runtime.collectives import all_gather_with_grad
 from kdpipe.stages.runtime.distributed import (
     SINGLE,
     ProcessGroup,
+    gradient_group,
     group_from_env,
     init_distributed,
     require_single_process,
@@ -365,6 +366,14 @@ def test_single_process_needs_no_communication() -> None:
     assert SINGLE.on_main(lambda: {1: object}) == {1: object}
     with init_distributed({}) as processes:
         assert processes == SINGLE
+
+
+def test_processes_connected_anew_get_new_groups(tmp_path: Path) -> None:
+    for name in ("first", "second"):
+        dist.init_process_group("gloo", init_method=f"file://{tmp_path / name}", rank=0, world_size=1)
+        ProcessGroup(0, 2).use_device(torch.device("cpu"))
+        dist.all_reduce(torch.ones(1), group=gradient_group())  # fails in a group that was destroyed
+        dist.destroy_process_group()
 
 
 def test_array_element_is_a_separate_job() -> None:

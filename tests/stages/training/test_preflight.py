@@ -9,7 +9,7 @@ import torch
 from support.device import DEVICE
 from torch import Tensor, nn
 
-from kdpipe.stages.errors import ModelError
+from kdpipe.stages.errors import ModelError, RecipeError
 from kdpipe.stages.models.bundle import ModelBundle
 from kdpipe.stages.models.normalization import Normalization
 from kdpipe.stages.training import preflight
@@ -105,6 +105,13 @@ def test_export_is_tried_with_the_next_step(network: type[Net], word: str) -> No
     attempt(network())
     with pytest.raises(ModelError, match=rf"exported to ONNX.*{word}.*student\.export = false"):
         attempt(network(), exports=True)
+
+
+def test_what_is_not_one_graph_is_not_compiled() -> None:
+    compiles = TrainConfig(epochs=1, batch_size=8, compile=True)
+    attempt(Net(), compiles)
+    with pytest.raises(RecipeError, match=r"train\.compile = true: torch\.compile cannot compile this .*branching"):
+        attempt(Branches(), compiles)
 
 
 def test_networks_are_tried_once_in_a_process(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -16,7 +16,7 @@ from kdpipe.stages.errors import RecipeError
 from kdpipe.stages.runtime.events import WARNING, RunMonitor
 from kdpipe.stages.training import set_up
 from kdpipe.stages.training.optim import TrainConfig
-from kdpipe.stages.training.set_up import candidates, compile_key, resumed_settings
+from kdpipe.stages.training.set_up import candidates, compile_key, require_compilable, resumed_settings
 from kdpipe.stages.training.task import TrainingTask
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
@@ -89,6 +89,11 @@ def test_a_loss_on_the_gradient_by_pixels_is_not_compiled(tmp_path):
     task = replace(job.task, distillation=SimpleNamespace(configs={"at": SimpleNamespace(input_gradient=True)}))
     with pytest.raises(RecipeError, match=r"second derivative: set train\.compile = false"):
         compile_key(replace(job, task=task), CPU, RunMonitor())
+
+
+def test_trainings_of_several_processes_are_not_compiled():
+    with pytest.raises(RecipeError, match=r"this one has 2: set student\.train\.compile = false"):
+        require_compilable("student.train.compile", CPU, 2)
 
 
 def test_small_jobs_have_no_trial_and_count_nothing(tmp_path, monkeypatch):
@@ -170,7 +175,7 @@ def test_job_that_may_choose_its_threads_takes_one_unless_it_is_large(tmp_path, 
     trained(tmp_path / "small")
     assert torch.get_num_threads() == 1
     monkeypatch.setattr(set_up, "is_worth_a_trial", lambda num_macs, device: True)
-    monkeypatch.setattr(threads, "time_in_turn", lambda runs, device: {count: 1 / count for count in runs})
+    monkeypatch.setattr(threads, "_seconds", lambda count, run: (run(), 1 / count)[1])
     model, _ = trained(tmp_path / "large", memory_format="contiguous")
     assert torch.get_num_threads() == cores
     threads.set_up_threads(cores)
