@@ -91,7 +91,7 @@ def main() -> None:
             measure(name, Path(folder), device, peaks, arguments)
 
 
-def gemm_rate(precision: str, device: torch.device, clock: Callable[[], float]) -> float:
+def gemm_rate(precision: str, device: torch.device, clock: Callable[[], float] = time.perf_counter) -> float:
     """Return the operations a second of a large matrix product, at best."""
     size, times_s = GEMM_SIZE[device.type], []
     settings = ComputeSettings(precision)  # type: ignore[arg-type]
@@ -153,7 +153,7 @@ def rate(
     way: ComputeSettings,
     teacher: ModelBundle,
     context: StageContext,
-    clock: Callable[[], float],
+    clock: Callable[[], float] = time.perf_counter,
 ) -> float:
     """Return the images a second of filling a new store: passes, checks, encoding, writing and committing."""
     path, samples = context.run_dir / "store.zarr", samples_in_row_order(context)

@@ -25,7 +25,7 @@ NUM_ROUNDS = 3
 def stage_one(settings: Settings) -> list[Row]:
     """Measure images/s of cache-teacher, storing included, at each precision, as a share of the GEMM peak."""
     device, rows = settings.torch_device, []
-    peaks = {one: teacher_rate.gemm_rate(one, device, time.perf_counter) for one in ("float32", *fast_precisions(device))}
+    peaks = {one: teacher_rate.gemm_rate(one, device) for one in ("float32", *fast_precisions(device))}
     rows += [Row(f"matrix products, {one}: TFLOP/s", rate / 1e12) for one, rate in peaks.items()]
     config = CacheConfig(batch_size=settings.size(256, 8))
     for name in ("resnet32x4",) if settings.toy else ("resnet50", "vit_b_16"):
@@ -34,7 +34,7 @@ def stage_one(settings: Settings) -> list[Row]:
         flops = 2 * count_macs(teacher.model, context.image_shape)
         for precision, peak in peaks.items():
             way = ComputeSettings(precision, "channels_last")  # type: ignore[arg-type]
-            _, rate = (teacher_rate.rate(config, way, teacher, context, time.perf_counter) for _ in range(2))  # the first warms up
+            _, rate = (teacher_rate.rate(config, way, teacher, context) for _ in range(2))  # the first warms up
             rows.append(Row(f"{name}, {way}: images/s", rate))
             rows.append(Row(f"{name}, {way}: share of the peak", rate * flops / peak))
         rows.append(Row(f"{name}, auto", str(teacher_rate.auto(config, teacher, context))))

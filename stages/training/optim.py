@@ -74,9 +74,10 @@ class TrainConfig:
         sampler: "shuffle" has each sample once in an epoch; "balanced" has each class equally often, and repeats
             samples of small classes.
         precision: "bfloat16" and "float16" are mixed precision, "tf32" rounds products of float32 on CUDA. "auto" is
-            mixed precision on CUDA (bfloat16, else float16) and float32 elsewhere.
+            mixed precision on CUDA (bfloat16, else float16) and float32 on CPUs; long trainings on a CPU with bfloat16
+            take it if it is clearly faster in a short trial.
         memory_format: Memory format of images and convolutions. "auto" is channels_last in mixed precision and
-            contiguous elsewhere; long trainings on a CPU take what is faster in a short trial.
+            contiguous elsewhere; long trainings on a CPU take what is faster in the trial.
         compile: Whether torch.compile compiles the network's forward and backward pass; on CUDA with CUDA graphs.
         checkpoint_every_s: Seconds between checkpoints; it never changes the result.
     """

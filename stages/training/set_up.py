@@ -34,7 +34,7 @@ from kdpipe.stages.training.task import Batch
 COMPILE = "train.compile"
 """The key, for messages."""
 
-CPU_PRECISIONS: tuple[Precision, ...] = ("float32",)
+CPU_PRECISIONS: tuple[Precision, ...] = ("float32", "bfloat16")
 """What "auto" tries on a CPU, the most exact first."""
 
 
@@ -58,7 +58,8 @@ def candidates(job: TrainJob, device: torch.device) -> list[ComputeSettings]:
     elif device.type == "cuda":
         precisions = (next(one for one in ("bfloat16", "float16", "float32") if one in offered),)
     else:
-        precisions = tuple(one for one in CPU_PRECISIONS if one in offered)
+        exact_only = job.task.needs_input_gradient  # which was not tried in bfloat16
+        precisions = ("float32",) if exact_only else tuple(one for one in CPU_PRECISIONS if one in offered)
     has_convolutions = any(isinstance(module, nn.Conv2d) for module in job.model.modules())
     return [
         ComputeSettings(one, form, config.compile)

@@ -105,16 +105,17 @@ def test_small_jobs_have_no_trial_and_count_nothing(tmp_path, monkeypatch):
 
 def test_a_trial_leaves_no_trace_and_is_recorded(tmp_path, trial, monkeypatch):
     chosen, history = trained(tmp_path / "auto")
-    assert trial == [[EXACT, CHANNELS_LAST]]
-    assert history[0]["compute"] == CHANNELS_LAST.to_json()
-    explicit, _ = trained(tmp_path / "explicit", memory_format="channels_last")
+    fast = ComputeSettings("bfloat16", "channels_last")
+    assert trial == [[EXACT, CHANNELS_LAST, fast]]
+    assert history[0]["compute"] == fast.to_json()
+    explicit, _ = trained(tmp_path / "explicit", precision="bfloat16")
     assert equal_weights(chosen, explicit)
 
 
 def test_a_resumed_job_continues_as_it_began(tmp_path, trial):
     pieces, _ = trained_in_pieces(tmp_path / "pieces")
     assert len(trial) == 1
-    assert equal_weights(pieces, trained(tmp_path / "explicit", memory_format="channels_last")[0])
+    assert equal_weights(pieces, trained(tmp_path / "explicit", precision="bfloat16")[0])
 
 
 def test_settings_in_which_a_network_fails_are_left_out(tmp_path, trial):
@@ -128,7 +129,7 @@ def test_settings_in_which_a_network_fails_are_left_out(tmp_path, trial):
     batches = job.task.stream(0, 32, epoch=0, step=0, epochs=2)
     chosen, _ = set_up.chosen_settings(job, CPU, batches, RunMonitor(told.append))
     assert chosen == EXACT
-    assert [event.unit for event in told] == [WARNING]
+    assert [event.unit for event in told] == [WARNING, WARNING]
     assert told[0].job.startswith("test does not run in float32, channels_last (RuntimeError: view size")
 
 
