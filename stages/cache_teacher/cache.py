@@ -88,8 +88,8 @@ class CacheJob:
 
     @cached_property
     def adaptive_threads(self) -> CheckedThreads | None:
-        """The threads of the teacher's batches in large jobs; None where they have `num_threads`."""
-        stays = self.loader.device.type != "cpu" or self.teacher.compute.compile or not self.manifest.trial
+        """The threads of the teacher's batches on a CPU; None where they have `num_threads`."""
+        stays = self.loader.device.type != "cpu" or self.teacher.compute.compile
         return None if stays else CheckedThreads(self.num_threads)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import replace
 from functools import partial
 
 import torch
@@ -62,7 +63,7 @@ def teacher_forward_in_chunks(
         labels = hard.rows(rows) if hard is not None and needs_labels(features) else None
         images = image_batch.images[rows]
         compute = partial(forward, extractor, teacher, images, labels)
-        return rows, threads.run_checked(images.shape, compute, _tensors) if threads else compute()
+        return rows, threads.run_checked((*images.shape, labels is None), compute, _tensors) if threads else compute()
 
     return run_in_chunks(teacher.model, len(image_batch.images), run, warn)
 
@@ -77,9 +78,9 @@ def needs_labels(features: Sequence[FeatureSpec]) -> bool:
 
 
 def forward(extractor: FeatureExtractor, teacher: ModelBundle, images: Tensor, hard: HardLabels | None) -> ModelOutput:
-    """Run the teacher on images uint8 [B, C, H, W] in one pass, as its `compute` says; with labels, also backward.
+    """Run the teacher on images uint8 [B, C, H, W] in one pass, as its `compute` says.
 
-    Outputs are float32 or wider.
+    With labels, also backward, and in float32. Outputs are float32 or wider.
     """
     normalized = teacher.compute.place_images(teacher.normalize(images))
     if hard is None:
@@ -88,10 +89,10 @@ def forward(extractor: FeatureExtractor, teacher: ModelBundle, images: Tensor, h
         with without_grad, teacher.compute.active(images.device):
             outputs = extractor(normalized)
         return outputs.to_float32()
-    torch.clear_autocast_cache()  # weights that were cast in inference mode have no gradient
-    with torch.enable_grad(), teacher.compute.active(images.device):
+    exact = replace(teacher.compute, precision="float32")  # gradients of single pixels fall below float16's range
+    with torch.enable_grad(), exact.active(images.device):
         normalized.requires_grad_()
-        outputs = extractor(normalized).to_float32()
+        outputs = extractor(normalized)
         (gradient,) = torch.autograd.grad(hard.cross_entropy(outputs.logits).sum(), normalized)
         captured = {layer: feature.detach() for layer, feature in outputs.features.items()}
         captured[INPUT_GRADIENT] = teacher.normalize.to_pixel_gradient(gradient)

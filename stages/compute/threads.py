@@ -16,8 +16,9 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from itertools import chain
 from statistics import median_low
-from typing import TypeVar
+from typing import Any, TypeVar
 
+import psutil
 import torch
 
 from kdpipe.stages.runtime.cpu import affinity_cores, num_cores, omp_num_threads
@@ -47,7 +48,9 @@ def set_up_threads(count: int | None) -> None:
 def threads_of_call() -> Iterator[None]:
     """Set up the threads for a call of the Python API and restore torch's number; a number that was set is used."""
     limit, before = _limit.get(), torch.get_num_threads()
-    is_default = omp_num_threads(os.environ) is None and before == affinity_cores()
+    cores = affinity_cores()
+    by_torch = {cores, min(cores, psutil.cpu_count(logical=False) or cores)}  # with MKL it takes the physical cores
+    is_default = omp_num_threads(os.environ) is None and before in by_torch
     set_up_threads(None if is_default else before)
     try:
         yield
@@ -67,16 +70,16 @@ def open_counts() -> list[int]:
     return [most] if _limit.get() is None else sorted({1, max(1, most // 2), most})
 
 
-def fastest_count(counts: Sequence[int], run: Callable[[], object]) -> int:
+def fastest_count(counts: Sequence[int], run: Callable[[], object], *, may_drop: bool = True) -> int:
     """Return the smallest of the numbers of threads, ascending, that no larger one clearly beats at `run`.
 
-    A number that is twice as slow at first is not tried again: beside busy processes it may take a hundred times as
-    long.
+    A number that is twice as slow at first is not tried again if it `may_drop`: beside busy processes it may take a
+    hundred times as long. Where processes wait for each other in `run`, all must run it equally often.
     """
     chosen, shortest = counts[0], math.inf
     for count in counts if len(counts) > 1 else ():
         times: list[float] = []
-        while len(times) < NUM_TIMES and (not times or times[0] < 2 * shortest):
+        while len(times) < NUM_TIMES and (not times or not may_drop or times[0] < 2 * shortest):
             times.append(_seconds(count, run))
         if median_low(times) * MIN_THREAD_GAIN < shortest:
             chosen, shortest = count, median_low(times)
@@ -104,6 +107,13 @@ def threads(count: int) -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
+
+
+@contextmanager
+def restored_threads() -> Iterator[None]:
+    """Restore the number of threads of each operation after the block, which may change it."""
+    with threads(torch.get_num_threads()):
+        yield
 
 
 class AdaptiveThreads:
@@ -151,8 +161,8 @@ class AdaptiveThreads:
 class CheckedThreads(AdaptiveThreads):
     """Runs a network on the faster number of threads where its outputs do not depend on it.
 
-    The first batch of each shape is computed on one thread and on all: if a single bit differs, all batches of this
-    shape are computed on `count` threads.
+    The first batch of each kind is computed on one thread and on all: if a single bit differs, all batches of this
+    kind are computed on `count` threads.
     """
 
     def __init__(self, count: int) -> None:
@@ -161,15 +171,18 @@ class CheckedThreads(AdaptiveThreads):
         self._may_adapt: dict[Hashable, bool] = {}
 
     def run_checked(
-        self, shape: Sequence[int], work: Callable[[], T], tensors: Callable[[T], Iterable[torch.Tensor]]
+        self, kind: tuple[Any, ...], work: Callable[[], T], tensors: Callable[[T], Iterable[torch.Tensor]]
     ) -> T:
-        """Return the result of `work` on a batch of this shape; `tensors` are those of a result."""
-        key, most = tuple(shape), max_threads()
+        """Return the result of `work` on a batch of this kind; `tensors` are those of a result.
+
+        `kind` is the batch's shape, and what else decides the result.
+        """
+        most = max_threads()
         if most == 1:
             return work()
-        if key not in self._may_adapt:
+        if kind not in self._may_adapt:
             result, *others = (_on_threads(count, work) for count in dict.fromkeys((self._count, 1, most)))
             expected = list(tensors(result))
-            self._may_adapt[key] = all(map(torch.equal, expected * len(others), chain(*map(tensors, others))))
+            self._may_adapt[kind] = all(map(torch.equal, expected * len(others), chain(*map(tensors, others))))
             return result
-        return self.run(key[0], work) if self._may_adapt[key] else _on_threads(self._count, work)
+        return self.run(kind[0], work) if self._may_adapt[kind] else _on_threads(self._count, work)

@@ -147,7 +147,7 @@ def _logits(model: nn.Module, test: Evaluation, images: Tensor) -> Tensor:
         if images.device.type != "cpu" or test.compute.compile:
             return compute()
         threads = _threads.setdefault(model, CheckedThreads(max_threads()))
-        return threads.run_checked(images[rows].shape, compute, lambda logits: [logits])
+        return threads.run_checked((*images[rows].shape, test.compute), compute, lambda logits: [logits])
 
     chunks = list(run_in_chunks(model, len(images), logits_of, test.warn))
     return chunks[0] if len(chunks) == 1 else torch.cat(chunks)

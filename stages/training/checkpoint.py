@@ -86,7 +86,8 @@ def load_checkpoint(path: Path, state: TrainState, progress: Progress) -> None:
         unpack_optimizer(state.optimizer, of_optimizer, record["optimizer"])
         if state.average:
             state.average.load(_with_prefix(tensors, "average/"))
-        state.scaler.load_state_dict(record["scaler"])
+        if record["scaler"]:  # none where the job began in another precision
+            state.scaler.load_state_dict(record["scaler"])
         progress.epoch, progress.step, progress.history = _position(record)
         progress.micro_batches = max(1, int(record["micro_batches"]))
         progress.made_with = dict(record.get("made_with") or {})

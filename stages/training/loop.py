@@ -15,6 +15,7 @@ import torch
 
 from kdpipe.stages.compute.settings import EXACT
 from kdpipe.stages.compute.tf32 import tf32
+from kdpipe.stages.compute.threads import restored_threads
 from kdpipe.stages.errors import NotFiniteError, RunError, StoppedEarly
 from kdpipe.stages.evaluation.evaluate import evaluate
 from kdpipe.stages.models.hooks import extract_features
@@ -32,6 +33,7 @@ from kdpipe.stages.training.step import TrainStep
 from kdpipe.stages.training.task import Batch
 
 
+@restored_threads()
 def train(job: TrainJob, device: torch.device, monitor: RunMonitor) -> list[dict[str, Any]]:
     """Train `job.model` in place, resuming from its checkpoint if there is one.
 

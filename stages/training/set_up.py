@@ -61,11 +61,29 @@ def candidates(job: TrainJob, device: torch.device) -> list[ComputeSettings]:
         exact_only = job.task.needs_input_gradient  # which was not tried in bfloat16
         precisions = ("float32",) if exact_only else tuple(one for one in CPU_PRECISIONS if one in offered)
     has_convolutions = any(isinstance(module, nn.Conv2d) for module in job.model.modules())
+    if has_convolutions and len(precisions) == 1 and precisions[0] != "float32" and config.memory_format == "auto":
+        has_convolutions = _runs_in_channels_last(job)
     return [
         ComputeSettings(one, form, config.compile)
         for one in precisions
         for form in _formats(config, one, has_convolutions)
     ]
+
+
+def _runs_in_channels_last(job: TrainJob) -> bool:
+    """Return whether a network runs in channels_last; one with `view` after a convolution does not."""
+    loader = job.task.loader
+    size = loader.image_size if loader.size or loader.renderer is None else loader.renderer.shape[1:]
+    model = clone_without_hooks(job.model).eval().to(memory_format=torch.channels_last)
+    images = torch.zeros(2, loader.dataset.in_channels, *(size or ()), device=next(model.parameters()).device)
+    try:
+        with torch.no_grad():
+            model(images.contiguous(memory_format=torch.channels_last))
+    except RuntimeError as error:
+        if is_out_of_memory(error):
+            raise
+        return False
+    return True
 
 
 def compile_key(job: TrainJob, device: torch.device, monitor: RunMonitor) -> str | None:
@@ -162,7 +180,8 @@ def _fastest_count(
     if len(counts) == 1:
         return counts[0]
     with torch.random.fork_rng(devices=[]), ExitStack() as stack:
-        found = fastest_count(counts, _copied_step(job, settings, batch, device, stack))
+        step = _copied_step(job, settings, batch, device, stack)
+        found = fastest_count(counts, step, may_drop=job.process_group.count == 1)
     return job.process_group.broadcast_object(found)
 
 

@@ -108,6 +108,13 @@ def test_trial_takes_more_threads_where_they_pay(box, monkeypatch, costs, chosen
     assert len(box.used) == num_runs
 
 
+def test_processes_that_wait_for_each_other_run_equally_often(box, monkeypatch):
+    monkeypatch.setattr(threads_module.time, "perf_counter", lambda: box.now)
+    box.costs = {1: 1.0, 4: 9.0}
+    assert fastest_count([1, 4], box.work, may_drop=False) == 1
+    assert box.used == [1] * 3 + [4] * 3
+
+
 @pytest.mark.parametrize(("depends", "used"), [(False, {1, 4}), (True, {4})])
 def test_checked_work_adapts_only_if_no_bit_depends_on_it(box, depends, used):
     checked, box.costs = CheckedThreads(4), {1: 1.0, 4: 1.0}

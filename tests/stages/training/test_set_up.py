@@ -172,12 +172,27 @@ def test_another_device_continues_in_what_it_computes(tmp_path):
     assert told[0].job.startswith("test began in float16, which this device (cpu) does not compute in hardware")
 
 
+def test_network_that_needs_contiguous_maps_has_them_in_mixed_precision(tmp_path):
+    class Viewed(nn.Module):
+        def forward(self, images):
+            return images.view(len(images), -1)
+
+    layers = list(tiny_network())
+    layers[3] = Viewed()
+    (chosen,) = candidates(tiny_job(tmp_path, nn.Sequential(*layers), precision="bfloat16"), CPU)
+    assert chosen == ComputeSettings("bfloat16")
+
+
 def test_job_that_may_choose_its_threads_takes_one_unless_it_is_large(tmp_path, monkeypatch, cores):
-    trained(tmp_path / "small")
-    assert torch.get_num_threads() == 1
+    used = []
+    monitor = RunMonitor(lambda event: used.append(torch.get_num_threads()))
+    torch.set_num_threads(cores)
+    trained(tmp_path / "small", monitor)
+    assert set(used) == {1} and torch.get_num_threads() == cores, "for this job only"
     monkeypatch.setattr(set_up, "is_worth_a_trial", lambda num_macs, device: True)
     monkeypatch.setattr(threads, "_seconds", lambda count, run: (run(), 1 / count)[1])
-    model, _ = trained(tmp_path / "large", memory_format="contiguous")
-    assert torch.get_num_threads() == cores
+    del used[:]
+    model, _ = trained(tmp_path / "large", monitor, memory_format="contiguous")
+    assert set(used) == {cores}
     threads.set_up_threads(cores)
     assert equal_weights(model, trained(tmp_path / "set", memory_format="contiguous")[0]), "the trial leaves no trace"
