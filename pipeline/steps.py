@@ -181,7 +181,11 @@ def cache_teacher(
     require_room(path, missing_bytes(path, planned, samples))
 
     manifest = ensure_store(
-        path, planned, samples, lambda new: decide(new, config, teacher, features, context, like=like)
+        path,
+        planned,
+        samples,
+        decide=lambda new: decide(new, config, teacher, features, context, like=like),
+        check=context.monitor.check,
     )
     job = build_cache_job(config, path, manifest, teacher, context)
     figures = fill_store(job, work_shard.select(manifest.layout.units()))

@@ -12,7 +12,7 @@ import json
 import os
 import socket
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -57,12 +57,24 @@ class Holder:
 
 
 @contextmanager
-def exclusive(what: Path | str, lock: Path, wait: bool = False) -> Iterator[None]:
+def exclusive(
+    what: Path | str, lock: Path, wait: bool = False, check: Callable[[], None] | None = None
+) -> Iterator[None]:
     """Hold the lock file `lock` on the folder `what`, which messages name, exclusively inside the block.
 
-    `wait` is for short sections such as a change of a manifest. Otherwise LockedError names the current holder. Raises
-    KdpipeError where the file cannot be created or locked.
+    `wait` is for short sections such as a change of a manifest, `check` for long ones: it is called again and again
+    while another process holds the lock, and may raise to give up. With neither LockedError names the current holder.
+    Raises KdpipeError where the file cannot be created or locked.
     """
+    if check is not None:
+        while isinstance(acquired := acquire(lock, fcntl.LOCK_EX | fcntl.LOCK_NB), Holder):
+            check()
+            time.sleep(PROBE_S)
+        try:
+            yield
+        finally:
+            release(acquired)
+        return
     with _locked(what, lock, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB):
         yield
 

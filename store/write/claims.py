@@ -28,12 +28,12 @@ from kdpipe.store.fs.lock import (
 __all__ = ["Claim", "Holder", "claim", "claimed", "exclusive_store", "holder"]
 
 
-def exclusive_store(path: Path) -> AbstractContextManager[None]:
-    """Hold the lock for changes of the metadata of the store at `path`; waits for it, as it is held briefly.
+def exclusive_store(path: Path, check: Callable[[], None] | None = None) -> AbstractContextManager[None]:
+    """Hold the lock for changes of the metadata of the store at `path`, and wait for it; `check` as in `exclusive`.
 
     The lock file is beside the store, so that plain Zarr sees a valid group inside.
     """
-    return exclusive(path, _beside(path, "lock"), wait=True)
+    return exclusive(path, _beside(path, "lock"), wait=True, check=check)
 
 
 class Claim:

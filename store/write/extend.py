@@ -29,15 +29,19 @@ COUNTS = ("num_samples", "ids_and_labels_sha256", "pixels_sha256")
 
 
 def ensure_store(
-    path: Path, wanted: Manifest, samples: Samples, decide: Callable[[Manifest], Manifest] = lambda wanted: wanted
+    path: Path,
+    wanted: Manifest,
+    samples: Samples,
+    decide: Callable[[Manifest], Manifest] = lambda wanted: wanted,
+    check: Callable[[], None] | None = None,
 ) -> Manifest:
     """Create the store at `path`, or extend it, so that it has room for all that is `wanted` of `samples`.
 
-    `decide` completes the manifest of a new store, while other jobs that want it wait. Returns the store's manifest,
-    which may cover more. Raises FingerprintMismatch where the store has another teacher, other samples or another
-    encoding.
+    `decide` completes the manifest of a new store, which may take minutes, while other jobs that want it wait: each
+    calls its `check` meanwhile, which may raise. Returns the store's manifest, which may cover more. Raises
+    FingerprintMismatch where the store has another teacher, other samples or another encoding.
     """
-    with exclusive_store(path):
+    with exclusive_store(path, check):
         if not path.exists():
             decided = decide(wanted)
             create_store(path, decided, samples)

@@ -143,3 +143,17 @@ def test_waiting_lock_is_granted_on_release(tmp_path):
         steps.append("first")
     thread.join(30)
     assert steps == ["first", "second"]
+
+
+def test_waiting_for_a_long_section_may_be_given_up(tmp_path):
+    lock, calls = tmp_path / "lock", []
+
+    def check():
+        calls.append(1)
+        if len(calls) == 3:
+            raise TimeoutError
+
+    with exclusive(tmp_path, lock), pytest.raises(TimeoutError), exclusive(tmp_path, lock, check=check):
+        pass
+    with exclusive(tmp_path, lock, check=check):
+        assert len(calls) == 3
