@@ -25,14 +25,14 @@ from kdpipe.stages.runtime.cpu import affinity_cores, num_cores, omp_num_threads
 
 T = TypeVar("T")
 
-PROBE_SHARE = 0.03
+PROBE_SHARE = 0.01
 """The share of the time that may be lost by trying the number of threads that was slower before."""
 
 NUM_TIMES = 3
 """Timings of a number of threads that count: the last ones. Their median ignores a single interruption."""
 
-MIN_THREAD_GAIN = 1.1
-"""More threads must be this many times as fast as fewer."""
+MIN_THREAD_GAIN = 1.5
+"""More threads must be this many times as fast as fewer: theirs is the greater loss when another program comes."""
 
 _limit: ContextVar[int | None] = ContextVar("limit", default=None)
 """The largest number of threads that jobs may choose; None where the user chose the number, which is then torch's."""
