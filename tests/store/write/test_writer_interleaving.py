@@ -10,7 +10,7 @@ import os
 import shutil
 import tempfile
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import cache
@@ -126,7 +126,7 @@ def write(file: Path, *parts: bytes | memoryview) -> None:
 
 
 @contextmanager
-def exclusive_store(path: Path) -> Iterator[None]:
+def exclusive_store(path: Path, check: Callable[[], None] | None = None) -> Iterator[None]:
     """Act as the store's own lock, but give another writer a turn instead of waiting."""
     while True:
         try:
