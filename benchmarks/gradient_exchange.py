@@ -23,7 +23,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from kdpipe.stages.models.registry import SMALL_IMAGE_NETWORKS, build_small_image_network
 from kdpipe.stages.runtime.distributed import ProcessGroup, init_distributed
-from kdpipe.stages.training.gradients import GradientAverage
+from kdpipe.stages.training.optimization.gradients import GradientAverage
 
 BATCH_SIZE = 16
 

@@ -28,6 +28,6 @@ def set_deterministic(device: torch.device) -> Callable[[], None]:
         torch.use_deterministic_algorithms(enabled, warn_only=warns)
         cudnn.deterministic, cudnn.benchmark, filling.fill_uninitialized_memory = before
 
-    torch.use_deterministic_algorithms(True, warn_only=not enabled or warns)  # whoever wants errors keeps them
+    torch.use_deterministic_algorithms(True, warn_only=not enabled or warns)  # a user who wants errors keeps them
     cudnn.deterministic, cudnn.benchmark, filling.fill_uninitialized_memory = True, False, False
     return restore

@@ -7,7 +7,6 @@ thread or to all. Work whose last bits depend on it keeps its number.
 
 from __future__ import annotations
 
-import math
 import os
 import time
 from collections import deque
@@ -21,6 +20,7 @@ from typing import Any, TypeVar
 import psutil
 import torch
 
+from kdpipe.stages.compute.trial import choose
 from kdpipe.stages.runtime.cpu import affinity_cores, num_cores, omp_num_threads
 
 T = TypeVar("T")
@@ -32,7 +32,7 @@ NUM_TIMES = 3
 """Timings of a number of threads that count: the last ones. Their median ignores a single interruption."""
 
 MIN_THREAD_GAIN = 1.5
-"""More threads must be this many times as fast as fewer: theirs is the greater loss when another program comes."""
+"""More threads must be this many times as fast as fewer: they lose more when another program starts."""
 
 _limit: ContextVar[int | None] = ContextVar("limit", default=None)
 """The largest number of threads that jobs may choose; None where the user chose the number, which is then torch's."""
@@ -76,14 +76,14 @@ def fastest_count(counts: Sequence[int], run: Callable[[], object], *, may_drop:
     A number that is twice as slow at first is not tried again if it `may_drop`: beside busy processes it may take a
     hundred times as long. Where processes wait for each other in `run`, all must run it equally often.
     """
-    chosen, shortest = counts[0], math.inf
-    for count in counts if len(counts) > 1 else ():
-        times: list[float] = []
-        while len(times) < NUM_TIMES and (not times or not may_drop or times[0] < 2 * shortest):
-            times.append(_seconds(count, run))
-        if median_low(times) * MIN_THREAD_GAIN < shortest:
-            chosen, shortest = count, median_low(times)
-    return chosen
+    if len(counts) == 1:
+        return counts[0]
+    times: dict[int, list[float]] = {count: [] for count in counts}
+    for _ in range(NUM_TIMES):  # in turn, so that the load of the moment slows all alike
+        for count, own in times.items():
+            if not own or not may_drop or count == counts[0] or own[0] < 2 * min(times[counts[0]]):
+                own.append(_seconds(count, run))
+    return choose({count: median_low(own) for count, own in times.items()}, min_gain=MIN_THREAD_GAIN)
 
 
 def _seconds(count: int, run: Callable[[], object]) -> float:

@@ -88,7 +88,7 @@ class ProcessGroup:
         """
         if self.count == 1:
             return
-        if _groups.get(WORLD) is not dist.group.WORLD:  # connected anew, by the caller of the Python API
+        if _groups.get(WORLD) is not dist.group.WORLD:  # connected again, by the caller of the Python API
             _groups.clear()
             _groups[WORLD] = dist.group.WORLD
         if device.type in _groups:

@@ -156,7 +156,7 @@ def chosen_settings(
     """Return the settings for a job that begins, and all of its batches; set the number of its CPU threads.
 
     Jobs that run for long on a CPU try their first batch in each way, and take one that is clearly faster. Others have
-    one thread, unless the user chose a number: theirs would mostly wait for each other.
+    one thread, unless the user chose a number: more would mostly wait for each other.
     """
     options = candidates(job, device)
     counts = job.process_group.broadcast_object(open_counts()) if device.type == "cpu" else [max_threads()]

@@ -25,9 +25,9 @@ from kdpipe.stages.runtime.collectives import all_reduce_sum
 from kdpipe.stages.runtime.events import RunMonitor
 from kdpipe.stages.runtime.memory import is_out_of_memory
 from kdpipe.stages.training.checkpoint import Progress, TrainState
-from kdpipe.stages.training.gradients import GradientAverage
 from kdpipe.stages.training.job import TrainJob, num_steps_of
 from kdpipe.stages.training.optimization.clipping import clip_gradients
+from kdpipe.stages.training.optimization.gradients import GradientAverage
 from kdpipe.stages.training.task import Batch, TrainingTask
 
 

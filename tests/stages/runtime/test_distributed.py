@@ -61,11 +61,11 @@ from kdpipe.stages.runtime.events import RunMonitor
 from kdpipe.stages.runtime.sync_batch_norm import batch_norm_over_processes
 from kdpipe.stages.targets.feature_spec import compute_statistic
 from kdpipe.stages.targets.outputs import DenseTargets
-from kdpipe.stages.training.gradients import GradientAverage
 from kdpipe.stages.training.job import TrainJob
 from kdpipe.stages.training.job_dir import JobDir
 from kdpipe.stages.training.loop import train
 from kdpipe.stages.training.optim import TrainConfig
+from kdpipe.stages.training.optimization.gradients import GradientAverage
 from kdpipe.stages.training.task import TrainingTask
 from kdpipe.store import FingerprintMismatch
 

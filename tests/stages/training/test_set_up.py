@@ -149,7 +149,7 @@ def test_cuda_takes_the_mixed_precision_of_its_hardware(tmp_path, monkeypatch, f
     assert candidates(tiny_job(tmp_path, nn.Linear(2, 2)), CUDA) == [ComputeSettings(precision)]
 
 
-def test_a_loss_on_the_gradient_of_the_input_is_not_computed_in_float16(tmp_path, monkeypatch):
+def test_a_loss_on_the_input_gradient_is_not_in_float16(tmp_path, monkeypatch):
     monkeypatch.setattr(set_up, "fast_precisions", lambda device: ("float16",))
     monkeypatch.setattr(TrainingTask, "needs_input_gradient", True)
     job = tiny_job(tmp_path, nn.Linear(2, 2))
@@ -172,7 +172,7 @@ def test_another_device_continues_in_what_it_computes(tmp_path):
     assert told[0].job.startswith("test began in float16, which this device (cpu) does not compute in hardware")
 
 
-def test_network_that_needs_contiguous_maps_has_them_in_mixed_precision(tmp_path):
+def test_network_that_needs_contiguous_maps_has_them(tmp_path):
     class Viewed(nn.Module):
         def forward(self, images):
             return images.view(len(images), -1)
@@ -183,7 +183,7 @@ def test_network_that_needs_contiguous_maps_has_them_in_mixed_precision(tmp_path
     assert chosen == ComputeSettings("bfloat16")
 
 
-def test_job_that_may_choose_its_threads_takes_one_unless_it_is_large(tmp_path, monkeypatch, cores):
+def test_only_a_large_job_may_choose_more_threads(tmp_path, monkeypatch, cores):
     used = []
     monitor = RunMonitor(lambda event: used.append(torch.get_num_threads()))
     torch.set_num_threads(cores)

@@ -14,7 +14,7 @@ def test_uploaded_images_are_the_same():
     assert upload(moved, DEVICE) is moved
 
 
-def test_downloaded_rows_have_the_type_and_layout_of_their_targets():
+def test_downloaded_rows_have_the_type_and_layout_of_targets():
     maps = torch.randn(3, 4, 2, 2).to(DEVICE, memory_format=torch.channels_last)
     logits = torch.randn(3, 5, device=DEVICE)
     targets = [empty_on_host((3, 4, 2, 2), torch.float16, DEVICE), empty_on_host((5, 5), torch.float32, DEVICE)]

@@ -16,8 +16,8 @@ from torch.utils.checkpoint import checkpoint
 
 from kdpipe.stages.errors import ModelError
 from kdpipe.stages.runtime.distributed import SINGLE, ProcessGroup
-from kdpipe.stages.training import gradients
-from kdpipe.stages.training.gradients import GradientAverage
+from kdpipe.stages.training.optimization import gradients
+from kdpipe.stages.training.optimization.gradients import GradientAverage
 
 WIDTH = 4
 BYTES = 4 * WIDTH * WIDTH
