@@ -79,10 +79,17 @@ def _plain(value: Any) -> Any:
     raise TypeError
 
 
+def with_words(fault: Mapping[str, Any], *others: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return a fault whose message also names the words that the key takes instead, by the `others` of that key."""
+    words = [other["ctx"]["expected"] for other in others if other["type"] == "literal_error"]
+    return {**fault, "msg": ", or ".join([fault["msg"], *words])}
+
+
 def _first_fault(kind: type[Any], error: ValidationError) -> str:
     """Return the first fault of a section's settings in one sentence."""
     faults = error.errors()
-    fault = next((one for one in faults if one["type"] != "dataclass_type"), faults[0])  # a number or a schedule
+    first_found, *others = [one for one in faults if one["type"] != "dataclass_type"] or faults  # number or schedule
+    fault = with_words(first_found, *(one for one in others if one["loc"][:1] == first_found["loc"][:1]))
     names = [field.name for field in fields(kind) if field.init]
     positional = [field.name for field in fields(kind) if not field.kw_only]
     first, *rest = fault["loc"] or ("",)

@@ -11,6 +11,7 @@ from typing import Annotated, Any, Union, get_args, get_origin
 
 from pydantic import ValidationError
 
+from kdpipe.stages.config import with_words
 from kdpipe.stages.losses.base import Loss
 from kdpipe.stages.losses.registry import LOSSES, loss_class
 from kdpipe.store.errors import did_you_mean
@@ -34,10 +35,10 @@ def fault_messages(recipe: type, error: ValidationError, origin_of: Callable[[Ke
         origin_of: Returns the file or override that set some keys.
     """
     faults = [fault for fault in error.errors() if not _is_other_alternative(fault)] or error.errors()
-    by_key: dict[str, Any] = {}
+    by_key: dict[str, list[Any]] = {}
     for fault in faults:
-        by_key.setdefault(_shown(_keys(fault)), fault)
-    return [one_line(_message(recipe, fault, origin_of)) for fault in by_key.values()]
+        by_key.setdefault(_shown(_keys(fault)), []).append(fault)
+    return [one_line(_message(recipe, with_words(*found), origin_of)) for found in by_key.values()]
 
 
 def first_and_more(messages: Sequence[str]) -> str:

@@ -79,8 +79,8 @@ class CacheConfig:
     top_k: Annotated[int, Field(ge=1, lt=2**31)] | None = None
     temperatures: Annotated[tuple[Temperature, Temperature], AfterValidator(_ascending)] = (1.0, 20.0)
     store: PathStr | None = None
-    precision: Literal["auto"] | Precision = "auto"
-    memory_format: Literal["auto"] | MemoryFormat = "auto"
+    precision: Literal["auto", Precision] = "auto"
+    memory_format: Literal["auto", MemoryFormat] = "auto"
     compile: bool = False
     max_kl: Annotated[float, Field(gt=0, le=1)] = 1e-4
     batch_size: Count | Literal["auto"] = "auto"

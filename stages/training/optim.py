@@ -120,8 +120,8 @@ class TrainConfig:
     ema_decay: Fraction | None = None
     class_weights: Literal["balanced"] | tuple[ClassWeight, ...] | None = None
     sampler: Literal["shuffle", "balanced"] = "shuffle"
-    precision: Literal["auto"] | Precision = "auto"
-    memory_format: Literal["auto"] | MemoryFormat = "auto"
+    precision: Literal["auto", Precision] = "auto"
+    memory_format: Literal["auto", MemoryFormat] = "auto"
     compile: bool = False
     checkpoint_every_s: Annotated[float, Field(ge=0, le=1e9)] = 30.0
 

@@ -51,6 +51,8 @@ def test_bundled_recipes_are_valid_and_round_trip(path):
         ("[views]\nnum_views = 0", "views.num_views = 0: input should be greater than or equal to 1"),
         ("[views]\nnum_views = '4'", "views.num_views = 4: input should be a valid integer"),
         ("[views]\nreplay = 1", "views.replay = 1: input should be a valid boolean"),
+        ("[cache]\nbatch_size = 'big'", "cache.batch_size = big: input should be a valid integer, or 'auto'"),
+        ("[cache]\nprecision = 'bf16'", "input should be 'auto', 'float32', 'tf32', 'bfloat16' or 'float16'"),
         ("[cache]\ndtype = 'int8'", "cache.dtype = int8: input should be 'float16' or 'float32'"),
         ("[[distill]]\nloss = 'magic'", "distill.0"),
         ("[[distill]]\nweight = 1.0", "distill.0"),
