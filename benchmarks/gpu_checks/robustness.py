@@ -9,12 +9,16 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file
+from torch import nn
 
-from gpu_checks import KDPIPE, Row, Settings, at_most, holds, kdpipe, write_recipe
+from gpu_checks import KDPIPE, Row, Settings, at_least, at_most, holds, kdpipe, write_recipe
 from kdpipe.stages.context import StageContext
 from kdpipe.stages.data.image_set import ImageSet
 from kdpipe.stages.models.build import ModelConfig
@@ -32,20 +36,17 @@ LOCKED = 11
 """The exit code of a job whose GPU is in use."""
 
 
-def reproducible(settings: Settings) -> list[Row]:
+def reproducible(settings: Settings) -> Iterator[Row]:
     """Run a recipe twice, and once more with kills: networks and stores have equal bytes."""
     folder = settings.folder("reproducible")
     recipe = write_recipe(settings, folder)
     for name in ("one", "two"):
         kdpipe("run", recipe, "--run", folder / name, "--share")
-    kills = run_with_kills(recipe, folder / "killed", settings.size(3, 1))
-    one, two, killed = (digests(folder / name) for name in ("one", "two", "killed"))
-    return [
-        Row("files compared", str(len(one))),
-        holds("two runs have equal bytes", is_so=bool(one) and one == two),
-        Row("kills", str(kills)),
-        holds("the killed run ends with the same bytes", is_so=one == killed),
-    ]
+    one, two = (digests(folder / name) for name in ("one", "two"))
+    yield Row("files compared", str(len(one)))
+    yield holds("two runs have equal bytes", is_so=bool(one) and one == two)
+    yield Row("kills", str(run_with_kills(recipe, folder / "killed", settings.size(3, 1))))
+    yield holds("the killed run ends with the same bytes", is_so=one == digests(folder / "killed"))
 
 
 def run_with_kills(recipe: Path, run: Path, count: int) -> int:
@@ -111,10 +112,24 @@ def _keep_warning(event: ProgressEvent, warnings: list[str]) -> None:
         warnings.append(event.job)
 
 
+def compiled(settings: Settings) -> Iterator[Row]:
+    """Train with train.compile, on a GPU by CUDA graphs, and without: losses, repeatability and speed."""
+    config, silent = TrainConfig(epochs=4, batch_size=64, precision="float32"), RunMonitor()
+    count = settings.size(2560, 128)
+    plain = _train(settings, "plain", config, silent, count)
+    first, again = (_train(settings, name, replace(config, compile=True), silent, count) for name in ("first", "again"))
+    here, there = (history[0]["losses"]["hard_labels"] for history in (plain, first))
+    yield at_most("difference of the first epoch's loss from the plain one", abs(here - there) / here, 1e-3)
+    losses, losses_again = ([line["losses"] for line in history] for history in (first, again))
+    yield holds("two runs have equal losses", is_so=losses == losses_again)
+    ratio = min(line["wall_s"] for line in plain[1:]) / min(line["wall_s"] for line in first[1:])
+    yield at_least("resnet8x4, batches of 64: steps/s, of a plain training's", ratio, 1.0)
+
+
 def _train(
     settings: Settings, name: str, config: TrainConfig, monitor: RunMonitor, num_samples: int
-) -> list[dict[str, dict[str, float]]]:
-    """Train resnet8x4 on random images with hard labels; return the history."""
+) -> list[dict[str, Any]]:
+    """Train resnet8x4, with dropout, on random images with hard labels; return the history."""
     generator = torch.Generator().manual_seed(0)
     side = settings.size(32, 8)
     pixels = torch.randint(256, (num_samples, 3, side, side), dtype=torch.uint8, generator=generator)
@@ -122,9 +137,10 @@ def _train(
     images = ImageSet("random", "train", pixels, labels, torch.arange(num_samples), tuple(map(str, range(10))))
     folder = settings.folder(name)
     context = StageContext(folder, images, images, Views(num_views=1), settings.torch_device, monitor)
-    model = context.build_model(ModelConfig(name="cnn" if settings.toy else "resnet8x4"), seed=0).to(context.device)
+    network = context.build_model(ModelConfig(name="cnn" if settings.toy else "resnet8x4"), seed=0)
+    model = nn.Sequential(network, nn.Dropout(0.1)).to(context.device)
     task = TrainingTask(context.train_loader, 1, Normalization((0.5,) * 3, (0.25,) * 3))
-    (folder / "job").mkdir(exist_ok=True)
+    (folder / "job").mkdir()
     return train(TrainJob("check", name, model, task, None, config, 0, JobDir(folder / "job")), context.device, monitor)
 
 
