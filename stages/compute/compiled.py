@@ -33,9 +33,7 @@ def compiled(
     Raises:
         RecipeError: By the returned function, if it cannot be compiled.
     """
-    options: dict[str, Any] = {"fallback_random": True}
-    if device.type == "cuda":  # without timing kernels that add up in another order, one of which it would choose
-        options |= {"triton.cudagraphs": True, "deterministic": True}
+    options: dict[str, Any] = {"fallback_random": True, "triton.cudagraphs": device.type == "cuda"}
     compile_ = partial(torch.compile, fullgraph=True, dynamic=False, backend=backend)
     by_shape: dict[Any, Any] = {}  # torch limits how many shapes a function may have
 
