@@ -2,10 +2,10 @@
 
     uv run python benchmarks/busy_box.py [views] [step] [pass] [--neighbors 0 1 2] [--rounds N]
 
-Each setting (default, one thread, all cores) works in a process of its own, started beside the neighbors: the views of
-a data set in memory, the steps of a student (resnet8x4), and a teacher's pass with storing (resnet32x4). They work in
-turn, for a second each, and the result is the ratio of the default's median rate to the best median of a fixed number;
-the neighbors multiply matrices on one thread each.
+Each setting (default, one thread, all cores) works in a process of its own, started beside the neighbors, one after the
+other: the views of a data set in memory, the steps of a student (resnet8x4), and a teacher's pass with storing
+(resnet32x4). They work in turn, for seconds each, and the result is the ratio of the default's median rate to the best
+median of a fixed number; the neighbors multiply matrices on one thread each.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -35,7 +35,7 @@ from kdpipe.stages.models.build import ModelConfig
 from kdpipe.stages.models.bundle import ModelBundle
 from kdpipe.stages.models.normalization import Normalization
 from kdpipe.stages.runtime.cpu import num_cores
-from kdpipe.stages.runtime.events import RunMonitor
+from kdpipe.stages.runtime.events import ProgressEvent, RunMonitor
 from kdpipe.stages.runtime.memory import disable_malloc_trim
 from kdpipe.stages.training.job import TrainJob
 from kdpipe.stages.training.job_dir import JobDir
@@ -47,7 +47,7 @@ from kdpipe.stages.views.config import Views
 BATCH_SIZE, NUM_IMAGES, SHAPE = 64, 50_000, (3, 32, 32)
 NORMALIZE = Normalization((0.5,) * 3, (0.25,) * 3)
 OPERATIONS = ({"name": "RandomCrop", "padding": 4}, {"name": "RandomHorizontalFlip"})
-TARGET, TURN_S = 0.9, 1.0
+TARGET, TURN_S = 0.9, {"views": 1.0, "step": 5.0, "pass": 3.0}
 
 NEIGHBOR = "import numpy as np\na = np.eye(256)\nwhile True: a = a @ a"
 
@@ -91,25 +91,17 @@ def neighbors(count: int) -> Iterator[None]:
 def in_turn(kind: str, settings: list[str], num_rounds: int) -> dict[str, list[float]]:
     """Return the rates of each setting, which wait for each other."""
     environ = {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"}
-    processes = {
-        setting: subprocess.Popen(
-            [sys.executable, __file__, "--work", kind, setting],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-            env=environ,
-        )
-        for setting in settings
-    }
+    processes: dict[str, subprocess.Popen[str]] = {}
     rates: dict[str, list[float]] = {setting: [] for setting in settings}
     try:
-        for number in range(num_rounds + 1):
+        for setting in settings:
+            command = [sys.executable, __file__, "--work", kind, setting]
+            pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+            processes[setting] = subprocess.Popen(command, text=True, env=environ, **pipes)
+            turn(processes[setting])  # starts, has its trials, and warms up
+        for _ in range(num_rounds):
             for setting, process in processes.items():
-                assert process.stdin is not None and process.stdout is not None
-                print("go", file=process.stdin, flush=True)
-                rate = float(process.stdout.readline())
-                if number:  # the first turn starts and warms up
-                    rates[setting].append(rate)
+                rates[setting].append(turn(process))
     finally:
         for process in processes.values():
             process.kill()
@@ -117,18 +109,31 @@ def in_turn(kind: str, settings: list[str], num_rounds: int) -> dict[str, list[f
     return rates
 
 
-class Turns:
-    """Works for TURN_S when told to, then reports the rate and waits. It is called once a batch."""
+def turn(process: subprocess.Popen[str]) -> float:
+    """Let a process work for a turn, and return its rate."""
+    assert process.stdin is not None and process.stdout is not None
+    print("go", file=process.stdin, flush=True)
+    return float(process.stdout.readline())
 
-    def __init__(self, batch_size: int) -> None:
-        self._batch_size, self._num_batches, self._started = batch_size, 0, 0.0
+
+class Turns:
+    """Works for TURN_S of its kind of work, then reports the rate and waits for its next turn; called once a batch."""
+
+    def __init__(self, kind: str, batch_size: int) -> None:
+        self._seconds, self._batch_size, self._num_batches, self._started = TURN_S[kind], batch_size, 0, 0.0
+        self._in_trial = kind == "pass"
+
+    def end_trial(self, event: ProgressEvent) -> None:
+        self._in_trial = self._in_trial and event.unit != "trial"
 
     def __call__(self) -> bool:
+        if self._in_trial:
+            return False
         passed = time.perf_counter() - self._started
         if not self._started:
             sys.stdin.readline()
             self._started = time.perf_counter()
-        elif passed >= TURN_S and self._num_batches:
+        elif passed >= self._seconds and self._num_batches:
             print(self._num_batches * self._batch_size / passed, flush=True)
             sys.stdin.readline()
             self._started, self._num_batches = time.perf_counter(), 0
@@ -144,7 +149,7 @@ def work(kind: str, setting: str) -> None:
 
 
 def views(folder: Path) -> None:
-    turns = Turns(BATCH_SIZE)
+    turns = Turns("views", BATCH_SIZE)
     loader = make_context(folder, turns).train_loader
     for view in range(sys.maxsize):
         for _ in loader.stream(ViewRequest(rows, view) for rows in torch.arange(NUM_IMAGES).split(BATCH_SIZE)):
@@ -152,7 +157,7 @@ def views(folder: Path) -> None:
 
 
 def step(folder: Path) -> None:
-    context = make_context(folder, Turns(BATCH_SIZE))
+    context = make_context(folder, Turns("step", BATCH_SIZE))
     task = TrainingTask(context.train_loader, 1, NORMALIZE)
     config = TrainConfig(epochs=300, batch_size=BATCH_SIZE, lr=0.01)
     model = context.build_model(ModelConfig(name="resnet8x4"), 0)
@@ -162,18 +167,18 @@ def step(folder: Path) -> None:
 
 def teachers_pass(folder: Path) -> None:
     config = CacheConfig(batch_size=256)
-    context = make_context(folder, Turns(256))
+    context = make_context(folder, Turns("pass", 256))
     chosen = ModelConfig(name="resnet32x4")
     teacher = ModelBundle(context.build_model(chosen, 0).eval(), context.architecture(chosen), NORMALIZE)
     cache_teacher(config, folder / "store.zarr", teacher, [], context)
 
 
-def make_context(folder: Path, turns: Callable[[], bool]) -> StageContext:
+def make_context(folder: Path, turns: Turns) -> StageContext:
     images = torch.randint(256, (NUM_IMAGES, *SHAPE), dtype=torch.uint8)
     classes = tuple(map(str, range(10)))
     labels, ids = torch.arange(NUM_IMAGES) % len(classes), torch.arange(NUM_IMAGES)
     image_set = ImageSet("random", "train", images, labels, ids, classes)
-    monitor = RunMonitor(should_stop=turns)
+    monitor = RunMonitor(turns.end_trial, turns)
     return StageContext(folder, image_set, image_set, Views(operations=OPERATIONS), torch.device("cpu"), monitor)
 
 

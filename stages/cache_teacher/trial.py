@@ -7,12 +7,12 @@ float32 (`cache.max_kl`) is recorded in the new store, with its errors and its b
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -22,8 +22,8 @@ from kdpipe.stages.cache_teacher.fidelity import compare
 from kdpipe.stages.cache_teacher.inference import forward, hooked_layers, needs_labels
 from kdpipe.stages.cache_teacher.plan import CacheConfig, samples_in_row_order
 from kdpipe.stages.compute.settings import EXACT, ComputeSettings, fast_precisions
-from kdpipe.stages.compute.threads import fastest_count, max_threads, open_counts
-from kdpipe.stages.compute.trial import WORTH_A_TRIAL, choose, is_worth_a_trial, one_thread_clock, time_in_turn
+from kdpipe.stages.compute.threads import fastest_count, max_threads, open_counts, threads
+from kdpipe.stages.compute.trial import WORTH_A_TRIAL, choose, is_worth_a_trial, time_in_turn, time_on_one_thread
 from kdpipe.stages.context import StageContext
 from kdpipe.stages.data.loader.image_loader import ViewRequest
 from kdpipe.stages.data.loader.labels import HardLabels, hard_labels_of
@@ -48,8 +48,6 @@ BATCH_SIZES = (16, 32, 64, 128, 256, 512, 1024)
 
 MAX_TIMED = {"cpu": 64, "cuda": 256}
 """Images of which each candidate is timed, at most."""
-
-K = TypeVar("K")
 
 MEMORY_SHARE = 0.25
 """The share of the memory that is free which a batch's activations may take."""
@@ -81,10 +79,11 @@ def decide(
     with ExitStack() as hooks:
         trial = Trial(config, teacher, layers, context, num_images, hooks)
         found, record = trial.faithful(trial.candidates if is_large else [replace(settings, compile=False)])
-        if is_large and config.batch_size == "auto":
-            record["batch_size"] = trial.batch_size(found, planned.layout.unit_rows)
+        num_threads = 1
         if is_large and context.device.type == "cpu" and max_threads() > 1:
-            record["threads"] = trial.num_threads(found, record.get("batch_size", config.batch_size))
+            num_threads = record["threads"] = trial.num_threads(found)
+        if is_large and config.batch_size == "auto":
+            record["batch_size"] = trial.batch_size(found, planned.layout.unit_rows, num_threads)
     decided = with_settings(planned, replace(found, compile=config.compile), {"device": context.device.type, **record})
     inexact = {name: error for name, error in record.get("features", {}).items() if error > MAX_FEATURE_ERROR}
     for name, error in inexact.items():
@@ -152,7 +151,7 @@ class Trial:
         dropped = self._failures(candidates)
         rows = self._rows(0, size)
         runs = {one: partial(self._run, one, rows) for one in candidates if one not in dropped}
-        seconds = self._time(runs) if len(runs) > 1 else dict.fromkeys(runs, 0.0)
+        seconds = time_on_one_thread(runs, self.context.device) if len(runs) > 1 else dict.fromkeys(runs, 0.0)
         while seconds:
             chosen, record = choose(seconds), {"dropped": {str(one): why for one, why in dropped.items()}}
             if chosen == EXACT:
@@ -169,15 +168,17 @@ class Trial:
             f"'auto'{', or raise cache.max_kl' if 'max_kl' in fault else ''}."
         )
 
-    def batch_size(self, settings: ComputeSettings, unit_rows: int) -> int:
+    def batch_size(self, settings: ComputeSettings, unit_rows: int, num_threads: int) -> int:
         """Return the smallest batch that is about as fast as any: doubling it gains too little, or does not fit."""
+        time_runs = time_on_one_thread if num_threads == 1 else time_in_turn
         fitting = max(1, self._free_bytes() // self._image_bytes())
         sizes = [size for size in BATCH_SIZES if size <= min(max(32, self.num_images // 600), fitting, unit_rows)]
         best = sizes[0] if sizes else min(DEFAULT_BATCH_SIZE, fitting)
         for size in sizes[1:]:
             runs = {one: partial(self._run, settings, self._rows(0, one)) for one in (best, size)}
             try:
-                seconds = self._time(runs)
+                with threads(num_threads):
+                    seconds = time_runs(runs, self.context.device)
             except Exception as error:
                 if not is_out_of_memory(error):
                     raise
@@ -187,9 +188,9 @@ class Trial:
             best = size
         return best
 
-    def num_threads(self, settings: ComputeSettings, batch_size: int) -> int:
+    def num_threads(self, settings: ComputeSettings) -> int:
         """Return the number of CPU threads for networks whose last bits depend on it."""
-        rows = self._rows(0, min(batch_size, MAX_TIMED["cpu"]))
+        rows = self._rows(0, MAX_TIMED["cpu"])
         return fastest_count(open_counts(), partial(self._run, settings, rows))
 
     def _failures(self, candidates: Sequence[ComputeSettings]) -> dict[ComputeSettings, str]:
@@ -219,10 +220,6 @@ class Trial:
         features = errors["features"]
         bad = [name for name in features if self.config.precision == "auto" and features[name] > MAX_FEATURE_ERROR]
         return f"the relative error of {bad[0]} is {features[bad[0]]:.2g}" if bad else None
-
-    def _time(self, runs: Mapping[K, Callable[[], object]]) -> dict[K, float]:
-        device = self.context.device
-        return time_in_turn(runs, device, clock=one_thread_clock(device))
 
     @cached_property
     def _first(self) -> tuple[Tensor, HardLabels]:

@@ -13,6 +13,7 @@ from collections import deque
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
+from functools import partial
 from itertools import chain
 from statistics import median_low
 from typing import Any, TypeVar
@@ -20,7 +21,7 @@ from typing import Any, TypeVar
 import psutil
 import torch
 
-from kdpipe.stages.compute.trial import choose
+from kdpipe.stages.compute.trial import choose, time_in_turn
 from kdpipe.stages.runtime.cpu import affinity_cores, num_cores, omp_num_threads
 
 T = TypeVar("T")
@@ -28,11 +29,15 @@ T = TypeVar("T")
 PROBE_SHARE = 0.01
 """The share of the time that may be lost by trying the number of threads that was slower before."""
 
-NUM_TIMES = 3
-"""Timings of a number of threads that count: the last ones. Their median ignores a single interruption."""
+NUM_TIMES = 5
+"""Timings of a number of threads that count: the last ones. Their median ignores two interruptions."""
 
 MIN_THREAD_GAIN = 1.5
-"""More threads must be this many times as fast as fewer: they lose more when another program starts."""
+"""More threads must be this many times as fast as fewer where a job keeps their number: they lose more when another
+program starts."""
+
+MIN_ADAPTIVE_GAIN = 1.1
+"""More threads must be this many times as fast as one where their number can change at any batch."""
 
 _limit: ContextVar[int | None] = ContextVar("limit", default=None)
 """The largest number of threads that jobs may choose; None where the user chose the number, which is then torch's."""
@@ -73,24 +78,12 @@ def open_counts() -> list[int]:
 def fastest_count(counts: Sequence[int], run: Callable[[], object], *, may_drop: bool = True) -> int:
     """Return the smallest of the numbers of threads, ascending, that no larger one clearly beats at `run`.
 
-    A number that is twice as slow at first is not tried again if it `may_drop`: beside busy processes it may take a
-    hundred times as long. Where processes wait for each other in `run`, all must run it equally often.
+    Where processes wait for each other in `run`, all must run it equally often: without `may_drop`.
     """
     if len(counts) == 1:
         return counts[0]
-    times: dict[int, list[float]] = {count: [] for count in counts}
-    for _ in range(NUM_TIMES):  # in turn, so that the load of the moment slows all alike
-        for count, own in times.items():
-            if not own or not may_drop or count == counts[0] or own[0] < 2 * min(times[counts[0]]):
-                own.append(_seconds(count, run))
-    return choose({count: median_low(own) for count, own in times.items()}, min_gain=MIN_THREAD_GAIN)
-
-
-def _seconds(count: int, run: Callable[[], object]) -> float:
-    with threads(count):
-        started = time.perf_counter()
-        run()
-        return time.perf_counter() - started
+    runs = {count: partial(_on_threads, count, run) for count in counts}
+    return choose(time_in_turn(runs, torch.device("cpu"), may_drop=may_drop), min_gain=MIN_THREAD_GAIN)
 
 
 def _on_threads(count: int, run: Callable[[], T]) -> T:
@@ -150,7 +143,8 @@ class AdaptiveThreads:
         for count in counts:
             if count not in self._times:
                 return count, count
-        best, other = sorted(counts, key=self._expected)
+        best = choose({count: self._expected(count) for count in counts}, min_gain=MIN_ADAPTIVE_GAIN)
+        (other,) = set(counts) - {best}
         loss = (self._expected(other) - self._expected(best)) * num_items
         return best, other if self._allowance >= loss else best
 

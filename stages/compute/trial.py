@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
-from statistics import median
+from statistics import median_low
 from typing import TypeVar
 
 import torch
@@ -29,26 +29,40 @@ def is_worth_a_trial(num_macs: float, device: torch.device) -> bool:
     return num_macs >= WORTH_A_TRIAL.get(device.type, float("inf"))
 
 
-def one_thread_clock(device: torch.device) -> Clock:
-    """Return the clock for runs that keep the number of threads: on one CPU thread its own time, without its waits."""
-    return time.thread_time if device.type == "cpu" and torch.get_num_threads() == 1 else time.perf_counter
-
-
 def time_in_turn(
     runs: Mapping[K, Callable[[], object]],
     device: torch.device,
     *,
-    rounds: int = 3,
-    clock: Clock = time.perf_counter,
+    rounds: int = 4,
+    clock: Clock | None = None,
+    may_drop: bool = True,
 ) -> dict[K, float]:
-    """Return the median seconds of each of `runs`, called in turn after one call that is not counted."""
-    for run in runs.values():
-        _seconds(run, device, clock)
+    """Return the median seconds of each of `runs`, called in turn, so that the load of the moment slows all alike.
+
+    The first round warms up: of an even number of rounds the lower median counts. If it `may_drop`, a run that takes
+    more than twice as long as another in two rounds is not called again.
+    """
+    clock = clock or time.perf_counter
     times: dict[K, list[float]] = {name: [] for name in runs}
-    for _ in range(rounds):
+    for number in range(rounds):
         for name, run in runs.items():
-            times[name].append(_seconds(run, device, clock))
-    return {name: median(found) for name, found in times.items()}
+            if number < 2 or not may_drop or min(times[name]) <= 2 * min(map(min, times.values())):
+                times[name].append(_seconds(run, device, clock))
+    return {name: median_low(found) for name, found in times.items()}
+
+
+def time_on_one_thread(
+    runs: Mapping[K, Callable[[], object]], device: torch.device, *, may_drop: bool = True
+) -> dict[K, float]:
+    """Return the median seconds of each of `runs` on one CPU thread: its own time, without that of other programs."""
+    if device.type != "cpu":
+        return time_in_turn(runs, device, may_drop=may_drop)
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        return time_in_turn(runs, device, clock=time.thread_time, may_drop=may_drop)
+    finally:
+        torch.set_num_threads(before)
 
 
 def choose(seconds: Mapping[K, float], *, min_gain: float = MIN_GAIN) -> K:

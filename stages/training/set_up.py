@@ -15,7 +15,7 @@ from torch import nn
 from kdpipe.stages.compute.compiled import require_compiler
 from kdpipe.stages.compute.settings import EXACT, ComputeSettings, MemoryFormat, Precision, fast_precisions
 from kdpipe.stages.compute.threads import fastest_count, max_threads, open_counts
-from kdpipe.stages.compute.trial import choose, is_worth_a_trial, one_thread_clock, time_in_turn
+from kdpipe.stages.compute.trial import choose, is_worth_a_trial, time_on_one_thread
 from kdpipe.stages.errors import RecipeError, cause
 from kdpipe.stages.evaluation.macs import count_macs
 from kdpipe.stages.models.clone import clone_without_hooks
@@ -167,10 +167,10 @@ def chosen_settings(
     if not _is_long(job, first, device):
         torch.set_num_threads(counts[0])
         return options[0], chain([first], batches)
-    torch.set_num_threads(_fastest_count(job, options[0], counts, first, device))
     settings = _fastest(job, options, first, device, monitor) if len(options) > 1 else options[0]
-    number = job.process_group.broadcast_object(options.index(settings))
-    return options[number], chain([first], batches)
+    settings = options[job.process_group.broadcast_object(options.index(settings))]
+    torch.set_num_threads(_fastest_count(job, settings, counts, first, device))
+    return settings, chain([first], batches)
 
 
 def _fastest_count(
@@ -217,7 +217,7 @@ def _fastest(
                 monitor.warn(job.stage, f"{job.name} does not run in {tried} ({cause(error)}): it is not used.")
             else:
                 steps[settings] = step
-        return choose(time_in_turn(steps, device, clock=one_thread_clock(device)))
+        return choose(time_on_one_thread(steps, device, may_drop=job.process_group.count == 1))
 
 
 def _copied_step(

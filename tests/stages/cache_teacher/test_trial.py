@@ -8,6 +8,7 @@ import pytest
 import torch
 from support.made_store import folder_bytes
 from support.tiny_run import CACHE, LAYERS, TEACHER, VIEWS, StopAfter, make_tiny_store, subset, tiny_context
+from support.trials import later_is_faster
 from torch import nn
 
 from kdpipe.pipeline.commands.store.info import print_store_info, read_store_info
@@ -49,13 +50,7 @@ def always_a_trial(monkeypatch):
     """Every job is large, and all candidates but the exact one are fast."""
     monkeypatch.setattr(trial, "WORTH_A_TRIAL", {"cpu": 1.0})
     monkeypatch.setattr(trial, "is_worth_a_trial", lambda *_: True)
-    monkeypatch.setattr(trial, "time_in_turn", lambda runs, device, **_: made_up(runs))
-
-
-def made_up(runs):
-    for run in runs.values():
-        run()
-    return {name: 0.4**number for number, name in enumerate(runs)}
+    monkeypatch.setattr(trial, "time_on_one_thread", later_is_faster)
 
 
 def setup_of(run, **changes):
@@ -236,10 +231,10 @@ def test_batch_size_is_doubled_while_that_pays(run, monkeypatch):
     monkeypatch.setattr(trial, "time_in_turn", seconds)
     with trial.ExitStack() as hooks:
         found = trial.Trial(CACHE, teacher, LAYERS, context, 10**6, hooks)
-        assert found.batch_size(ComputeSettings(), unit_rows=1000) == 64
-        assert found.batch_size(ComputeSettings(), unit_rows=40) == 32
+        assert found.batch_size(ComputeSettings(), unit_rows=1000, num_threads=2) == 64
+        assert found.batch_size(ComputeSettings(), unit_rows=40, num_threads=2) == 32
         monkeypatch.setattr(trial.Trial, "_free_bytes", lambda self: 20 * self._image_bytes())
-        assert found.batch_size(ComputeSettings(), unit_rows=1000) == 16
+        assert found.batch_size(ComputeSettings(), unit_rows=1000, num_threads=2) == 16
 
 
 def test_a_trial_that_does_not_fit_takes_fewer_images(run, monkeypatch):
@@ -280,7 +275,7 @@ def test_a_large_job_uses_one_thread_or_all_for_the_same_bits(run, tmp_path, mon
     before, used = torch.get_num_threads(), []
     for module in (threads, cache):
         monkeypatch.setattr(module, "num_cores", lambda: 2)
-    monkeypatch.setattr(threads, "_seconds", lambda count, run: (run(), 1 / count)[1])
+    monkeypatch.setattr(threads, "time_in_turn", later_is_faster)
     monkeypatch.setattr(inference, "forward", lambda *given: used.append(torch.get_num_threads()) or forward(*given))
     teacher, context = setup_of(run)
     try:

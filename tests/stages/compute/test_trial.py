@@ -5,7 +5,7 @@ import time
 import pytest
 import torch
 
-from kdpipe.stages.compute.trial import choose, is_worth_a_trial, one_thread_clock, time_in_turn
+from kdpipe.stages.compute.trial import choose, is_worth_a_trial, time_in_turn, time_on_one_thread
 
 CPU = torch.device("cpu")
 
@@ -24,22 +24,23 @@ def test_choice(seconds, expected):
     assert choose(seconds) == expected
 
 
-def test_times_are_in_turn_after_one_call_each():
+def test_times_are_in_turn():
     calls = []
-    found = time_in_turn({name: lambda name=name: calls.append(name) for name in "ab"}, CPU, rounds=2)
+    found = time_in_turn({name: lambda name=name: calls.append(name) for name in "ab"}, CPU, rounds=3, may_drop=False)
     assert calls == list("ababab") and list(found) == ["a", "b"]
 
 
-def test_slower_run_takes_longer():
-    found = time_in_turn({"slow": lambda: time.sleep(0.02), "fast": lambda: None}, CPU)
-    assert choose(found) == "fast"
+def test_slower_run_takes_longer_and_is_dropped():
+    calls = []
+    runs = {"slow": lambda: (calls.append("slow"), time.sleep(0.02)), "fast": lambda: calls.append("fast")}
+    assert choose(time_in_turn(runs, CPU)) == "fast"
+    assert calls == ["slow", "fast", "slow", "fast", "fast", "fast"]
 
 
-def test_on_one_thread_waiting_for_a_core_does_not_count(monkeypatch):
-    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
-    assert time_in_turn({"": lambda: time.sleep(0.02)}, CPU, clock=one_thread_clock(CPU))[""] < 0.01
-    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
-    assert one_thread_clock(CPU) is time.perf_counter
+def test_one_thread_does_not_count_its_waits():
+    used, before = set(), torch.get_num_threads()
+    found = time_on_one_thread({"": lambda: (time.sleep(0.02), used.add(torch.get_num_threads()))}, CPU)
+    assert found[""] < 0.01 and used == {1} and torch.get_num_threads() == before
 
 
 def test_small_jobs_have_no_trial():

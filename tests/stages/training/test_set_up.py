@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from support.tiny_training import equal_weights, tiny_job, tiny_network, trained, trained_in_pieces
+from support.trials import later_is_faster
 from torch import nn
 
 from kdpipe.stages.compute import settings as compute
@@ -34,13 +35,11 @@ def trial(monkeypatch):
     trials = []
     monkeypatch.setattr(set_up, "is_worth_a_trial", lambda num_macs, device: True)
 
-    def fake_times(runs, device, clock):
+    def fake_times(runs, device, **_):
         trials.append(list(runs))
-        for run in runs.values():
-            run()
-        return {name: 4.0**-number for number, name in enumerate(runs)}
+        return later_is_faster(runs, device)
 
-    monkeypatch.setattr(set_up, "time_in_turn", fake_times)
+    monkeypatch.setattr(set_up, "time_on_one_thread", fake_times)
     return trials
 
 
@@ -191,7 +190,7 @@ def test_only_a_large_job_may_choose_more_threads(tmp_path, monkeypatch, cores):
     trained(tmp_path / "small", monitor)
     assert set(used) == {1} and torch.get_num_threads() == cores, "for this job only"
     monkeypatch.setattr(set_up, "is_worth_a_trial", lambda num_macs, device: True)
-    monkeypatch.setattr(threads, "_seconds", lambda count, run: (run(), 1 / count)[1])
+    monkeypatch.setattr(threads, "time_in_turn", later_is_faster)
     del used[:]
     model, _ = trained(tmp_path / "large", monitor, precision="float32", memory_format="contiguous")
     assert set(used) == {cores}
