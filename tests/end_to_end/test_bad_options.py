@@ -41,7 +41,16 @@ BAD = {
     "--run": NAMES,
     **{
         f"{command} --run": NO_RUN_CAN_BE
-        for command in ("run", "demo", "train-teacher", "cache-teacher", "train-student", "compress", "compare")
+        for command in (
+            "run",
+            "demo",
+            "train-teacher",
+            "cache-teacher",
+            "train-student",
+            "compress",
+            "compare",
+            "sweep",
+        )
     },
     "generations --run": NO_RUN_CAN_BE,
     "--max-duration": ["", "0", "-1", "1", "nan", "inf", "1e309", "3h30", "3m2h", "00:00:00", "１h", ESCAPE, LONG],
