@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from kdpipe.stages.runtime.distributed import ProcessGroup
     from kdpipe.stages.runtime.events import ProgressEvent, RunMonitor
     from kdpipe.stages.runtime.launcher import WorkShard
+    from kdpipe.stages.workspace import Workspace
 
 DISTRIBUTED = ("train-teacher", "train-student", "compare")
 """Commands whose processes train on shares of one batch."""
@@ -40,6 +41,19 @@ def _load(recipe: Path, options: CommonOptions, *, sweeps: bool = False) -> tupl
     return loaded, options.run or Path("runs") / loaded.name
 
 
+def _workspace(folder: Path, options: CommonOptions) -> Workspace:
+    """Return the workspace of a run: the folder of runs that it is in, unless the options name another one."""
+    from kdpipe.stages.errors import RunError
+    from kdpipe.stages.workspace import Workspace
+
+    named = options.workspace
+    if named == Path("none"):
+        return Workspace()
+    if named is not None and not named.is_dir():
+        raise RunError(f"--workspace {named}: this is not a folder; name one that contains run folders, or none.")
+    return Workspace((named or folder.absolute().parent).absolute())
+
+
 @contextmanager
 def open_run(recipe: Path, options: CommonOptions) -> Iterator[Run]:
     """Yield the run of a recipe for work that only reads its run folder: with signals and progress, without a lock."""
@@ -50,7 +64,8 @@ def open_run(recipe: Path, options: CommonOptions) -> Iterator[Run]:
 
         loaded, folder = _load(recipe, options)
         with reporter(options.as_json) as report:
-            run = Run(loaded, folder, RunMonitor(report, should_stop), share=options.share)
+            workspace = _workspace(folder, options)
+            run = Run(loaded, folder, RunMonitor(report, should_stop), share=options.share, workspace=workspace)
             run.set_up_machine()
             yield run
 
@@ -99,6 +114,7 @@ def run_job(
                 work_shard or process_group.work_shard,
                 share=options.share,
                 process_group=process_group,
+                workspace=_workspace(folder, options),
             )
             run.begin()
             if process_group.is_main:

@@ -10,7 +10,7 @@ from typing import Any
 from kdpipe.pipeline.preflight import preflight
 from kdpipe.pipeline.report.formatting import mean_std
 from kdpipe.pipeline.run import Run
-from kdpipe.pipeline.shared_store import needs_teacher, warn_of_neighbor
+from kdpipe.pipeline.shared_store import needs_teacher
 from kdpipe.pipeline.steps import run_cache_teacher, run_train_teacher, train_student, try_distillation
 from kdpipe.pipeline.terminal.output import console
 from kdpipe.pipeline.terminal.tables import Table, print_table
@@ -69,9 +69,8 @@ def prepare_store(run: Run, command: str) -> dict[str, Any] | None:
     trains_teacher = needs_teacher(run, features)
     preflight(run, with_teacher=trains_teacher, compresses=False)
     if trains_teacher:
-        warn_of_neighbor(run, features)
         teacher = run_train_teacher(run)["teacher"]
-        run_cache_teacher(run, hint=False)
+        run_cache_teacher(run, in_turn=True)
         run.process_group.barrier()  # each has computed its part of the store
     if warning := view_warning(run.recipe.views):
         run.monitor.warn(command, warning)

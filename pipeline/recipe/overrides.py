@@ -24,6 +24,7 @@ RESERVED = {
     "KDPIPE_CACHE": "the folder to which stores are staged; the recipe's section `cache` is set by KDPIPE_CACHE__STORE "
     "and so on",
     "KDPIPE_CACHE_BYTES": "the size limit of that folder",
+    "KDPIPE_WORKSPACE": "the folder of runs that share teachers, stores and students, as --workspace",
     "KDPIPE_DIST_BACKEND": "how several processes send what is on GPUs: nccl or gloo",
 }
 """Variables that kdpipe itself reads, and what they are for: they are not recipe keys."""
