@@ -29,6 +29,10 @@ class Interval:
     high: float
     over: Over
 
+    @property
+    def in_percent(self) -> Interval:
+        return Interval(100 * self.low, 100 * self.high, self.over)
+
 
 @dataclass(frozen=True)
 class Outcome:

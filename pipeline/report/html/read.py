@@ -98,7 +98,7 @@ class PageRun:
         return next((network for network in self.networks if network.kind == kind), None)
 
     def row(self, kind: str) -> Row | None:
-        return next((row for row in self.report.rows if row.kind == kind), None)
+        return self.report.row(kind)
 
     @property
     def main(self) -> list[Network]:
