@@ -88,7 +88,15 @@ def prune_student(
     history, losses = fine_tune(_fine_tuning(pruner, pruned, folder, train, name), fine_tuning)
     test = fine_tuning.evaluation(pruned.network.normalize)
     more = {**pruned.facts, **save_adapters(folder, losses)}
-    figures = finalize(folder, pruned.network, history, test, with_onnx=fine_tuning.exports_onnx, more=more)
+    figures = finalize(
+        folder,
+        pruned.network,
+        history,
+        test,
+        with_onnx=fine_tuning.exports_onnx,
+        more=more,
+        validation=fine_tuning.validation(pruned.network.normalize),
+    )
     remove_with_sum(pruned_path(folder))
     return figures
 
@@ -157,7 +165,7 @@ def _pruned(pruner: _Pruner, folder: JobDir, before: PrunedCheckpoint, step: int
         pruned = pruner(network, step)
         widths = {"widths": record_widths(pruned.model)} if pruner.config.kind == "channels" else {}
         cut = ModelBundle(pruned.model, {**network.architecture, **widths}, network.normalize)
-        measured = evaluate(cut.model.to(fine_tuning.device), fine_tuning.evaluation(cut.normalize), fine_tuning.device)
+        measured = evaluate(cut.model.to(fine_tuning.device), fine_tuning.deciding(cut.normalize), fine_tuning.device)
         facts = {
             "channel_ratio": max(pruned.ratio, before.facts["channel_ratio"]),
             "excluded": dict(pruned.excluded),

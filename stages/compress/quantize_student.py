@@ -121,7 +121,8 @@ def quantize_student(
     exact = replace(train, precision="float32")  # rounding before the quantizers would move codes
     job = FineTuneJob(name, quantized, folder, exact, warm_up, before_epoch, masks, adapters)
     history, _ = fine_tune(job, fine_tuning)
-    return finalize(folder, quantized, history, test, with_onnx=fine_tuning.exports_onnx)
+    validation = fine_tuning.validation(network.normalize)
+    return finalize(folder, quantized, history, test, with_onnx=fine_tuning.exports_onnx, validation=validation)
 
 
 def quantize_fingerprint(

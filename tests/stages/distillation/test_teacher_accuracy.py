@@ -30,4 +30,4 @@ def test_logits_are_those_of_the_store_at_any_size(tmp_path, without_onnx, monke
     assert mapped.targets.residence == "mapped"
     assert torch.equal(mapped(positions), expected[positions])
     accuracy = (expected.argmax(1) == context.test_set.labels).float().mean()
-    assert teacher_accuracy.test_accuracies([place], TeachersConfig(), context) == [float(accuracy)]
+    assert teacher_accuracy.deciding_accuracies([place], TeachersConfig(), context) == [float(accuracy)]
