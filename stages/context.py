@@ -241,9 +241,9 @@ def require_fitting_test_images(context: StageContext) -> None:
     classes, others = context.train_set.class_names, context.test_set.class_names
     if others != classes:
         raise DataError(
-            f"the {which} images of {context.test_set.name} are of {len(others)} classes ({', '.join(others[:5])} ...), "
-            f"the training images of {len(classes)} ({', '.join(classes[:5])} ...): give both the same, in the "
-            "same order."
+            f"the {which} images of {context.test_set.name} are of {len(others)} classes "
+            f"({', '.join(others[:5])} ...), the training images of {len(classes)} ({', '.join(classes[:5])} ...): "
+            "give both the same, in the same order."
         )
     if context.test_set.in_channels != context.train_set.in_channels:
         raise DataError(
@@ -254,8 +254,8 @@ def require_fitting_test_images(context: StageContext) -> None:
         raise DataError(unequal_sizes_message(context.test_set))
     if found != size:
         raise DataError(
-            f"the {which} images of {context.test_set.name} are of {found[0]} x {found[1]} pixels, the training views of "
-            f"{size[0]} x {size[1]}: set data.image_size (in Python image_size=), or add an operation to "
+            f"the {which} images of {context.test_set.name} are of {found[0]} x {found[1]} pixels, the training views "
+            f"of {size[0]} x {size[1]}: set data.image_size (in Python image_size=), or add an operation to "
             f"the views that gives {found[0]} x {found[1]}."
         )
 

@@ -50,8 +50,13 @@ class NetworkDifference:
         """How sure it is, such as "95 % interval +0.31 to +2.29 over images, p = 0.012; 360 test images, 1 seed"."""
         known = [] if self.interval is None else [f"95 % interval {interval_text(self.interval, signed=True)}"]
         known += [] if self.p is None else [p_text(self.p)]
-        images = [] if self.num_images is None else [f"{self.num_images:,} test images"]
-        return "; ".join(filter(None, [", ".join(known), ", ".join([*images, num_seeds(self.num_seeds)])]))
+        return "; ".join(filter(None, [", ".join(known), self.basis]))
+
+    @property
+    def basis(self) -> str:
+        """What it was measured on, such as "360 test images, 1 seed"."""
+        images = "" if self.num_images is None else f"{self.num_images:,} test images, "
+        return f"{images}{num_seeds(self.num_seeds)}"
 
 
 def p_text(p: float) -> str:

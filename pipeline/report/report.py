@@ -16,6 +16,7 @@ from kdpipe.pipeline.terminal.output import printable
 from kdpipe.stages.compress.artifacts.latency_record import Latencies, latency_path, read_latencies
 from kdpipe.stages.errors import RunError
 from kdpipe.stages.evaluation.intervals import Outcome, accuracy_interval
+from kdpipe.stages.training.finalize import deciding_accuracy
 from kdpipe.stages.training.job_dir import JobDir, read_json_file
 
 MAX_NAME = 200
@@ -112,6 +113,9 @@ def _row(
         accuracy_std=accuracy_std,
         interval=interval.in_percent if interval else None,
         best_accuracy_mean=mean(100 * result["best_accuracy"] for result in results.values()),
+        validation_mean=mean_and_std([100 * deciding_accuracy(result) for result in results.values()])[0]
+        if "validation" in first
+        else None,
         num_parameters=first["num_parameters"],
         num_macs=first.get("num_macs"),
         file_bytes=file_bytes,

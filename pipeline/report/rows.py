@@ -52,7 +52,8 @@ class Row(QualityMetrics):
         accuracy_mean: Test accuracy in percent after the last epoch.
         interval: Its 95 % confidence interval in percent: the wider one of Wilson's over images, and over several
             seeds Student's. None for one seed without the number of test images.
-        best_accuracy_mean: The same after the best epoch.
+        best_accuracy_mean: The same after the best epoch, on the validation images if there are any.
+        validation_mean: Accuracy on the validation images in percent, None without any.
         of_teacher: How many times smaller the ONNX file is than the teacher's.
         of_student: The same against the distilled student's file.
         onnx_agreement: Lowest share over seeds, in percent, of test images with equal top-1 in ONNX and torch.
@@ -75,6 +76,7 @@ class Row(QualityMetrics):
     onnx_agreement: float | None
     latency_ms: dict[str, dict[str, float]] | None
     files: list[str]
+    validation_mean: float | None = None
 
 
 @dataclass(frozen=True)

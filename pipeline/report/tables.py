@@ -29,13 +29,16 @@ def report_tables(report: Report) -> Iterator[Table]:
 
 
 def _results(rows: Sequence[Row]) -> Table:
-    headers = ["network", "test accuracy %", "95 % interval", "best epoch %", "seeds"]
-    headers += ["parameters", "ONNX file", "ONNX = torch %"]
+    validates = any(row.validation_mean is not None for row in rows)
+    headers = ["network", "test accuracy %", "95 % interval"]
+    headers += ["validation %", "its best epoch %"] if validates else ["best epoch %"]
+    headers += ["seeds", "parameters", "ONNX file", "ONNX = torch %"]
     cells = [
         [
             row.name,
             mean_std(row.accuracy_mean, row.accuracy_std),
             interval_text(row.interval),
+            *([mean_std(row.validation_mean)] if validates else []),
             mean_std(row.best_accuracy_mean),
             row.num_seeds,
             integer(row.num_parameters),
@@ -49,7 +52,9 @@ def _results(rows: Sequence[Row]) -> Table:
 
 def _differences(report: Report) -> Table:
     names = {row.kind: row.name for row in report.rows}
-    headers = ["network", "against", "points", "95 % interval", "p", "test images", "seeds", "clear"]
+    headers = ["network", "against", "points", "95 % interval", "p"]
+    bases = {(one.num_images, one.num_seeds) for one in report.differences}
+    headers += [] if len(bases) == 1 else ["test images", "seeds"]
     cells = [
         [
             names[one.kind],
@@ -57,13 +62,13 @@ def _differences(report: Report) -> Table:
             mean_std(one.points, signed=True),
             _interval_of(one),
             "-" if one.p is None else p_text(one.p).removeprefix("p ").removeprefix("= "),
-            integer(one.num_images),
-            one.num_seeds,
-            "yes" if one.is_clear else "no",
+            *([] if len(bases) == 1 else [integer(one.num_images), one.num_seeds]),
         ]
         for one in report.differences
     ]
-    return Table("Differences of test accuracy, in percentage points", headers, cells, num_names=2)
+    basis = report.differences[0].basis if len(bases) == 1 else ""
+    caption = f"Differences of test accuracy, in percentage points{': ' * bool(basis)}{basis}"
+    return Table(caption, headers, cells, num_names=2)
 
 
 def _interval_of(difference: NetworkDifference) -> str:

@@ -100,7 +100,8 @@ def _speed(event: ProgressEvent, rate: Rate) -> list[str]:
 def _metrics(event: ProgressEvent) -> list[str]:
     """Return the accuracy and the loss of an epoch, which come with its last step."""
     accuracy, losses = event.metrics.get("accuracy"), event.metrics.get("losses")
-    shown = [f"test accuracy {100 * accuracy:.2f} %"] if isinstance(accuracy, int | float) else []
+    split = event.metrics.get("split", "test")
+    shown = [f"{split} accuracy {100 * accuracy:.2f} %"] if isinstance(accuracy, int | float) else []
     if isinstance(losses, dict) and losses and all(isinstance(loss, int | float) for loss in losses.values()):
         shown.append(f"loss {sum(losses.values()):.4g}")
     return shown

@@ -81,15 +81,15 @@ def deciding_accuracies(stores: Sequence[Path | str], config: TeachersConfig, co
     if part == "test" and len(stores) > 1:
         context.monitor.warn_once(
             "train-student",
-            "student.teachers.weights = 'accuracy' weighs the teachers by their accuracy on the test images, which then "
-            "show a student too good: set data.validation_share where the stores are made, and here.",
+            "student.teachers.weights = 'accuracy' weighs the teachers by their accuracy on the test images, which "
+            "then show a student too good: set data.validation_share where the stores are made, and here.",
         )
     sources = _sources(stores, config, context.deciding, part)
     if sources is None:
         raise RecipeError(
-            f"student.teachers.weights = 'accuracy' needs each teacher's accuracy on these {part} images, but not every "
-            f"store has a {part} store (store.{part}.zarr) of them beside it: run `kdpipe cache-teacher` again where the "
-            "stores were made, or give the weights as numbers."
+            f"student.teachers.weights = 'accuracy' needs each teacher's accuracy on these {part} images, but not "
+            f"every store has a {part} store (store.{part}.zarr) of them beside it: run `kdpipe cache-teacher` again "
+            "where the stores were made, or give the weights as numbers."
         )
     return _accuracies(sources, context.deciding)
 

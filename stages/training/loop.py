@@ -105,8 +105,8 @@ def _save_if_over(job: TrainJob, state: TrainState, progress: Progress, hooks: H
         if not job.validates:
             monitor.warn_once(
                 job.stage,
-                f"the callback {progress.stopped_by} ended a training early: if it looked at the accuracy, that was on the "
-                "test images, which then show the network too good; set data.validation_share.",
+                f"the callback {progress.stopped_by} ended a training early: if it looked at the accuracy, that was on "
+                "the test images, which then show the network too good; set data.validation_share.",
             )
     if _is_over(job, progress):
         _save(job, state, progress, hooks)
