@@ -238,7 +238,7 @@ def train_student(
     """
     context = context.resized(config.image_size)
     kind, process_group = ALONE if spec is None else DISTILLED, context.process_group
-    student_run = student_run or StudentRun(student_folder(context.run_dir, kind, seed), f"{kind} student, seed {seed}")
+    student_run = student_run or StudentRun(student_folder(context.run_dir, kind, seed), f"student {kind}, seed {seed}")
     process_group.require_shares(config.train.batch_size, context.train_set.num_samples)
 
     student = build_student(config, seed, context, spec.losses if spec else ())

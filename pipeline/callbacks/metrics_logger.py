@@ -67,5 +67,5 @@ def scalars_of(metrics: Mapping[str, Any]) -> dict[str, float]:
 
 
 def folder_name(job: str) -> str:
-    """Return a folder name for a job, such as distilled-student-seed-0."""
+    """Return a folder name for a job, such as student-distilled-seed-0."""
     return re.sub(r"[^A-Za-z0-9_.]+", "-", job).strip("-.")[:100] or "job"

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from kdpipe.stages.compress.fine_tune import FineTuneContext, FineTuneJob, fine_tune
+from kdpipe.stages.compress.names import network_name
 from kdpipe.stages.compress.pruning.kept_channels import kept_channels
 from kdpipe.stages.compress.pruning.prune import PruneConfig, Pruned, prune
 from kdpipe.stages.compress.pruning.sparsity import masks_of
@@ -80,7 +81,7 @@ def prune_student(
         remove_with_sum(pruned_path(folder))  # left by a kill just before the removal below
         return done
     pruner = _Pruner(config, train, fine_tuning, source, ratio)
-    name = f"{kind} student, seed {fine_tuning.seed}"
+    name = f"{network_name(kind, prunes=True)}, seed {fine_tuning.seed}"
     before = PrunedCheckpoint(source.load(), {"channel_ratio": 0.0}, source.adapters if fine_tuning.spec else {})
     for step in range(1, config.steps):
         before = _intermediate(pruner, folder, before, step, name=name)

@@ -19,7 +19,7 @@ class CallbackState:
 
     Attributes:
         stage: The stage that trains, such as "train-student".
-        job: The name of the training, such as "distilled student, seed 0".
+        job: The name of the training, such as "student distilled, seed 0".
         seed: Its seed.
         folder: Its folder, with checkpoint, metrics and, when it is finished, results.
         run_dir: The run folder, which holds the folders of all trainings.
