@@ -8,7 +8,7 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -24,6 +24,7 @@ from kdpipe.stages.data.config import DataConfig
 from kdpipe.stages.data.image_set import ImageSet
 from kdpipe.stages.data.load import load_dataset
 from kdpipe.stages.data.loader.mix_partners import load_partner_pool, read_partner_pool
+from kdpipe.stages.data.splits import Part
 from kdpipe.stages.distillation.compatibility import temperatures_of
 from kdpipe.stages.distillation.spec import DistillationSpec
 from kdpipe.stages.distillation.stores import open_distillation
@@ -136,6 +137,8 @@ class Run:
             unreadable=data.unreadable,
             get_teacher_logits=self._get_teacher_logits,
             load_test=partial(self._load, data, "test"),
+            validation_set=self._load(data, "validation", test_image_size(alone)) if data.validation_share else None,
+            load_validation=partial(self._load, data, "validation"),
             process_group=self.process_group,
             workspace=self.workspace.beside(self.recipe.cache.store, *self.recipe.student.stores),
         )
@@ -155,7 +158,7 @@ class Run:
     def _load(
         self,
         data: DataConfig,
-        split: Literal["train", "test"],
+        split: Part,
         size: int | None = None,
         only: NDArray[np.int64] | None = None,
     ) -> ImageSet:
@@ -183,7 +186,7 @@ class Run:
             return None
         if np.array_equal(pool.ids, np.sort(train_set.sample_ids.numpy())):
             return None
-        whole = replace(self.recipe.data, num_train=None, classes=None)
+        whole = replace(self.recipe.data, num_train=None, classes=None, validation_share=0.0)
         return load_partner_pool(pool, self._load(whole, "train", only=pool.ids), path)
 
     @property

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import asdict
 from functools import partial
 from statistics import mean, stdev
 from typing import Any
 
 from kdpipe.pipeline.preflight import preflight
-from kdpipe.pipeline.report.formatting import mean_std
+from kdpipe.pipeline.report.differences import Outcomes, between
+from kdpipe.pipeline.report.formatting import interval_text, mean_std
 from kdpipe.pipeline.run import Run
 from kdpipe.pipeline.shared_store import needs_teacher
 from kdpipe.pipeline.steps import run_cache_teacher, run_train_teacher, train_student, try_distillation
@@ -16,6 +18,8 @@ from kdpipe.pipeline.terminal.output import console
 from kdpipe.pipeline.terminal.tables import Table, print_table
 from kdpipe.stages.distillation.student_config import ALONE, view_warning
 from kdpipe.stages.errors import NotFiniteError, RecipeError
+from kdpipe.stages.evaluation.correct_images import outcome_of
+from kdpipe.stages.evaluation.intervals import Interval
 from kdpipe.stages.train_student.compare import (
     COST,
     Variant,
@@ -24,6 +28,7 @@ from kdpipe.stages.train_student.compare import (
     variant_run,
     with_overrides,
 )
+from kdpipe.stages.training.finalize import deciding_accuracy
 
 
 def run_compare(run: Run) -> dict[str, Any]:
@@ -35,6 +40,12 @@ def run_compare(run: Run) -> dict[str, Any]:
         )
     teacher = prepare_store(run, "compare")
     student, context = run.recipe.student, run.context
+    if context.validation_set is None:
+        run.monitor.warn(
+            "compare",
+            "the variants are ranked by their accuracy on the test images, so that the best one looks better than it "
+            "is: set data.validation_share to choose on images apart.",
+        )
     baseline = [Variant(ALONE, student, None)] if student.baseline else []
     variants = [*baseline, *_variants(run)]
     results: dict[str, list[dict[str, Any]]] = {variant.name: [] for variant in variants}
@@ -58,7 +69,12 @@ def run_compare(run: Run) -> dict[str, Any]:
         monitor=run.monitor,
         process_group=run.process_group,
     )
-    rows = [{**accuracy_row(own), "name": name, **costs[name]} for name, own in results.items() if own]
+    first = next(own for own in results.values() if own)
+    rows = [
+        {**accuracy_row(own), **_difference(first, own), "name": name, **costs[name]}
+        for name, own in results.items()
+        if own
+    ]
     diverged = {name: len(student.seeds) - len(own) for name, own in results.items() if len(own) < len(student.seeds)}
     return {"teacher": teacher, "rows": rows, "num_diverged": diverged}
 
@@ -96,14 +112,25 @@ def accuracy_row(results: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """Return a student's results over seeds: accuracies and agreement in percent, KL in nats."""
     examined = [result.get("examined") or {} for result in results]
     accuracies = [100 * result["accuracy"] for result in results]
+    validates = all("validation" in result for result in results)
     return {
         "accuracies": accuracies,
         "best_accuracy_mean": mean(100 * result["best_accuracy"] for result in results),
+        "validation_mean": mean(100 * deciding_accuracy(result) for result in results) if validates else None,
         "agreement_mean": _mean([metrics.get("agreement") for metrics in examined], 100),
         "teacher_kl_mean": _mean([metrics.get("teacher_kl") for metrics in examined], 1),
         "accuracy_mean": mean(accuracies),
         "accuracy_std": stdev(accuracies) if len(accuracies) > 1 else None,
     }
+
+
+def _difference(first: Sequence[dict[str, Any]], results: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Return a variant's difference from the first one: percentage points, interval and p over the same seeds."""
+    outcomes: Outcomes = {"first": list(map(outcome_of, first)), "own": list(map(outcome_of, results))}
+    found = between(outcomes, "own", "first") if first is not results and len(first) == len(results) else None
+    if found is None:
+        return {"interval": None, "p": None}
+    return {"interval": None if found.interval is None else asdict(found.interval), "p": found.p}
 
 
 def _mean(values: Sequence[float | None], factor: float) -> float | None:
@@ -112,17 +139,24 @@ def _mean(values: Sequence[float | None], factor: float) -> float | None:
 
 
 def print_compare(recipe: str, results: dict[str, Any]) -> None:
-    """Print the table to stdout, the best variant first."""
+    """Print the table to stdout, the best variant first: on the validation images, if there are any."""
     num_seeds = len(results["rows"][0]["accuracies"])
     first, teacher = results["rows"][0], results["teacher"]  # the student alone, unless student.baseline is false
-    headers = ["variant", "test accuracy %", f"over {first['name']}", "best epoch %", "agreement %", "KL, nats"]
-    cells = [["teacher", f"{100 * teacher['accuracy']:.2f}", *[""] * 6]] if teacher else []
-    for row in sorted(results["rows"], key=lambda row: -row["accuracy_mean"]):
+    validates = all(row["validation_mean"] is not None for row in results["rows"])
+    by = "validation_mean" if validates else "accuracy_mean"
+    headers = ["variant", "test accuracy %", f"over {first['name']}", "95 % interval", "p"]
+    headers += ["validation %"] * validates + ["best epoch %", "agreement %", "KL, nats"]
+    cells = [["teacher", f"{100 * teacher['accuracy']:.2f}", *[""] * len(headers)]] if teacher else []
+    for row in sorted(results["rows"], key=lambda row: -row[by]):
+        interval = Interval(**row["interval"]) if row["interval"] else None
         cells.append(
             [
                 row["name"],
                 mean_std(row["accuracy_mean"], row["accuracy_std"]),
                 f"{row['accuracy_mean'] - first['accuracy_mean']:+.2f}",
+                interval_text(interval, signed=True),
+                "-" if row["p"] is None else f"{row['p']:.3f}",
+                *[mean_std(row["validation_mean"])] * validates,
                 f"{row['best_accuracy_mean']:.2f}",
                 mean_std(row["agreement_mean"]),
                 mean_std(row["teacher_kl_mean"], digits=3),
