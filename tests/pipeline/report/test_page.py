@@ -14,6 +14,8 @@ from types import SimpleNamespace
 import matplotlib
 import numpy as np
 import pytest
+import torch
+from PIL import Image
 from support.kdpipe_process import RECIPE, kdpipe_here
 from support.made_store import make_store
 
@@ -21,9 +23,11 @@ from kdpipe.pipeline.job import _print_results
 from kdpipe.pipeline.report.chart import spread, thinned, with_unique_ids
 from kdpipe.pipeline.report.html.heat import NUM_LEVELS, level_of
 from kdpipe.pipeline.report.html.read import Job, Network
+from kdpipe.pipeline.report.html.sections.compare import LOOKS
 from kdpipe.pipeline.report.html.sections.curves import Curve, curve_panel
 from kdpipe.pipeline.report.html.sections.losses import loss_panel
 from kdpipe.pipeline.report.html.sections.reliability import pooled_bins
+from kdpipe.pipeline.report.html.sections.samples import _file_names
 from kdpipe.pipeline.report.html.sections.similarity import (
     TEMPERATURE,
     Similarity,
@@ -33,6 +37,9 @@ from kdpipe.pipeline.report.html.sections.similarity import (
 )
 from kdpipe.pipeline.report.html.write import SECTIONS, write_page
 from kdpipe.pipeline.report.report import read_report
+from kdpipe.stages.compress.artifacts.load import rebuild
+from kdpipe.stages.data.config import DataConfig
+from kdpipe.stages.data.load import load_dataset
 from kdpipe.stages.errors import RunError
 from kdpipe.stages.models.safetensors_io import load_tensors, save_tensors
 from kdpipe.stages.training.job_dir import write_json_file
@@ -48,6 +55,7 @@ class Parsed(HTMLParser):
     def __init__(self, text):
         super().__init__()
         self.open, self.attributes, self.texts, self.headings, self.tags = [], [], [], [], set()
+        self.tables, self.code = [], []
         self.feed(text)
         self.close()
         assert self.open == []
@@ -57,6 +65,14 @@ class Parsed(HTMLParser):
         self.attributes += [(tag, *one) for one in attrs]
         if tag not in VOID:
             self.open.append(tag)
+        if tag == "table":
+            self.tables.append([[]])
+        elif tag == "tr":
+            self.tables[-1].append([])
+        elif tag in ("th", "td"):
+            self.tables[-1][-1].append("")
+        elif tag == "pre":
+            self.code.append("")
 
     def handle_startendtag(self, tag, attrs):
         self.attributes += [(tag, *one) for one in attrs]
@@ -66,8 +82,19 @@ class Parsed(HTMLParser):
 
     def handle_data(self, data):
         self.texts.append(data)
+        if "pre" in self.open:
+            self.code[-1] += data
+        elif "caption" in self.open:
+            self.tables[-1][0].append(data)
+        elif self.open and {"th", "td"} & set(self.open):
+            self.tables[-1][-1][-1] += data
         if self.open and re.fullmatch("h[1-6]", self.open[-1]):
             self.headings.append((int(self.open[-1][1]), data))
+
+    def table(self, caption):
+        """Return the rows of a table, each by its headers."""
+        _, headers, *rows = next(rows for rows in self.tables if "".join(rows[0]).strip().startswith(caption))
+        return [dict(zip(headers, row, strict=True)) for row in rows]
 
     def values(self, name):
         return [value for _, key, value in self.attributes if key == name]
@@ -118,7 +145,16 @@ def leave_job(folder, accuracy, found, losses=("hard_labels",)):
 
 def made_run(folder, name="made", seeds=(0, 1), **kept):
     """Make a run of three networks with accuracies 90 %, alone 70 and 72 %, distilled 80 and 82 %."""
-    recipe = {"name": name, "student": {"seeds": list(seeds)}, "compress": {"steps": []}, "cache": {}}
+    recipe = {
+        "name": name,
+        "data": {"name": "digits"},
+        "views": {"num_views": 4, "operations": [{"name": "RandomCrop"}]},
+        "teacher": {"model": {"name": "cnn", "args": {"width": 24}}},
+        "student": {"seeds": list(seeds), "model": {"name": "cnn", "args": {"width": 6}}, "hard_label_weight": 0.1},
+        "distill": [{"loss": "kd", "weight": 0.9, "temperature": 4.0}, {"loss": "hint", "layers": [["a", "b"]]}],
+        "compress": {"steps": []},
+        "cache": {},
+    }
     leave_job(folder / "teacher", 0.9, examined(0.9, **kept))
     for seed in seeds:
         leave_job(folder / f"students/alone-seed{seed}", 0.7 + 0.02 * seed, examined(0.7, **kept))
@@ -150,7 +186,9 @@ def test_page_has_all_sections_and_valid_links(tmp_path):
     for runs in ([made_run(tmp_path / "one")], [made_run(tmp_path / "two"), made_run(tmp_path / "three")]):
         _, read, _ = page_of(*runs)
         titles = [title for _, title in read.headings]
-        assert all(titles.count(section.title) >= len(runs) for section in SECTIONS)
+        shown = [section for section in SECTIONS if section.key != "variants"]
+        assert all(titles.count(section.title) >= len(runs) for section in shown)
+        assert "Variants and settings" not in titles
         levels = [level for level, _ in read.headings]
         assert levels[0] == 1
         assert levels.count(1) == 1
@@ -271,6 +309,128 @@ def test_several_runs_are_compared(tmp_path):
     assert "Comparison of runs" in read.text
     assert "+7.85 to +12.14 over images" in read.text
     assert [title for level, title in read.headings if level == 2] == ["Learning curves", "first", "second"]
+
+
+def test_several_runs_show_differing_keys_and_curves_over_each_other(tmp_path):
+    runs = [made_run(tmp_path / name, name=name) for name in ("one", "two")]
+    recipe = json.loads((runs[1] / "recipe.json").read_text())
+    recipe["distill"][0]["temperature"] = 2.0
+    del recipe["student"]["hard_label_weight"]
+    (runs[1] / "recipe.json").write_text(json.dumps(recipe))
+    text, read, _ = page_of(*runs)
+    assert read.table("Recipe keys that differ") == [
+        {"key": "student.hard_label_weight", "one (one)": "0.1", "two (two)": "-"},
+        {"key": "distill.0.temperature", "one (one)": "4.0", "two (two)": "2.0"},
+    ]
+    for network in ("teacher", "student alone", "student distilled"):
+        title = f"<title>{network}: test accuracy by epoch</title>"
+        together = next(chart for chart in re.findall(f"{title}.*?</svg>", text, re.S))
+        assert "one (one) ends at" in together and "two (two) ends at" in together
+        assert {f"var(--{look[0]})" for look in LOOKS[:2]} <= set(re.findall(r"stroke: (var\(--\w+\))", together))
+    assert "The recipes of these runs are the same." in page_of(runs[0], runs[0])[1].text
+
+
+def test_many_runs_have_curves_of_their_own_look_and_labels_apart():
+    assert len(set(LOOKS)) == len(LOOKS) >= 15
+    curves = [Curve(str(number), *LOOKS[number], [{1: 50.0, 2: 90.0}]) for number in range(8)]
+    drawn = curve_panel("title", curves, curves)
+    heights = sorted(float(y) for y in re.findall(r'y="([\d.]+)"[^>]*>90.00<', drawn))
+    assert len(heights) == 8 and all(after - before > 12 for before, after in pairwise(heights))
+
+
+def numbers(text):
+    return [float(one.replace(",", "")) for one in re.findall(r"[-+]?\d[\d,]*(?:\.\d+)?", text)]
+
+
+def test_numbers_on_the_page_are_those_of_the_json(tmp_path):
+    run = made_run(tmp_path / "run")
+    report = json.loads(json.dumps(read_report(run).to_json()))
+    _, read, _ = page_of(run)
+    assert report["verdict"]["sentence"] in read.text
+    rows = read.table("Results")
+    assert len(rows) == len(report["rows"]) == 3
+    for shown, row in zip(rows, report["rows"], strict=True):
+        known = [row["accuracy_mean"], *([] if row["accuracy_std"] is None else [row["accuracy_std"]])]
+        assert shown["network"] == row["name"]
+        assert numbers(shown["test accuracy %"]) == [round(one, 2) for one in known]
+        assert numbers(shown["95 % interval"]) == [round(row["interval"][end], 2) for end in ("low", "high")]
+        assert numbers(shown["parameters"]) == [row["num_parameters"]]
+        assert numbers(shown["ONNX file"]) == [round(row["file_bytes"] / 1024, 1)]
+        assert f"{row['accuracy_mean']:.2f} %" in read.text
+    rows = read.table("Differences of test accuracy")
+    assert len(rows) == len(report["differences"])
+    for shown, one in zip(rows, report["differences"], strict=True):
+        assert numbers(shown["points"]) == [round(one["points"], 2)]
+        assert numbers(shown["95 % interval"]) == [round(one["interval"][end], 2) for end in ("low", "high")]
+
+
+def test_top_has_data_networks_losses_and_what_to_ship(tmp_path):
+    run = made_run(tmp_path / "run")
+    (run / "teacher/job.json").write_text(json.dumps({"data": {"num_samples": 1437}}))
+    (run / "students/distilled-seed0/model.onnx").write_bytes(b"")
+    _, read, _ = page_of(run)
+    assert "data digits, 1,437 training images, 3,000 test images, 3 classes" in read.text
+    assert "teacher cnn (width 24), 10 parameters student cnn (width 6), 10 parameters" in read.text
+    assert "views 4 of each image: RandomCrop" in read.text
+    assert "loss 0.1 × hard labels + 0.9 × kd (temperature 4) + 1 × hint (layers a/b)" in read.text
+    ship = "to ship student distilled (81.00 ± 1.41 % test accuracy; 95 % interval {} to {} over images; 2.0 KiB)"
+    interval = read_report(run).row("student").interval
+    assert ship.format(f"{interval.low:.2f}", f"{interval.high:.2f}") in read.text
+    assert "run/students/distilled-seed0/model.onnx" in read.text
+    assert "InferenceSession(" in read.code[0]
+    artifacts = run / "compressed/artifacts-seed0"
+    artifacts.mkdir(parents=True)
+    write_json_file(artifacts / "card.json", {"ranking": ["teacher"], "reason": "it is small"})
+    read = page_of(run)[1]
+    assert "run/compressed/artifacts-seed0/teacher/model.onnx why it is small" in read.text
+
+
+def test_curves_of_pruning_and_quantization_have_axes_of_their_own(tmp_path):
+    run = made_run(tmp_path / "run")
+    recipe = json.loads((run / "recipe.json").read_text())
+    recipe["compress"]["steps"] = ["prune", "quantize"]
+    (run / "recipe.json").write_text(json.dumps(recipe))
+    for kind in ("pruned", "int8"):
+        leave_job(run / f"compressed/{kind}-seed0", 0.8, examined())
+    text, read, _ = page_of(run)
+    assert "Fine-tuning of the compressed students" in read.text
+    assert {"pruned ends at 80.00 %", "pruned + INT8 ends at 80.00 %"} <= set(re.findall("<desc>(.*?)</desc>", text))
+
+
+def test_tables_of_comparison_and_sweep_are_on_the_page(tmp_path):
+    run = made_run(tmp_path / "run")
+    (run / "compare").mkdir()
+    assert "The comparison is not finished" in page_of(run)[1].text
+    figures = {"accuracies": [90.0], "accuracy_mean": 90.25, "accuracy_std": None, "best_accuracy_mean": 91.0}
+    figures |= {"agreement_mean": 88.5, "teacher_kl_mean": 0.5, "validation_mean": None}
+    variant = figures | {"name": "kd", "interval": None, "p": None, "step_ms": 2.5, "ratio": 1.5}
+    write_json_file(run / "compare/results.json", {"teacher": None, "rows": [variant], "num_diverged": {}})
+    (run / "sweep").mkdir()
+    point = figures | {"settings": {"student.train.lr": 0.05}, "alone": None, "gain_mean": 1.25}
+    write_json_file(run / "sweep/results.json", {"keys": ["student.train.lr"], "rows": [point]})
+    _, read, _ = page_of(run)
+    (compared,), (swept,) = read.table("made: comparison over"), read.table("made: 1 settings over")
+    assert (compared["variant"], compared["test accuracy %"], compared["ms / step"]) == ("kd", "90.25", "2.50")
+    assert (swept["lr"], swept["test accuracy %"], swept["gain"]) == ("0.05", "90.25", "+1.25")
+    assert "made: comparison over" in kdpipe_here("report", run, "--full", "--no-html").stdout
+    write_json_file(run / "sweep/results.json", {"keys": 3})
+    assert "sweep/results.json is damaged" in page_of(run)[1].text
+    assert kdpipe_here("report", run, "--full", "--no-html").exit_code == 1
+
+
+def test_photographs_have_their_file_names(tmp_path):
+    for split in ("train", "test"):
+        for shade, kind in ((10, "cat"), (20, "dog")):
+            (tmp_path / split / kind).mkdir(parents=True)
+            for number in (1, 2):
+                Image.new("RGB", (8, 8), (shade + number,) * 3).save(tmp_path / split / kind / f"{shade + number}.png")
+    data = DataConfig(name=f"imagefolder:{tmp_path}", test_crop=0.9, image_size=8)
+    found = load_dataset(data, "test")
+    name = _file_names(SimpleNamespace(recipe=SimpleNamespace(data=data)))
+    shown = [name(int(sample)) for sample in found.sample_ids]
+    assert shown == [f"{found.read(number)[0, 0, 0]}.png" for number in range(4)]
+    digits = SimpleNamespace(recipe=SimpleNamespace(data=DataConfig(name="digits")))
+    assert _file_names(digits)(0) == ""
 
 
 def test_page_is_deterministic(tmp_path):
@@ -466,6 +626,7 @@ def test_real_run_has_similarity_and_samples(whole_run):
     assert read.text.count("teacher ") > len(images)
     assert "Selected from the first 359 test images." in read.text
     assert page_of(whole_run, file=whole_run / "again.html")[0] == text
+    assert len(text.encode()) < 1_000_000
 
 
 def test_demo_ends_with_the_page(whole_run, capsys):
@@ -480,6 +641,10 @@ def test_networks_of_users_are_shown_from_their_onnx_files(whole_run, tmp_path):
     run = tmp_path / "run"
     shutil.copytree(whole_run, run)
     _, before, _ = page_of(whole_run)
+    recipe = json.loads((run / "recipe.json").read_text())
+    for network in ("teacher", "student"):
+        recipe[network]["model"]["name"] = "python:gone:factory"
+    write_json_file(run / "recipe.json", recipe)
     for kind in ("alone", "distilled"):
         path = run / "students" / f"{kind}-seed0" / "model.safetensors"
         tensors, record = load_tensors(path)
@@ -488,6 +653,25 @@ def test_networks_of_users_are_shown_from_their_onnx_files(whole_run, tmp_path):
     _, read, messages = page_of(run)
     assert len(messages) == 1  # nothing is left out
     assert read.values("src") == before.values("src")
+    (run / "students/alone-seed0/model.onnx").unlink()
+    _, read, messages = page_of(run)
+    assert len(messages) == 1
+    assert "student alone is not shown: there is no ONNX file" in read.text
+    assert read.text.count("student distilled ✓") > 0
+
+
+def test_code_on_the_page_runs_the_network(whole_run, tmp_path, monkeypatch, capsys):
+    code = page_of(whole_run)[1].code[0]
+    test_set = load_dataset(DataConfig(name="digits"), "test")
+    network = rebuild(whole_run / "students/distilled-seed0/model.safetensors")
+    (tmp_path / "run").symlink_to(whole_run)
+    monkeypatch.chdir(tmp_path)
+    for number in range(5):
+        pixels = test_set.read(number)[0]
+        Image.fromarray(pixels).save("image.png")
+        exec(code, {})
+        expected = network.model(network.normalize(torch.from_numpy(pixels)[None, None])).argmax()
+        assert capsys.readouterr().out.strip() == test_set.class_names[int(expected)]
 
 
 def test_missing_data_leaves_out_only_the_samples(whole_run, tmp_path):
