@@ -22,6 +22,7 @@ from kdpipe.stages.runtime.distributed import SINGLE, ProcessGroup
 from kdpipe.stages.runtime.events import RunMonitor
 from kdpipe.stages.views.config import Views
 from kdpipe.stages.views.renderer import Renderer
+from kdpipe.stages.workspace import NOWHERE, Workspace
 from kdpipe.store import Samples
 
 VIEW_SIZE = "view_size"
@@ -52,6 +53,7 @@ class StageContext:
         process_group: The processes that train together; the first of them writes.
         load_test: Loads the test images in another size; by default `test_set` is resized.
         input_size: Side of the square to which a network's images are resized; None leaves the views' size.
+        workspace: The other runs whose finished jobs are used instead of training the same again.
     """
 
     run_dir: Path
@@ -67,6 +69,7 @@ class StageContext:
     process_group: ProcessGroup = SINGLE
     load_test: Callable[[int], ImageSet] | None = None
     input_size: int | None = None
+    workspace: Workspace = NOWHERE
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
