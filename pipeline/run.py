@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from kdpipe.pipeline.recipe.load import Recipe, all_losses, read_run_recipe, recipe_json, write_run_recipe
+from kdpipe.pipeline.recipe.load import Recipe, all_losses, read_run_recipe, recipe_json, students_of, write_run_recipe
 from kdpipe.stages.cache_teacher.choice import require_available
 from kdpipe.stages.cache_teacher.plan import plan_store, samples_in_row_order
 from kdpipe.stages.compute.determinism import set_deterministic
@@ -47,7 +47,17 @@ from kdpipe.stages.targets.resolve import smallest_feature
 from kdpipe.stages.targets.tail_mass import TailMass, measure_tails
 from kdpipe.stages.teacher import require_same_training, teacher_identity, untrained_teacher
 from kdpipe.stages.train_student.preflight import dry_run_losses
+from kdpipe.stages.workspace import NOWHERE, RECIPE, Workspace
 from kdpipe.store import StoreError, TopK, is_url, make_folders, read_store_manifest
+from kdpipe.store.fs.checksums import read_intact_json
+
+
+def store_of_run(folder: Path) -> Path:
+    """Return the store that a run uses, as its recipe says: by default that in its folder."""
+    record = read_intact_json(folder / RECIPE) or {}
+    cache = record.get("cache")
+    named = cache.get("store") if isinstance(cache, dict) else None
+    return (Path(named) if isinstance(named, str) and not is_url(named) else folder / "store.zarr").absolute()
 
 
 @dataclass(frozen=True)
@@ -59,6 +69,7 @@ class Run:
         work_shard: The share of the stores' units that this process computes.
         share: Whether a GPU that other processes use may be used.
         process_group: The processes that train together; the first one writes.
+        workspace: The other runs whose teachers, stores and students are used.
         phase: Returns a context that records the wall time of its block under a name.
     """
 
@@ -68,6 +79,7 @@ class Run:
     work_shard: WorkShard = ALL
     share: bool = False
     process_group: ProcessGroup = SINGLE
+    workspace: Workspace = NOWHERE
     phase: Callable[[str], AbstractContextManager[Any]] = nullcontext
 
     def __post_init__(self) -> None:
@@ -107,7 +119,9 @@ class Run:
     def write_recipe(self) -> None:
         """Write the resolved recipe into the run folder."""
         if self.process_group.is_main:
-            write_run_recipe(self.folder, recipe_json(self.recipe))
+            used = None if self.recipe.cache.store or self.store == self.own_store else str(self.store)
+            recipe = replace(self.recipe, cache=replace(self.recipe.cache, store=used)) if used else self.recipe
+            write_run_recipe(self.folder, recipe_json(recipe))
 
     @cached_property
     def context(self) -> StageContext:
@@ -126,6 +140,7 @@ class Run:
             validation_set=self._load(data, "validation", test_image_size(alone)) if data.validation_share else None,
             load_validation=partial(self._load, data, "validation"),
             process_group=self.process_group,
+            workspace=self.workspace.beside(self.recipe.cache.store, *self.recipe.student.stores),
         )
         require_fitting_test_images(context)
         return context
@@ -176,13 +191,32 @@ class Run:
 
     @property
     def store(self) -> Path:
-        """The store that this recipe's `cache-teacher` fills."""
+        """The store that this recipe's `cache-teacher` fills, or that of another run which it found complete."""
         named = self.recipe.cache.store
         if named and is_url(named):
             raise RecipeError(
                 f"cache.store = {named!r} is a URL: name a folder, and upload it after `kdpipe cache-teacher`."
             )
-        return (Path(named) if named else self.folder / "store.zarr").absolute()
+        if named:
+            return Path(named).absolute()
+        return self.own_store if self.own_store.exists() else next(iter(self.used_stores), self.own_store)
+
+    @property
+    def own_store(self) -> Path:
+        """The store in the run folder."""
+        return (self.folder / "store.zarr").absolute()
+
+    @property
+    def used_stores(self) -> list[Path]:
+        """The store of another run that this one uses, as its folder records; none if there is no record."""
+        used = store_of_run(self.folder)
+        return [] if used == self.own_store else [used]
+
+    def use_store(self, path: Path | None) -> None:
+        """Record that this run uses the store of another one, or its own, for later commands and `kdpipe clean`."""
+        record = read_intact_json(self.folder / RECIPE) or {}
+        store = None if path is None else str(path)
+        write_run_recipe(self.folder, {**record, "cache": {**record["cache"], "store": store}})
 
     @property
     def test_store(self) -> Path:
@@ -218,10 +252,10 @@ class Run:
         }
         if self.store not in self.stores:
             return reasons
-        for where, losses in all_losses(self.recipe).items():
+        for where, (student, losses) in students_of(self.recipe).items():
             if self.stores == [self.store]:
-                dry_run_losses(losses, self.recipe.student, teacher.model, self.context, where=where)
-            shapes = student_shapes(self.recipe.student, losses, self.context)
+                dry_run_losses(losses, student, teacher.model, self.context, where=where)
+            shapes = student_shapes(student, losses, self.context)
             for number, loss in enumerate(losses):
                 required = required_of([loss], shapes, self.stores.index(self.store))
                 available = source_shapes(teacher.model, required, self.context.image_shape)

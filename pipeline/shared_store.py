@@ -1,27 +1,27 @@
-"""Stores of other runs: whether one makes the teacher unnecessary, and whether one next to the run folder fits."""
+"""Stores of other runs: whether one makes the teacher unnecessary, and which one of the workspace is used."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import suppress
-from dataclasses import replace
-from itertools import islice
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 from kdpipe.pipeline.recipe.load import all_losses
-from kdpipe.pipeline.run import Run
+from kdpipe.pipeline.run import Run, store_of_run
+from kdpipe.stages.cache_teacher.cache import store_figures
 from kdpipe.stages.cache_teacher.estimate import plan_cache
 from kdpipe.stages.cache_teacher.plan import plan_store, samples_in_row_order
 from kdpipe.stages.context import test_context
 from kdpipe.stages.losses.features.simkd import SimKD
+from kdpipe.stages.models.bundle import ModelBundle
 from kdpipe.stages.runtime.events import ProgressEvent
 from kdpipe.stages.targets.feature_spec import FeatureSpec
-from kdpipe.stages.teacher import require_same_training, teacher_folder, teacher_identity, untrained_teacher
-from kdpipe.store import KdpipeError, read_store_manifest
+from kdpipe.stages.targets.open import test_store_path
+from kdpipe.stages.teacher import teacher_folder, untrained_teacher
+from kdpipe.stages.workspace import shown
+from kdpipe.store import KdpipeError, Manifest, Samples, plan_growth, read_store_manifest
 from kdpipe.store.format.identity import PLAIN
-
-MAX_NEIGHBORS = 200
-"""Folders next to the run folder that are looked at."""
 
 
 def needs_teacher(run: Run, features: Sequence[FeatureSpec]) -> bool:
@@ -62,35 +62,66 @@ def _reads_weights(run: Run) -> bool:
     return any(isinstance(loss, SimKD) and not loss.teacher for loss in losses)
 
 
-def warn_of_neighbor(run: Run, features: Sequence[FeatureSpec]) -> None:
-    """Name a store next to a new run folder that has the very outputs that would be computed again."""
-    if run.recipe.cache.store or run.store.exists():
+@contextmanager
+def shared_stores(
+    run: Run, teacher: ModelBundle, features: Sequence[FeatureSpec], *, in_turn: bool
+) -> Iterator[dict[str, Any] | None]:
+    """Let the run use the stores of another run that have all that it needs; yield their figures, None without any.
+
+    With `in_turn`, wait while another process of the workspace makes the same, and let others wait inside the block.
+    """
+    if run.recipe.cache.store or run.own_store.exists() or run.workspace.folder is None:
+        yield None
         return
-    recipe, context = run.recipe, run.context
-    teacher = untrained_teacher(recipe.teacher, recipe.seed, context)
-    planned = plan_store(recipe.cache, teacher, features, samples_in_row_order(context), context)
-    for path in _neighbors(run.folder):
-        with suppress(KdpipeError, OSError):
-            stored = read_store_manifest(path)
-            beside = replace(context, run_dir=path.parent)
-            require_same_training(recipe.teacher, recipe.seed, beside)
-            own = {**stored.identity.teacher, **teacher_identity(recipe.teacher, beside)}
-            has_all = {spec.name for spec in planned.arrays} <= {spec.name for spec in stored.arrays}
-            compute = stored.identity.compute
-            identity = replace(planned.identity, teacher=own, compute=compute)
-            fits = planned.identity.compute.items() <= {**PLAIN, **compute}.items()
-            if identity == stored.identity and fits and has_all and stored.finished:
-                run.monitor.warn(
-                    "cache-teacher",
-                    f"{path} already has the outputs of this teacher for these views: to use them instead of computing "
-                    f"them again, stop, and add --set cache.store={path}.",
-                )
-                return
+    samples = samples_in_row_order(run.context)
+    planned = plan_store(run.recipe.cache, teacher, features, samples, run.context)
+    with ExitStack() as turn:
+
+        def find() -> str | None:
+            path = _find(run, teacher, planned, samples)
+            if path is None and in_turn:
+                what, inputs = "store of this teacher", planned.identity.to_json()
+                turn.enter_context(run.workspace.turn("cache-teacher", what, inputs, run.monitor))
+                path = _find(run, teacher, planned, samples)
+            for gone in run.used_stores if path is None else ():
+                why = f"the store {shown(gone)} that this run used is not there, or has too little"
+                run.monitor.warn("cache-teacher", f"{why}: {shown(run.own_store)} is made instead.")
+            if path is not None or run.used_stores:
+                run.use_store(path)
+            return None if path is None else str(path)
+
+        if (found := run.process_group.on_main(find)) is None:
+            yield None
+            return
+        path = Path(found)
+        run.monitor.report(ProgressEvent("cache-teacher", f"uses the store {shown(path)}", 1, 1, "store"))
+        yield {name: store_figures(one) for name, one in (("store", path), ("test_store", Path(test_store_path(path))))}
 
 
-def _neighbors(folder: Path) -> Iterator[Path]:
-    """Yield the stores of the run folders next to `folder`."""
-    own = folder.absolute()
-    with suppress(OSError):  # a folder that cannot be listed
-        stores = (path / "store.zarr" for path in sorted(own.parent.iterdir()) if path != own)
-        yield from islice((store for store in stores if store.is_dir()), MAX_NEIGHBORS)
+def _find(run: Run, teacher: ModelBundle, planned: Manifest, samples: Samples) -> Path | None:
+    """Return a finished store of another run with all that is planned, beside that of the test images."""
+    test_images = test_context(run.context)
+    test_samples = samples_in_row_order(test_images)
+    test_plan = plan_store(run.recipe.cache.for_test, teacher, [], test_samples, test_images)
+    for path in dict.fromkeys([*run.used_stores, *map(store_of_run, run.workspace.runs(run.folder))]):
+        with suppress(KdpipeError, OSError):  # none, of other inputs, damaged, or being removed
+            if _has_all(path, planned, samples) and _has_all(Path(test_store_path(path)), test_plan, test_samples):
+                return path
+    return None
+
+
+def _has_all(path: Path, planned: Manifest, samples: Samples) -> bool:
+    """Return whether a store is finished and has the very numbers that are planned, perhaps among others.
+
+    Raises:
+        KdpipeError: There is none, or it is of other inputs.
+    """
+    stored = read_store_manifest(path)
+    done, computed = stored.finished, {**PLAIN, **stored.identity.compute}
+    if done is None or stored.identity.teacher != planned.identity.teacher:
+        return False
+    if not stored.trial and computed != {**PLAIN, **planned.identity.compute}:  # another recipe asked for that
+        return False
+    names = {spec.name for spec in planned.arrays}
+    is_whole = done.num_segments == len(stored.layout.segments) and done.num_views >= planned.layout.num_views
+    return is_whole and names <= set(done.arrays) and plan_growth(path, stored, planned, samples)[0] == stored

@@ -18,7 +18,7 @@ import numpy as np
 from kdpipe.pipeline.preflight import preflight, require_export, try_student, try_teacher
 from kdpipe.pipeline.recipe.load import faults_of_trainings
 from kdpipe.pipeline.run import Run
-from kdpipe.pipeline.shared_store import needs_teacher, warn_of_neighbor
+from kdpipe.pipeline.shared_store import needs_teacher, shared_stores
 from kdpipe.stages.cache_teacher.cache import fill_store
 from kdpipe.stages.cache_teacher.plan import (
     CacheConfig,
@@ -40,7 +40,7 @@ from kdpipe.stages.distillation.spec import DistillationSpec
 from kdpipe.stages.distillation.student_config import ALONE, DISTILLED, StudentConfig, student_folder, view_warning
 from kdpipe.stages.distillation.task_builder import build_student, build_task
 from kdpipe.stages.errors import RecipeError
-from kdpipe.stages.given_teacher import require_accuracy, require_given
+from kdpipe.stages.given_teacher import is_as_expected, require_accuracy, require_given
 from kdpipe.stages.losses.base import Loss
 from kdpipe.stages.losses.distillation import student_layers
 from kdpipe.stages.models.bundle import ModelBundle
@@ -60,9 +60,10 @@ from kdpipe.stages.teacher import (
     teacher_folder,
 )
 from kdpipe.stages.train_student.student import StudentRun, student_fingerprint, train_hint_stages
-from kdpipe.stages.training.finalize import add_onnx, begin_job, finalize
+from kdpipe.stages.training.finalize import add_onnx, finalize
 from kdpipe.stages.training.job import TrainJob
 from kdpipe.stages.training.loop import train
+from kdpipe.stages.training.shared_job import begun_job
 from kdpipe.stages.training.task import TrainingTask
 from kdpipe.store import ensure_store, open_store
 
@@ -83,16 +84,20 @@ def train_teacher(config: TeacherConfig, seed: int, context: StageContext) -> di
     if require_weights(config, seed, context):
         own = f"{config.model.name} brings its own weights: it is not trained"
         context.monitor.report(ProgressEvent("train-teacher", own, 1, 1, "teacher"))
-    process_group, job_dir = context.process_group, teacher_folder(context.run_dir)
     if config.train is not None:
-        process_group.require_shares(config.train.batch_size, context.train_set.num_samples)
+        context.process_group.require_shares(config.train.batch_size, context.train_set.num_samples)
 
     teacher = build_teacher(config, seed, context)
     require_given(config, teacher, context)
     try_teacher(config, teacher, context)
-    if (done := begin_job(job_dir, teacher_fingerprint(config, seed, teacher, context), process_group)) is not None:
-        return done
+    inputs, job_dir = teacher_fingerprint(config, seed, teacher, context), teacher_folder(context.run_dir)
+    accept = partial(is_as_expected, config)
+    with begun_job(job_dir, inputs, context, stage="train-teacher", name="teacher", accept=accept) as done:
+        return done if done is not None else _train_teacher(config, seed, teacher, context)
 
+
+def _train_teacher(config: TeacherConfig, seed: int, teacher: ModelBundle, context: StageContext) -> dict[str, Any]:
+    process_group, job_dir = context.process_group, teacher_folder(context.run_dir)
     teacher.model.to(context.device)
     test = context.evaluation(teacher.normalize)
     history: list[dict[str, Any]] = []
@@ -132,20 +137,29 @@ def _warn_of_no_export(context: StageContext, reason: str) -> None:
 # --- Stage 1: run the teacher over every view, and cache its outputs
 
 
-def run_cache_teacher(run: Run, *, hint: bool = True) -> dict[str, Any]:
+def run_cache_teacher(run: Run, *, in_turn: bool = False) -> dict[str, Any]:
     """Fill the stores of the training and of the test images with what the recipe's losses need.
 
-    With `hint`, warn of a store next to the run folder that already has it.
+    A store of another run of the workspace that has all of it is used instead. With `in_turn`, wait while another run
+    fills one; without, several processes may fill this run's store together.
     """
     recipe, context = run.recipe, run.context  # the context loads the data and its views
     require_same_training(recipe.teacher, recipe.seed, context)
     teacher = load_teacher(recipe.teacher, recipe.seed, context)
     features = list(run.required_features(teacher))
-    if hint:
-        warn_of_neighbor(run, features)
+    with shared_stores(run, teacher, features, in_turn=in_turn) as figures:
+        return figures or _fill_stores(run, teacher, features)
+
+
+def _fill_stores(run: Run, teacher: ModelBundle, features: Sequence[FeatureSpec]) -> dict[str, Any]:
+    recipe, context = run.recipe, run.context
     test_config, test_store, test_images = recipe.cache.for_test, run.test_store, test_context(context)
-    samples = samples_in_row_order(test_images)  # errors of the test store must come before the long work
-    missing_bytes(test_store, plan_store(test_config, teacher, [], samples, test_images), samples)
+    for path, config, layers, images in (
+        (run.store, recipe.cache, features, context),
+        (test_store, test_config, [], test_images),  # its errors must come before the long work
+    ):
+        samples = samples_in_row_order(images)
+        missing_bytes(path, plan_store(config, teacher, layers, samples, images), samples)
     store = cache_teacher(recipe.cache, run.store, teacher, features, context, work_shard=run.work_shard)
     if recipe.cache.top_k and not store["num_units_missing"]:
         stored = open_store(run.store)
@@ -242,15 +256,29 @@ def train_student(
     process_group.require_shares(config.train.batch_size, context.train_set.num_samples)
 
     student = build_student(config, seed, context, spec.losses if spec else ())
-    with_onnx, test = student_run.with_onnx and config.export, context.evaluation(student.normalize)
-    try_student(replace(config, export=with_onnx), student, student_run.job_dir, context)
-    fingerprint = student_fingerprint(config, seed, spec, student, context)
-    if (done := begin_job(student_run.job_dir, fingerprint, process_group)) is not None:
-        if with_onnx and done["onnx_bytes"] is None:  # it was trained with student.export = false
-            done = process_group.on_main(partial(add_onnx, student_run.job_dir, student, done, test))
+    student_run = replace(student_run, with_onnx=student_run.with_onnx and config.export)
+    try_student(replace(config, export=student_run.with_onnx), student, student_run.job_dir, context)
+    inputs = student_fingerprint(config, seed, spec, student, context)
+    with begun_job(student_run.job_dir, inputs, context, stage="train-student", name=student_run.name) as done:
+        if done is None:
+            return _train_student(config, seed, spec, student, context, student_run=student_run)
+        if student_run.with_onnx and done["onnx_bytes"] is None:  # it was trained with student.export = false
+            test = context.evaluation(student.normalize)
+            return process_group.on_main(partial(add_onnx, student_run.job_dir, student, done, test))
         return done
 
-    main = spec.without_hint_losses if spec else None
+
+def _train_student(
+    config: StudentConfig,
+    seed: int,
+    spec: DistillationSpec | None,
+    student: ModelBundle,
+    context: StageContext,
+    *,
+    student_run: StudentRun,
+) -> dict[str, Any]:
+    main, process_group = spec.without_hint_losses if spec else None, context.process_group
+    test = context.evaluation(student.normalize)
     job = TrainJob(
         stage="train-student",
         name=student_run.name,
@@ -275,7 +303,7 @@ def train_student(
         history,
         test,
         process_group=process_group,
-        with_onnx=with_onnx,
+        with_onnx=student_run.with_onnx,
         more=more,
         validation=context.validation(student.normalize),
     )
@@ -394,12 +422,10 @@ def run_all(run: Run) -> dict[str, Any]:
     preflight(run, with_teacher=trains_teacher)
     stages: dict[str, Callable[[Run], dict[str, Any]]] = {
         **STAGES,
-        "cache-teacher": partial(run_cache_teacher, hint=False),
+        "cache-teacher": partial(run_cache_teacher, in_turn=True),
         "compress": partial(run_compress, is_tried=True),
     }
-    if trains_teacher:
-        warn_of_neighbor(run, features)
-    else:
+    if not trains_teacher:
         stages = {name: stages[name] for name in ("train-student", "compress")}
     results: dict[str, Any] = {}
     for name, stage in stages.items():

@@ -23,6 +23,7 @@ from kdpipe.stages.runtime.distributed import SINGLE, ProcessGroup
 from kdpipe.stages.runtime.events import RunMonitor
 from kdpipe.stages.views.config import Views
 from kdpipe.stages.views.renderer import Renderer
+from kdpipe.stages.workspace import NOWHERE, Workspace
 from kdpipe.store import Samples
 
 VIEW_SIZE = "view_size"
@@ -55,6 +56,7 @@ class StageContext:
         validation_set: The images that decide in place of the test images; None if there are none.
         load_validation: Loads them in another size.
         input_size: Side of the square to which a network's images are resized; None leaves the views' size.
+        workspace: The other runs whose finished jobs are used instead of training the same again.
     """
 
     run_dir: Path
@@ -72,6 +74,7 @@ class StageContext:
     validation_set: ImageSet | None = None
     load_validation: Callable[[int], ImageSet] | None = None
     input_size: int | None = None
+    workspace: Workspace = NOWHERE
 
     @property
     def image_shape(self) -> tuple[int, int, int]:

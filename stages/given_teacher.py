@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
 from torch import nn
 
 from kdpipe.stages.context import IMAGENET, StageContext
@@ -15,6 +19,8 @@ from kdpipe.stages.models.normalization import Normalization
 from kdpipe.stages.models.torchvision import published_categories
 from kdpipe.stages.numerics import PROBABILITIES
 from kdpipe.stages.teacher import TeacherConfig, stated_by_weights
+from kdpipe.stages.training.job_dir import read_json_file
+from kdpipe.stages.workspace import RECIPE
 
 ROUNDING = 0.0005
 """Expected accuracies are written in percent with one digit."""
@@ -113,6 +119,16 @@ def require_accuracy(config: TeacherConfig, teacher: ModelBundle, report: EvalRe
         f"{reached}{chance}. {advice} If it has no more than that, set teacher.expected_accuracy = "
         f"{100 * report.top1:.2f}."
     )
+
+
+def is_as_expected(config: TeacherConfig, run: Path, result: Mapping[str, Any]) -> bool:
+    """Return whether the teacher of another run has the accuracy that `require_accuracy` would demand of it here."""
+    if config.expected_accuracy is not None:
+        return float(result["accuracy"]) >= config.expected_accuracy / 100 - ROUNDING
+    if config.train is not None:
+        return True
+    recipe = read_json_file(run / RECIPE) or {}  # given weights are examined where nothing is expected
+    return bool((recipe.get("teacher") or {}).get("expected_accuracy", 0) is None)
 
 
 def _findings(teacher: ModelBundle, report: EvalReport, test: Evaluation) -> str:

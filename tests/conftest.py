@@ -7,6 +7,7 @@ from functools import partial
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch: on a busy machine two threads mostly wait for each other
 os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")  # telemetry would start a thread
+os.environ["KDPIPE_WORKSPACE"] = "none"  # a test's runs are its own, but in tests of sharing
 os.environ["COLUMNS"] = "200"  # tables in one piece; xdist's workers have 80
 
 import gc

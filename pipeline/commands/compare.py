@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from functools import partial
 from statistics import mean, stdev
@@ -12,14 +12,14 @@ from kdpipe.pipeline.preflight import preflight
 from kdpipe.pipeline.report.differences import Outcomes, between
 from kdpipe.pipeline.report.formatting import interval_text, mean_std
 from kdpipe.pipeline.run import Run
-from kdpipe.pipeline.shared_store import needs_teacher, warn_of_neighbor
+from kdpipe.pipeline.shared_store import needs_teacher
 from kdpipe.pipeline.steps import run_cache_teacher, run_train_teacher, train_student, try_distillation
 from kdpipe.pipeline.terminal.output import console
 from kdpipe.pipeline.terminal.tables import Table, print_table
 from kdpipe.stages.distillation.student_config import ALONE, view_warning
 from kdpipe.stages.errors import NotFiniteError, RecipeError
 from kdpipe.stages.evaluation.correct_images import outcome_of
-from kdpipe.stages.evaluation.intervals import Interval
+from kdpipe.stages.evaluation.intervals import Interval, accuracy_interval
 from kdpipe.stages.train_student.compare import (
     COST,
     Variant,
@@ -38,24 +38,8 @@ def run_compare(run: Run) -> dict[str, Any]:
             f"the recipe {run.recipe.name} has nothing to compare: add sections such as [compare.at] with a "
             "list of losses, as in recipes/compare-losses.toml."
         )
-    teacher = None
-    features = list(run.check_losses_fit())
-    trains_teacher = needs_teacher(run, features)
-    preflight(run, with_teacher=trains_teacher, compresses=False)
-    if trains_teacher:
-        warn_of_neighbor(run, features)
-        teacher = run_train_teacher(run)["teacher"]
-        run_cache_teacher(run, hint=False)
-        run.process_group.barrier()  # each has computed its part of the store
+    teacher = prepare_store(run, "compare")
     student, context = run.recipe.student, run.context
-    if context.validation_set is None:
-        run.monitor.warn(
-            "compare",
-            "the variants are ranked by their accuracy on the test images, so that the best one looks better than it "
-            "is: set data.validation_share to choose on images apart.",
-        )
-    if warning := view_warning(run.recipe.views):
-        run.monitor.warn("compare", warning)
     baseline = [Variant(ALONE, student, None)] if student.baseline else []
     variants = [*baseline, *_variants(run)]
     results: dict[str, list[dict[str, Any]]] = {variant.name: [] for variant in variants}
@@ -80,9 +64,29 @@ def run_compare(run: Run) -> dict[str, Any]:
         process_group=run.process_group,
     )
     first = next(own for own in results.values() if own)
-    rows = [_row(name, own, costs[name], first) for name, own in results.items() if own]
+    rows = [{**accuracy_row(own, first), "name": name, **costs[name]} for name, own in results.items() if own]
     diverged = {name: len(student.seeds) - len(own) for name, own in results.items() if len(own) < len(student.seeds)}
     return {"teacher": teacher, "rows": rows, "num_diverged": diverged}
+
+
+def prepare_store(run: Run, command: str) -> dict[str, Any] | None:
+    """Check all students of the recipe, and cache the teacher where no store has its outputs; return its results."""
+    features, teacher = list(run.check_losses_fit()), None
+    trains_teacher = needs_teacher(run, features)
+    preflight(run, with_teacher=trains_teacher, compresses=False)
+    if trains_teacher:
+        teacher = run_train_teacher(run)["teacher"]
+        run_cache_teacher(run, in_turn=True)
+        run.process_group.barrier()  # each has computed its part of the store
+    if warning := view_warning(run.recipe.views):
+        run.monitor.warn(command, warning)
+    if run.context.validation_set is None:
+        run.monitor.warn(
+            command,
+            "the students are ranked by their accuracy on the test images, where the best of many looks better than it "
+            "is: set data.validation_share to choose by other images.",
+        )
+    return teacher
 
 
 def _variants(run: Run) -> list[Variant]:
@@ -100,26 +104,32 @@ def _variants(run: Run) -> list[Variant]:
     return variants
 
 
-def _row(
-    name: str, results: Sequence[dict[str, Any]], cost: dict[str, float], first: Sequence[dict[str, Any]]
-) -> dict[str, Any]:
-    """Return a variant's results over seeds: accuracies and agreement in percent, KL in nats, ms a step."""
+def accuracy_row(results: Sequence[dict[str, Any]], first: Sequence[dict[str, Any]] = ()) -> dict[str, Any]:
+    """Return a student's results over seeds: accuracies and agreement in percent, KL in nats.
+
+    With those of the `first` student, its difference from them: interval and p over the same seeds.
+    """
     examined = [result.get("examined") or {} for result in results]
     accuracies = [100 * result["accuracy"] for result in results]
     validates = all("validation" in result for result in results)
+    interval = accuracy_interval(list(map(outcome_of, results)))
     return {
-        "name": name,
         "accuracies": accuracies,
         "best_accuracy_mean": mean(100 * result["best_accuracy"] for result in results),
         "validation_mean": mean(100 * deciding_accuracy(result) for result in results) if validates else None,
         "agreement_mean": _mean([metrics.get("agreement") for metrics in examined], 100),
         "teacher_kl_mean": _mean([metrics.get("teacher_kl") for metrics in examined], 1),
-        "step_ms": cost["step_ms"],
-        "ratio": cost["ratio"],
         "accuracy_mean": mean(accuracies),
         "accuracy_std": stdev(accuracies) if len(accuracies) > 1 else None,
+        "accuracy_interval": None if interval is None else asdict(interval.in_percent),
         **_difference(first, results),
     }
+
+
+def ranking_accuracy(row: Mapping[str, Any]) -> float:
+    """Return the accuracy by which a row is ranked: on the validation images, or without any the test images."""
+    accuracy: float = row["accuracy_mean"] if row["validation_mean"] is None else row["validation_mean"]
+    return accuracy
 
 
 def _difference(first: Sequence[dict[str, Any]], results: Sequence[dict[str, Any]]) -> dict[str, Any]:
@@ -141,11 +151,10 @@ def print_compare(recipe: str, results: dict[str, Any]) -> None:
     num_seeds = len(results["rows"][0]["accuracies"])
     first, teacher = results["rows"][0], results["teacher"]  # the student alone, unless student.baseline is false
     validates = all(row["validation_mean"] is not None for row in results["rows"])
-    by = "validation_mean" if validates else "accuracy_mean"
     headers = ["variant", "test accuracy %", f"over {first['name']}", "95 % interval", "p"]
     headers += ["validation %"] * validates + ["best epoch %", "agreement %", "KL, nats"]
     cells = [["teacher", f"{100 * teacher['accuracy']:.2f}", *[""] * len(headers)]] if teacher else []
-    for row in sorted(results["rows"], key=lambda row: -row[by]):
+    for row in sorted(results["rows"], key=ranking_accuracy, reverse=True):
         interval = Interval(**row["interval"]) if row["interval"] else None
         cells.append(
             [

@@ -88,7 +88,7 @@ def next_recipe(recipe: Recipe, folder: Path) -> Recipe:
 
 def _run_generation(run: Run, number: int, *, with_alone: bool) -> dict[str, Any]:
     teacher = run_train_teacher(run)["teacher"]
-    run_cache_teacher(run)
+    run_cache_teacher(run, in_turn=True)
     student = run.recipe.student
     # The students alone of the first generation serve all: without a teacher, generations do not differ.
     alone = [train_student(student, seed, None, run.context) for seed in student.seeds] if with_alone else []

@@ -42,6 +42,16 @@ SetOption = Annotated[
 RunDir = Annotated[
     Path | None, typer.Option("--run", metavar="DIR", parser=output_path, help="Run folder [default: runs/NAME].")
 ]
+WorkspaceDir = Annotated[
+    Path | None,
+    typer.Option(
+        "--workspace",
+        metavar="DIR",
+        parser=output_path,
+        envvar="KDPIPE_WORKSPACE",
+        help="Use the teachers, stores and students of the runs in DIR, or none [default: the run folder's folder].",
+    ),
+]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON document; progress is JSON lines on stderr.")]
 EXIT_75 = "Save and exit with status 75 this long after the start."
 MaxDuration = Annotated[float | None, typer.Option("--max-duration", metavar="3h30m", parser=_duration, help=EXIT_75)]
@@ -73,6 +83,7 @@ class CommonOptions:
 
     set_: SetOption = None
     run: RunDir = None
+    workspace: WorkspaceDir = None
     max_duration: MaxDuration = None
     share: Share = False
     as_json: AsJson = False

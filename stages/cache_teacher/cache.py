@@ -114,17 +114,28 @@ def fill_store(job: CacheJob, units: Sequence[Unit]) -> dict[str, Any]:
     missing = missing_units(path, manifest)
     _require_none_left(path, set(missing) & set(units))
     return {
+        **store_figures(path, manifest),
+        "num_units_computed": num_computed,
+        "num_units_missing": len(missing),
+        **({"fidelity": {}} if missing else {}),
+    }
+
+
+def store_figures(path: Path, manifest: Manifest | None = None) -> dict[str, Any]:
+    """Return the figures of a store, which is finished where no `manifest` is given."""
+    manifest = manifest or read_store_manifest(path)
+    return {
         "path": str(path),
         "fingerprint": manifest.identity.fingerprint,
         "num_views": manifest.layout.num_views,
         "num_samples": manifest.layout.num_samples,
         "arrays": {spec.name: spec.to_json() for spec in manifest.arrays},
         "store_bytes": store_bytes(manifest, manifest.layout.units()),
-        "num_units_computed": num_computed,
-        "num_units_missing": len(missing),
+        "num_units_computed": 0,
+        "num_units_missing": 0,
         "compute": dict(manifest.identity.compute),
         "trial": dict(manifest.trial),
-        "fidelity": {} if missing else _fidelity(path),
+        "fidelity": _fidelity(path),
     }
 
 

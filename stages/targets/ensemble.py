@@ -95,7 +95,7 @@ class TeacherEnsemble(nn.Module):
             return confidence(torch.stack([teacher.logits_at(1.0) for teacher in teachers], 1), labels, has_target)
         if self.scores is not None:
             return self.scores.softmax(0).expand(len(labels), -1)
-        return torch.tensor(self.shares, device=labels.device).expand(len(labels), -1)
+        return torch.tensor(self.shares).to(labels.device, non_blocking=True).expand(len(labels), -1)
 
 
 def _shares(config: TeachersConfig, num_teachers: int, accuracies: Sequence[float] | None) -> tuple[float, ...]:

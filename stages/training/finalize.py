@@ -1,4 +1,4 @@
-"""Begin a training job, and write what every finished one leaves: weights, ONNX file and results."""
+"""Write what every finished training job leaves: weights, ONNX file and results."""
 
 from __future__ import annotations
 
@@ -40,20 +40,6 @@ MAX_ACCURACY_GAP = 0.001
 
 DEBUG_IMAGES = 32
 """Images on which the first divergence from torch is located."""
-
-
-def begin_job(job_dir: JobDir, fingerprint: Mapping[str, Any], process_group: ProcessGroup) -> dict[str, Any] | None:
-    """Claim the folder for the job with this fingerprint; return its results if it is finished, else None.
-
-    Raises:
-        FingerprintMismatch: The folder holds another job.
-    """
-
-    def begin() -> dict[str, Any] | None:
-        job_dir.begin(fingerprint)
-        return job_dir.result()
-
-    return process_group.on_main(begin)
 
 
 def finalize(
@@ -98,7 +84,7 @@ def finalize(
         warn = test.warn or (lambda sentence: None)
         for warning in _warnings(report):
             warn(f"the network in {job_dir.path} {warning}.")
-        found = _validated(network, validation) | (more or {})
+        found = _validated(network, validation) | dict(more or {})
         return _write(
             job_dir, network, history, test, report, with_onnx=with_onnx, on_no_export=on_no_export, more=found
         )

@@ -41,9 +41,19 @@ BAD = {
     "--run": NAMES,
     **{
         f"{command} --run": NO_RUN_CAN_BE
-        for command in ("run", "demo", "train-teacher", "cache-teacher", "train-student", "compress", "compare")
+        for command in (
+            "run",
+            "demo",
+            "train-teacher",
+            "cache-teacher",
+            "train-student",
+            "compress",
+            "compare",
+            "sweep",
+        )
     },
     "generations --run": NO_RUN_CAN_BE,
+    "--workspace": [*NAMES, *ABSENT, "file", "fifo", "/dev/null", LONG],
     "--max-duration": ["", "0", "-1", "1", "nan", "inf", "1e309", "3h30", "3m2h", "00:00:00", "１h", ESCAPE, LONG],
     "--part": ["", "x", "1", "1/1", "-1/2", "0/0", "1/2/3", "0/" + "9" * 30, "１/２", "0/1\n", ESCAPE, LONG],
     "--only": ["", "x", "PRUNE", ESCAPE, LONG],

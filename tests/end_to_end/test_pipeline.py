@@ -13,10 +13,6 @@ import zarr
 from support.kdpipe_process import kdpipe, kdpipe_here
 from support.made_store import folder_bytes
 
-from kdpipe.pipeline.recipe.load import load_recipe
-from kdpipe.pipeline.run import Run
-from kdpipe.pipeline.shared_store import warn_of_neighbor
-from kdpipe.stages.runtime.events import RunMonitor
 from kdpipe.store.fs.checksums import SUMS, write_with_sum
 
 
@@ -246,13 +242,3 @@ def test_a_complete_store_of_another_run_needs_no_teacher(done, recipe, tmp_path
     assert refused.exit_code == 12
     assert "views.seed" in refused.stderr
     assert not (tmp_path / "other" / "teacher").exists()
-
-
-def test_a_store_next_door_is_named_before_it_is_made_again(done, recipe):
-    beside, warnings = done[0].parent / "beside", []
-    for change, num_warnings in ((), 1), (("views.seed=7",), 0), (("teacher.train.lr=0.01",), 0):
-        warnings.clear()
-        run = Run(load_recipe(recipe, change, {}), beside, RunMonitor(lambda event: warnings.append(event.job)))
-        warn_of_neighbor(run, list(run.check_losses_fit()))
-        assert len(warnings) == num_warnings
-        assert all(f"--set cache.store={done[0] / 'store.zarr'}" in warning for warning in warnings)

@@ -1,0 +1,105 @@
+"""Begin a job: take the results of the same job in another run of the workspace, or its turn to train."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import uuid
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+from kdpipe.stages.context import StageContext
+from kdpipe.stages.runtime.events import ProgressEvent
+from kdpipe.stages.training.job_dir import JobDir, read_json_file
+from kdpipe.stages.workspace import shown
+from kdpipe.store import KdpipeError, differences, make_folders
+from kdpipe.store.fs.atomic_write import PARTIAL_SUFFIX, fsync_path
+from kdpipe.store.fs.checksums import SUMS, damages, read_sums
+
+Accept = Callable[[Path, Mapping[str, Any]], bool]
+"""Whether the results of a job in another run folder do for this run."""
+
+
+@contextmanager
+def begun_job(
+    job_dir: JobDir,
+    fingerprint: Mapping[str, Any],
+    context: StageContext,
+    *,
+    stage: str,
+    name: str,
+    accept: Accept = lambda run, result: True,
+) -> Iterator[dict[str, Any] | None]:
+    """Claim the folder for the job with this fingerprint; yield its results if it is finished, else None.
+
+    The same job, finished in another run of the workspace, is linked into the folder. While another process works on
+    it, this one waits; inside the block others wait for this one.
+
+    Raises:
+        FingerprintMismatch: The folder holds another job.
+    """
+    with ExitStack() as turn:
+
+        def begin() -> dict[str, Any] | None:
+            job_dir.begin(fingerprint)
+            if (done := job_dir.result()) is not None or context.workspace.folder is None:
+                return done
+            turn.enter_context(context.workspace.turn(stage, name, fingerprint, context.monitor))
+            if source := _adopt(job_dir, context, accept):
+                used = f"uses the {name} of {shown(source)}"
+                context.monitor.report(ProgressEvent(stage, used, 1, 1, "network"))
+            job_dir.begin(fingerprint)
+            return job_dir.result()
+
+        yield context.process_group.on_main(begin)
+
+
+def _adopt(job_dir: JobDir, context: StageContext, accept: Accept) -> Path | None:
+    """Replace the folder of a begun job by a finished one with the same inputs; return its run folder, None if none."""
+    with suppress(ValueError):
+        place = job_dir.path.absolute().relative_to(context.run_dir.absolute())
+        wanted = read_json_file(job_dir.path / "job.json")
+        for run in context.workspace.runs(context.run_dir):
+            with suppress(KdpipeError, OSError):  # damaged, or being removed
+                if _same(run / place, wanted) and accept(run, JobDir(run / place).result() or {}):
+                    _link(run / place, job_dir.path)
+                    return run
+    return None
+
+
+def _same(folder: Path, wanted: Mapping[str, Any] | None) -> bool:
+    """Return whether a folder has a finished job with these inputs, whose files have sums."""
+    is_finished = (folder / "result.json").exists() and (folder / SUMS).exists()
+    return is_finished and not differences(read_json_file(folder / "job.json"), wanted)
+
+
+def _link(source: Path, target: Path) -> None:
+    """Replace the folder of a job by hard links to the files of a finished one, or copies; their sums are checked.
+
+    Raises:
+        DamagedFileError: A file is not as it was written.
+    """
+    temporary = target.with_name(f".{target.name}.{uuid.uuid4().hex[:8]}{PARTIAL_SUFFIX}")
+    try:
+        for folder in (source, *(path for path in source.iterdir() if path.is_dir() and (path / SUMS).exists())):
+            own = temporary / folder.relative_to(source)
+            make_folders([own])
+            for name in (*read_sums(folder), SUMS):
+                _link_or_copy(folder / name, own / name)
+            for damage in damages(own):
+                raise damage
+            fsync_path(own)
+        shutil.rmtree(target)
+        temporary.replace(target)
+        fsync_path(target.parent)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _link_or_copy(source: Path, target: Path) -> None:
+    try:
+        os.link(source, target, follow_symlinks=False)
+    except OSError:  # another disk, or a file system without hard links
+        shutil.copyfile(source, target, follow_symlinks=False)

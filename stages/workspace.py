@@ -1,0 +1,102 @@
+"""The workspace: the run folders that share teachers, stores and students."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, replace
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from kdpipe.stages.runtime.events import ProgressEvent, RunMonitor
+from kdpipe.store import Claim, KdpipeError, claim, is_url
+from kdpipe.store.format.identity import sha256_of
+
+MAX_RUNS = 2000
+"""Run folders that are looked at."""
+
+RECIPE = "recipe.json"
+"""The file that every run folder has."""
+
+PROBE_S = 0.1
+"""Seconds between two looks at what another process is making."""
+
+
+@dataclass(frozen=True)
+class Workspace:
+    """The folder whose run folders are looked at for what a run needs.
+
+    Attributes:
+        folder: The folder; None shares nothing.
+        more: Other run folders that are looked at first.
+    """
+
+    folder: Path | None = None
+    more: tuple[Path, ...] = ()
+
+    def runs(self, own: Path) -> Iterator[Path]:
+        """Yield the run folders but `own`: those in the workspace, and those in their subfolders, as of a sweep."""
+        found = (path for path in (*self.more, *_run_folders(self.folder)) if path.absolute() != own.absolute())
+        yield from islice(dict.fromkeys(found), MAX_RUNS)
+
+    def beside(self, *stores: str | None) -> Workspace:
+        """Return the workspace with the run folders that hold these stores."""
+        named = (Path(store).absolute().parent for store in stores if store and not is_url(store))
+        return self if self.folder is None else replace(self, more=(*self.more, *named))
+
+    @contextmanager
+    def turn(self, stage: str, what: str, fingerprint: Mapping[str, Any], monitor: RunMonitor) -> Iterator[None]:
+        """Keep other processes of the workspace from making the same inside the block; wait while one does.
+
+        Args:
+            stage: The stage, for the message.
+            what: What is made, for the message.
+            fingerprint: All that determines it, as JSON.
+            monitor: Its stop flag ends the waiting.
+        """
+        held = self._wait(stage, what, sha256_of({"stage": stage, "inputs": fingerprint}), monitor)
+        try:
+            yield
+        finally:
+            if held is not None:
+                held.release()
+
+    def _wait(self, stage: str, what: str, name: str, monitor: RunMonitor) -> Claim | None:
+        """Return the claim; None where nothing is shared, or no lock can be had: then work may be done twice."""
+        if self.folder is None or not os.access(self.folder, os.W_OK):
+            return None
+        is_told = False
+        with suppress(KdpipeError):
+            while not isinstance(found := claim(self.folder / "workspace", name), Claim):
+                if not is_told:
+                    monitor.report(ProgressEvent(stage, f"waits for the {what} that {found} makes", 0, 1, "turn"))
+                    is_told = True
+                monitor.check()
+                time.sleep(PROBE_S)
+            return found
+        return None
+
+
+NOWHERE = Workspace()
+"""The workspace of a run that shares nothing."""
+
+
+def shown(path: Path) -> str:
+    """Return a path as short as possible, for messages: relative to the working folder if it is below it."""
+    with suppress(ValueError, OSError):
+        return str(path.absolute().relative_to(Path.cwd()))
+    return str(path)
+
+
+def _run_folders(folder: Path | None, depth: int = 2) -> Iterator[Path]:
+    """Yield the folders with a recipe below a folder, sorted by name, those deeper last."""
+    below: list[Path] = []
+    with suppress(OSError):  # a folder that cannot be listed
+        below = sorted(path for path in folder.iterdir() if path.is_dir() and path.suffix != ".zarr") if folder else []
+    yield from (path for path in below if (path / RECIPE).exists())
+    if depth > 1:
+        for path in below:
+            yield from _run_folders(path, depth - 1)

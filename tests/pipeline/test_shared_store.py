@@ -1,0 +1,189 @@
+"""Tests of what a run takes from other runs of its workspace."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from contextlib import nullcontext
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from support.made_store import folder_bytes
+from support.tiny_run import CACHE, STUDENT, TEACHER, VIEWS
+
+from kdpipe.pipeline import steps
+from kdpipe.pipeline.recipe.load import Recipe
+from kdpipe.pipeline.run import Run, store_of_run
+from kdpipe.stages.cache_teacher.cache import CacheJob
+from kdpipe.stages.data.config import DataConfig
+from kdpipe.stages.errors import StoppedEarly
+from kdpipe.stages.losses.features.hint import Hint
+from kdpipe.stages.losses.logits.kd import KD
+from kdpipe.stages.runtime.events import RunMonitor
+from kdpipe.stages.workspace import NOWHERE, Workspace
+from kdpipe.store.fs.checksums import SUMS
+
+TRAIN = replace(TEACHER.train, epochs=1)
+RECIPE = Recipe(
+    name="tiny",
+    device="cpu",
+    num_threads=1,
+    data=DataConfig(name="digits", num_train=64),
+    views=replace(VIEWS, num_views=2),
+    teacher=replace(TEACHER, train=TRAIN),
+    cache=CACHE,
+    student=replace(STUDENT, train=TRAIN),
+    distill=(KD(loss="kd"),),
+)
+
+
+@pytest.fixture
+def counted(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
+    """Count the trainings, and the units that teachers compute."""
+    counts = {"train": 0, "units": 0}
+    train, fill = steps.train, steps.fill_store
+
+    def counted_train(*arguments: object) -> object:
+        counts["train"] += 1
+        return train(*arguments)
+
+    def counted_fill(job: CacheJob, units: object) -> dict[str, object]:
+        figures = fill(job, units)
+        counts["units"] += figures["num_units_computed"]
+        return figures
+
+    monkeypatch.setattr(steps, "train", counted_train)
+    monkeypatch.setattr(steps, "fill_store", counted_fill)
+    return counts
+
+
+def run_here(folder: Path, recipe: Recipe = RECIPE, *, workspace: Workspace | None = None) -> tuple[Run, list[str]]:
+    """Train a teacher, fill the store and train the students of a recipe; return the run and its events."""
+    said: list[str] = []
+    run = Run(
+        recipe,
+        folder,
+        RunMonitor(lambda event: said.append(event.job)),
+        workspace=workspace or Workspace(folder.parent),
+    )
+    run.begin()
+    steps.run_train_teacher(run)
+    steps.run_cache_teacher(run, in_turn=True)
+    steps.run_train_student(run)
+    run.write_recipe()
+    return run, said
+
+
+@pytest.fixture(scope="module")
+def first(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A run that is done, to be copied."""
+    with pytest.MonkeyPatch.context() as patch:
+        from kdpipe.stages.training import finalize, preflight
+
+        patch.setattr(preflight, "try_export", lambda model, image_shape: None)
+        patch.setattr(finalize, "export_onnx", lambda model, example, path, metadata: path.write_bytes(b"no file"))
+        patch.setattr(finalize, "require_agreement", lambda path, network, test: 1.0)
+        folder = tmp_path_factory.mktemp("first") / "a"
+        run_here(folder)
+        yield folder
+
+
+def test_a_second_recipe_trains_its_student_only(
+    first: Path, tmp_path: Path, without_onnx: None, counted: dict[str, int]
+) -> None:
+    shutil.copytree(first, tmp_path / "a")
+    other = replace(RECIPE, name="other", distill=(KD(loss="kd", temperature=2.0),))
+    run, said = run_here(tmp_path / "b", other)
+    assert counted == {"train": 1, "units": 0}
+    a = tmp_path / "a"
+    assert [one for one in said if one.startswith("uses")] == [
+        f"uses the teacher of {a}",
+        f"uses the store {a / 'store.zarr'}",
+        f"uses the student alone, seed 0 of {a}",
+    ]
+    assert run.store == a / "store.zarr" == store_of_run(run.folder)
+    alone, _ = run_here(tmp_path / "alone" / "b", other, workspace=NOWHERE)
+    for place in ("teacher", "students/alone-seed0", "students/distilled-seed0"):
+        own, shared = (folder_bytes(one.folder / place) for one in (alone, run))
+        assert {name: raw for name, raw in own.items() if name.endswith(".safetensors")} == {
+            name: raw for name, raw in shared.items() if name.endswith(".safetensors")
+        }
+
+
+class Trained(Exception):
+    """A teacher is trained."""
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("seed", 1),
+        ("teacher", replace(RECIPE.teacher, train=replace(TRAIN, lr=0.01))),
+        ("views", replace(RECIPE.views, seed=7)),
+        ("data", replace(RECIPE.data, num_train=90)),
+        ("teacher", replace(RECIPE.teacher, expected_accuracy=100.0)),
+        ("name", "other"),
+    ],
+)
+def test_another_teacher_is_not_taken_for_it(
+    key: str, value: object, first: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def train(*arguments: object) -> object:
+        raise Trained
+
+    monkeypatch.setattr(steps, "_train_teacher", train)
+    run = Run(replace(RECIPE, **{key: value}), tmp_path / "b", RunMonitor(), workspace=Workspace(first.parent))
+    run.begin()
+    with nullcontext() if key == "name" else pytest.raises(Trained):
+        steps.run_train_teacher(run)
+
+
+def test_a_store_with_more_serves_and_one_with_less_does_not(
+    first: Path, tmp_path: Path, without_onnx: None, counted: dict[str, int]
+) -> None:
+    shutil.copytree(first, tmp_path / "a")
+    before = folder_bytes(tmp_path / "a" / "store.zarr")
+    hint = Hint(loss="hint", layers=(("stage2", "stage2"),), weight=1.0)
+    more = replace(RECIPE, views=replace(RECIPE.views, num_views=3), distill=(*RECIPE.distill, hint))
+    run, _ = run_here(tmp_path / "more", more)
+    assert run.store == run.own_store
+    assert folder_bytes(tmp_path / "a" / "store.zarr") == before
+    shutil.rmtree(tmp_path / "a" / "store.zarr")
+    counted.update(units=0)
+    fewer, _ = run_here(tmp_path / "fewer")
+    assert counted["units"] == 0
+    assert fewer.store == run.own_store
+
+
+def test_a_store_that_is_gone_is_made_again(first: Path, tmp_path: Path, without_onnx: None) -> None:
+    shutil.copytree(first, tmp_path / "a")
+    run_here(tmp_path / "b")
+    shutil.rmtree(tmp_path / "a")
+    run, said = run_here(tmp_path / "b")
+    assert any("is not there" in one for one in said)
+    assert run.store == run.own_store
+    assert run.own_store.exists()
+
+
+def test_a_damaged_job_is_not_taken(first: Path, tmp_path: Path, without_onnx: None, counted: dict[str, int]) -> None:
+    shutil.copytree(first, tmp_path / "a")
+    (tmp_path / "a" / "teacher" / "model.safetensors").write_bytes(b"damaged")
+    (tmp_path / "a" / "students" / "alone-seed0" / SUMS).unlink()  # as of an older kdpipe
+    run_here(tmp_path / "b")
+    assert counted["train"] == 2
+
+
+def test_a_waiting_run_stops_at_a_signal(first: Path, tmp_path: Path, without_onnx: None) -> None:
+    workspace, inputs = Workspace(tmp_path), {"seed": 0}
+    said: list[str] = []
+    monitor = RunMonitor(lambda event: said.append(event.job), lambda: bool(said))
+    with (
+        workspace.turn("train-teacher", "teacher", inputs, RunMonitor()),
+        pytest.raises(StoppedEarly),
+        workspace.turn("train-teacher", "teacher", inputs, monitor),
+    ):
+        pass
+    assert said[0].startswith("waits for the teacher that process ")
+    with workspace.turn("train-teacher", "teacher", inputs, monitor):  # free again
+        pass
