@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import os
+import shlex
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, redirect_stdout
 from dataclasses import replace
 from functools import partial
+from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +19,7 @@ from kdpipe.pipeline.session.guard import guarded
 from kdpipe.pipeline.session.options import CommonOptions, JobOptions
 from kdpipe.pipeline.session.signals import handle_signals
 from kdpipe.pipeline.terminal.output import print_debug, print_json, print_warning
+from kdpipe.store.redact import redacted, redacted_options
 
 if TYPE_CHECKING:
     from kdpipe.pipeline.recipe.load import Recipe
@@ -78,7 +81,6 @@ def run_job(
     part: str | None = None,
     count: int = 1,
     only: Step | None = None,
-    page: bool = False,
 ) -> None:
     """Run a command under signals, lock and progress, then print its results to stdout.
 
@@ -89,15 +91,15 @@ def run_job(
         part: Part of the units to compute, as "I/N", in `cache-teacher`.
         count: Number of generations, in `generations`.
         only: The single step to do, in `compress`.
-        page: Whether to write the HTML page too, in `run`.
     """
     # Signals first: a job stopped while torch loads must exit with 75 too.
-    with guarded(), handle_signals(options.max_duration) as should_stop:
+    with guarded(), handle_signals(options.max_duration) as should_stop, ExitStack() as advice:
         from kdpipe.pipeline.run import Run
         from kdpipe.stages.runtime.gpu.device import select_device
         from kdpipe.store import exclusive, shared
 
         loaded, folder = _load(recipe, options, sweeps=command == "sweep")
+        advice.enter_context(_new_run_advised(command, recipe, options, folder))
         monitor = _monitor(loaded, folder, options, should_stop)
         work, work_shard = _work(command, count, only), _work_shard(part) if command == "cache-teacher" else None
         # Before the processes join: a group that uses GPUs asks CUDA for the devices, which works only once.
@@ -126,10 +128,27 @@ def run_job(
                     with shown.phase(command), redirect_stdout(sys.stderr):
                         results = work(shown)
                     shown.write_recipe()
-                if process_group.is_main and (
-                    code := _print_results(command, run, results, options.as_json, page=page)
-                ):
+                if process_group.is_main and (code := _print_results(command, run, results, options.as_json)):
                     raise typer.Exit(code)
+
+
+@contextmanager
+def _new_run_advised(command: str, recipe: Path, options: JobOptions, folder: Path) -> Iterator[None]:
+    """Give the advice to choose another run folder as a command to paste: what fits is used there again."""
+    from kdpipe.stages.errors import ANOTHER_RUN
+    from kdpipe.store import FingerprintMismatch
+
+    try:
+        yield
+    except FingerprintMismatch as error:
+        new = next(path for n in count(2) if not (path := folder.with_name(f"{folder.name}-{n}")).exists())
+        words = ["kdpipe", command if command in ("compare", "generations") else "run", str(recipe)]
+        kept = [change for change in options.set_ or () if not change.startswith("cache.store=")]
+        words += [word for change in kept for word in ("--set", redacted_options(change))] + ["--run", str(new)]
+        words += ["--workspace", str(options.workspace)] if options.workspace else []
+        advised = f"a new run, which uses all that fits of this one (`{shlex.join(words)}`)"
+        error.args = (redacted(str(error).replace(ANOTHER_RUN, advised)),)
+        raise
 
 
 def _tidy(folder: Path, *, is_alone: bool) -> None:
@@ -234,8 +253,22 @@ def _work(command: str, count: int, only: Step | None) -> Callable[[Run], dict[s
     return functions[command]
 
 
-def _print_results(command: str, run: Run, results: dict[str, Any], as_json: bool, *, page: bool = False) -> int:
-    """Print the results to stdout; return the exit status."""
+def _write_page(folder: Path) -> Path | None:
+    """Write the page of a run and return its path; None, with a warning, if that fails: the results are there."""
+    from kdpipe.pipeline.report.html.write import write_page
+    from kdpipe.store import KdpipeError
+
+    path = folder / "report.html"
+    try:
+        write_page([folder], path, print_debug)
+    except (KdpipeError, OSError) as error:
+        print_warning(f"the page was not written: {error}")
+        return None
+    return path
+
+
+def _print_results(command: str, run: Run, results: dict[str, Any], as_json: bool) -> int:
+    """Print the results to stdout, and write the page of a whole run; return the exit status."""
     from kdpipe.pipeline.commands.compare import print_compare
     from kdpipe.pipeline.commands.generations import print_generations
     from kdpipe.pipeline.commands.summary import print_summary
@@ -247,12 +280,7 @@ def _print_results(command: str, run: Run, results: dict[str, Any], as_json: boo
     if command in ("run", "compress"):
         write_pareto_plot(run.folder)
     if command == "run":
-        path = run.folder / "report.html" if page else None
-        if path is not None:
-            from kdpipe.pipeline.report.html.write import write_page
-
-            write_page([run.folder], path, print_debug)
-        return print_reports([run.folder], as_json, page=path)
+        return print_reports([run.folder], as_json, page=None if as_json else _write_page(run.folder))
     if as_json:
         print_json({"command": command, "run": str(run.folder), **results})
     elif command == "compare":

@@ -19,6 +19,7 @@ from kdpipe.pipeline.terminal.tables import print_table
 from kdpipe.stages.distillation.student_config import ALONE, view_warning
 from kdpipe.stages.errors import NotFiniteError, RecipeError
 from kdpipe.stages.evaluation.correct_images import outcome_of
+from kdpipe.stages.evaluation.intervals import accuracy_interval
 from kdpipe.stages.train_student.compare import (
     COST,
     Variant,
@@ -40,12 +41,6 @@ def run_compare(run: Run) -> dict[str, Any]:
         )
     teacher = prepare_store(run, "compare")
     student, context = run.recipe.student, run.context
-    if context.validation_set is None:
-        run.monitor.warn(
-            "compare",
-            "the variants are ranked by their accuracy on the test images, so that the best one looks better than it "
-            "is: set data.validation_share to choose on images apart.",
-        )
     baseline = [Variant(ALONE, student, None)] if student.baseline else []
     variants = [*baseline, *_variants(run)]
     results: dict[str, list[dict[str, Any]]] = {variant.name: [] for variant in variants}
@@ -70,11 +65,7 @@ def run_compare(run: Run) -> dict[str, Any]:
         process_group=run.process_group,
     )
     first = next(own for own in results.values() if own)
-    rows = [
-        {**accuracy_row(own), **_difference(first, own), "name": name, **costs[name]}
-        for name, own in results.items()
-        if own
-    ]
+    rows = [{**accuracy_row(own, first), "name": name, **costs[name]} for name, own in results.items() if own]
     diverged = {name: len(student.seeds) - len(own) for name, own in results.items() if len(own) < len(student.seeds)}
     found = {"teacher": teacher, "rows": rows, "num_diverged": diverged}
     run.process_group.on_main(partial(write_json_file, run.folder / "compare" / RESULTS, found))
@@ -92,6 +83,12 @@ def prepare_store(run: Run, command: str) -> dict[str, Any] | None:
         run.process_group.barrier()  # each has computed its part of the store
     if warning := view_warning(run.recipe.views):
         run.monitor.warn(command, warning)
+    if run.context.validation_set is None:
+        run.monitor.warn(
+            command,
+            "the students are ranked by their accuracy on the test images, where the best of many looks better than it "
+            "is: set data.validation_share to choose by other images.",
+        )
     return teacher
 
 
@@ -110,11 +107,15 @@ def _variants(run: Run) -> list[Variant]:
     return variants
 
 
-def accuracy_row(results: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Return a student's results over seeds: accuracies and agreement in percent, KL in nats."""
+def accuracy_row(results: Sequence[dict[str, Any]], first: Sequence[dict[str, Any]] = ()) -> dict[str, Any]:
+    """Return a student's results over seeds: accuracies and agreement in percent, KL in nats.
+
+    With those of the `first` student, its difference from them: interval and p over the same seeds.
+    """
     examined = [result.get("examined") or {} for result in results]
     accuracies = [100 * result["accuracy"] for result in results]
     validates = all("validation" in result for result in results)
+    interval = accuracy_interval(list(map(outcome_of, results)))
     return {
         "accuracies": accuracies,
         "best_accuracy_mean": mean(100 * result["best_accuracy"] for result in results),
@@ -123,6 +124,8 @@ def accuracy_row(results: Sequence[dict[str, Any]]) -> dict[str, Any]:
         "teacher_kl_mean": _mean([metrics.get("teacher_kl") for metrics in examined], 1),
         "accuracy_mean": mean(accuracies),
         "accuracy_std": stdev(accuracies) if len(accuracies) > 1 else None,
+        "accuracy_interval": None if interval is None else asdict(interval.in_percent),
+        **_difference(first, results),
     }
 
 

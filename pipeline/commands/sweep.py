@@ -15,7 +15,7 @@ from tabulate import tabulate
 
 from kdpipe.pipeline.commands.compare import accuracy_row, prepare_store
 from kdpipe.pipeline.recipe.sweep import SweepPoint, alone_of, short_names
-from kdpipe.pipeline.report.variants import RESULTS, sweep_table
+from kdpipe.pipeline.report.variants import RESULTS, ranking_accuracy, sweep_table
 from kdpipe.pipeline.run import Run
 from kdpipe.pipeline.steps import train_student, try_distillation
 from kdpipe.pipeline.terminal.output import console
@@ -66,7 +66,7 @@ def run_sweep(run: Run) -> dict[str, Any]:
     if not any(results.values()):
         raise NotFiniteError("every training diverged: try a lower learning rate, or lower weights of the losses.")
     rows = [_row(point, results, alone, run.recipe.student.seeds) for point in points]
-    rows = sorted((row for row in rows if row["accuracies"]), key=lambda row: -row["accuracy_mean"])
+    rows = sorted((row for row in rows if row["accuracies"]), key=ranking_accuracy, reverse=True)
     num_diverged = {point.name: _num_diverged(point.name, results) for point in points}
     found = {
         "teacher": teacher,
@@ -123,7 +123,7 @@ def _alone_run(folder: Path, name: str, seed: int) -> StudentRun:
     """Return the folder of a student alone; that of `kdpipe train-student` if no setting of it is swept."""
     if name != ALONE:
         return _run_of(folder, name, seed)
-    return StudentRun(student_folder(folder, ALONE, seed), f"{ALONE} student, seed {seed}", with_onnx=False)
+    return StudentRun(student_folder(folder, ALONE, seed), f"student {ALONE}, seed {seed}", with_onnx=False)
 
 
 def _train_all(run: Run, trainings: Sequence[_Training]) -> dict[Key, dict[str, Any] | None]:
@@ -179,7 +179,7 @@ def _row(
     return {
         "name": point.name,
         "settings": dict(point.settings),
-        **(accuracy_row(list(own.values())) if own else {"accuracies": []}),
+        **(accuracy_row(list(own.values()), list(base.values())) if own else {"accuracies": []}),
         "alone": accuracy_row(list(base.values())) if base else None,
         "gains": gains,
         "gain_mean": sum(gains) / len(gains) if gains else None,
@@ -211,5 +211,6 @@ def print_sweep(recipe: str, folder: Path, found: Mapping[str, Any]) -> None:
     for name, number in found["num_diverged"].items():
         out.print(f"{name}: {number} of {num_seeds} seeds diverged.")
     settings = " ".join(f"--set {key}={value}" for key, value in rows[0]["settings"].items())
-    out.print(f"best on the test images: {settings}", soft_wrap=True)
+    images = "test" if rows[0]["validation_mean"] is None else "validation"
+    out.print(f"best on the {images} images: {settings}", soft_wrap=True)
     out.print(f"the table as CSV, Markdown, LaTeX and JSON: {folder / 'sweep'}", soft_wrap=True)

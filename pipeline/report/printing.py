@@ -69,10 +69,10 @@ def page_path(runs: Sequence[Path], file: Path | None) -> Path:
 
 def print_report(report: Report) -> None:
     """Print all tables and the paths of the files to stdout."""
-    screen = console()
+    screen, variants = console(), list(recorded_tables(Path(report.run), report.recipe))
     screen.print(report.recipe, style="bold")
     screen.print(Text(_wrapped(report.verdict.text, screen.width)))
-    for table in (*report_tables(report), *recorded_tables(Path(report.run), report.recipe)):
+    for table in (*report_tables(report), *variants):
         print_table(screen, table)
     screen.print("Files:", style="bold")
     files = [(row.name, row.files[0]) for row in report.rows if row.files]

@@ -17,15 +17,20 @@ RESULTS = "results.json"
 """The record of a comparison or sweep, in the folders `compare` and `sweep` of a run."""
 
 
+def ranking_accuracy(row: Mapping[str, Any]) -> float:
+    """Return the accuracy by which a row is ranked: on the validation images, or without any the test images."""
+    accuracy: float = row["accuracy_mean"] if row["validation_mean"] is None else row["validation_mean"]
+    return accuracy
+
+
 def compare_table(recipe: str, results: Mapping[str, Any]) -> Table:
     """Return a comparison's table, the best variant first: on the validation images, if there are any."""
     first, teacher = results["rows"][0], results["teacher"]  # the student alone, unless student.baseline is false
     validates = all(row["validation_mean"] is not None for row in results["rows"])
-    by = "validation_mean" if validates else "accuracy_mean"
     headers = ["variant", "test accuracy %", f"over {first['name']}", "95 % interval", "p"]
     headers += ["validation %"] * validates + ["best epoch %", "agreement %", "KL, nats"]
     cells = [["teacher", f"{100 * teacher['accuracy']:.2f}", *[""] * len(headers)]] if teacher else []
-    for row in sorted(results["rows"], key=lambda row: -row[by]):
+    for row in sorted(results["rows"], key=ranking_accuracy, reverse=True):
         interval = Interval(**row["interval"]) if row["interval"] else None
         cells.append(
             [
@@ -49,13 +54,17 @@ def compare_table(recipe: str, results: Mapping[str, Any]) -> Table:
 def sweep_table(recipe: str, found: Mapping[str, Any]) -> Table:
     """Return a sweep's table, the best combination first."""
     names, rows = short_names(found["keys"]), found["rows"]
-    headers = [*names.values(), "test accuracy %", "alone %", "gain", "best epoch %", "agreement %", "KL, nats"]
+    validates = all(row["validation_mean"] is not None for row in rows)
+    headers = [*names.values(), "test accuracy %", "alone %", "gain", "its 95 % interval"]
+    headers += ["validation %"] * validates + ["best epoch %", "agreement %", "KL, nats"]
     cells = [
         [
             *map(str, row["settings"].values()),
             mean_std(row["accuracy_mean"], row["accuracy_std"]),
             mean_std(row["alone"]["accuracy_mean"], row["alone"]["accuracy_std"]) if row["alone"] else "-",
             mean_std(row["gain_mean"], signed=True),
+            interval_text(Interval(**row["interval"]) if row["interval"] else None, signed=True),
+            *[mean_std(row["validation_mean"])] * validates,
             f"{row['best_accuracy_mean']:.2f}",
             mean_std(row["agreement_mean"]),
             mean_std(row["teacher_kl_mean"], digits=3),

@@ -61,7 +61,7 @@ def measure_external(fine_tuning: FineTuneContext, network: ModelBundle) -> dict
     if (done := folder.result()) is not None:
         return done
     network.model.to(fine_tuning.device)
-    test, validation = (of(network.normalize) for of in (fine_tuning.evaluation, fine_tuning.validation))
+    test, validation = fine_tuning.evaluation(network.normalize), fine_tuning.validation(network.normalize)
     return finalize(folder, network, [], test, with_onnx=fine_tuning.exports_onnx, validation=validation)
 
 

@@ -21,7 +21,7 @@ Indices = npt.NDArray[np.int64]
 
 SPLIT_SEED = 0
 VALIDATION_SEED = 1
-VALIDATION = "validation"
+VALIDATION: Literal["validation"] = "validation"
 
 
 def stratified_split(labels: npt.ArrayLike, share: float, seed: int = SPLIT_SEED) -> tuple[Indices, Indices]:

@@ -84,7 +84,7 @@ def finalize(
         warn = test.warn or (lambda sentence: None)
         for warning in _warnings(report):
             warn(f"the network in {job_dir.path} {warning}.")
-        found = _validated(network, validation) | (more or {})
+        found = _validated(network, validation) | dict(more or {})
         return _write(
             job_dir, network, history, test, report, with_onnx=with_onnx, on_no_export=on_no_export, more=found
         )

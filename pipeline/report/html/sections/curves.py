@@ -114,7 +114,10 @@ def curve_panel(title: str, strong: Sequence[Curve], together: Sequence[Curve], 
 
 
 def _label_ends(axes: Axes, curves: Sequence[Curve]) -> None:
-    """Mark the last values of the curves, and write them beside a single one, or right of the panel, moved apart."""
+    """Mark the last values of the curves, and write them beside a single one, or right of the panel, moved apart.
+
+    Of more curves than there is room for they are not written.
+    """
     ends = [(max(curve.mean), curve.last[0] or 0.0) for curve in curves]
     shares = [(axes.transData + axes.transAxes.inverted()).transform(end)[1] for end in ends]
     height = HEIGHT - TOP - BOTTOM
@@ -122,6 +125,8 @@ def _label_ends(axes: Axes, curves: Sequence[Curve]) -> None:
     for curve, end, place in zip(curves, ends, places, strict=True):
         shade = color(curve.color)
         axes.plot(*end, "o", color=shade, markersize=5)
+        if len(curves) * LABEL > height:
+            continue
         x = end[0] if len(curves) == 1 else axes.get_xlim()[1]
         at: Any = {"xycoords": ("data", "axes fraction"), "textcoords": "offset points", "va": "center"}
         axes.annotate(f"{end[1]:.2f}", (x, 1 - place / height), (7, 0), color=shade, fontweight="bold", **at)

@@ -12,7 +12,7 @@ from kdpipe.pipeline.report.tables import report_tables
 from kdpipe.pipeline.report.variants import recorded_tables
 from kdpipe.pipeline.terminal.tables import Table
 
-MAX_CLASSES = 3000
+MAX_CLASSES = 1000
 """Classes whose accuracy is listed; `kdpipe report --json` has all."""
 
 
