@@ -199,7 +199,7 @@ def write_tables(folder: Path, found: Mapping[str, Any]) -> None:
         writer.writerow([*row["settings"].values(), *figures])
     write_atomically(folder / "results.csv", text.getvalue().encode())
     for name, style in (("results.md", "github"), ("results.tex", "latex_booktabs")):
-        text_table = tabulate(table.rows, map(str, table.headers), tablefmt=style, disable_numparse=True)
+        text_table = tabulate(table.rows, [*map(str, table.headers)], tablefmt=style, disable_numparse=True)
         write_atomically(folder / name, f"{text_table}\n".encode())
 
 

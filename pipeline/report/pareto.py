@@ -31,7 +31,7 @@ CAPTION = (
     "logarithmic in the error."
 )
 
-PANEL_WIDTH, LEFT, RIGHT, TOP, BOTTOM = 460, 48, 262, 36, 46
+PANEL_WIDTH, LEFT, RIGHT, TOP, BOTTOM = 400, 44, 226, 36, 46
 """In user units; names are written between RIGHT and PANEL_WIDTH."""
 
 ROW, MAX_LETTERS = 16, 25
