@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from kdpipe.pipeline.recipe.load import all_losses
-from kdpipe.pipeline.run import Run, store_of_run
+from kdpipe.pipeline.run import Run
 from kdpipe.stages.cache_teacher.cache import store_figures
 from kdpipe.stages.cache_teacher.estimate import plan_cache
 from kdpipe.stages.cache_teacher.plan import plan_store, samples_in_row_order
@@ -19,7 +19,7 @@ from kdpipe.stages.runtime.events import ProgressEvent
 from kdpipe.stages.targets.feature_spec import FeatureSpec
 from kdpipe.stages.targets.open import test_store_path
 from kdpipe.stages.teacher import teacher_folder, untrained_teacher
-from kdpipe.stages.workspace import shown
+from kdpipe.stages.workspace import shown, store_of_run
 from kdpipe.store import KdpipeError, Manifest, Samples, plan_growth, read_store_manifest
 from kdpipe.store.format.identity import PLAIN
 
@@ -78,16 +78,15 @@ def shared_stores(
     with ExitStack() as turn:
 
         def find() -> str | None:
-            path = _find(run, teacher, planned, samples)
+            path = _choose(run, teacher, planned, samples)
             if path is None and in_turn:
                 what, inputs = "store of this teacher", planned.identity.to_json()
                 turn.enter_context(run.workspace.turn("cache-teacher", what, inputs, run.monitor))
-                path = _find(run, teacher, planned, samples)
+                path = _choose(run, teacher, planned, samples)
             for gone in run.used_stores if path is None else ():
                 why = f"the store {shown(gone)} that this run used is not there, or has too little"
                 run.monitor.warn("cache-teacher", f"{why}: {shown(run.own_store)} is made instead.")
-            if path is not None or run.used_stores:
-                run.use_store(path)
+                run.use_store(None)
             return None if path is None else str(path)
 
         if (found := run.process_group.on_main(find)) is None:
@@ -96,6 +95,14 @@ def shared_stores(
         path = Path(found)
         run.monitor.report(ProgressEvent("cache-teacher", f"uses the store {shown(path)}", 1, 1, "store"))
         yield {name: store_figures(one) for name, one in (("store", path), ("test_store", Path(test_store_path(path))))}
+
+
+def _choose(run: Run, teacher: ModelBundle, planned: Manifest, samples: Samples) -> Path | None:
+    """Find a store, and record that the run uses it."""
+    with run.workspace.unchanged():  # a store that is found must not be removed before that is recorded
+        if (path := _find(run, teacher, planned, samples)) is not None:
+            run.use_store(path)
+        return path
 
 
 def _find(run: Run, teacher: ModelBundle, planned: Manifest, samples: Samples) -> Path | None:

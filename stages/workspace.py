@@ -5,15 +5,16 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from kdpipe.stages.runtime.events import ProgressEvent, RunMonitor
-from kdpipe.store import Claim, KdpipeError, claim, is_url
+from kdpipe.store import Claim, KdpipeError, claim, exclusive, is_url
 from kdpipe.store.format.identity import sha256_of
+from kdpipe.store.fs.checksums import read_intact_json
 
 MAX_RUNS = 2000
 """Run folders that are looked at."""
@@ -39,7 +40,7 @@ class Workspace:
 
     def runs(self, own: Path) -> Iterator[Path]:
         """Yield the run folders but `own`: those in the workspace, and those in their subfolders, as of a sweep."""
-        found = (path for path in (*self.more, *_run_folders(self.folder)) if path.absolute() != own.absolute())
+        found = (path for path in (*self.more, *run_folders(self.folder)) if path.absolute() != own.absolute())
         yield from islice(dict.fromkeys(found), MAX_RUNS)
 
     def beside(self, *stores: str | None) -> Workspace:
@@ -64,6 +65,15 @@ class Workspace:
             if held is not None:
                 held.release()
 
+    @contextmanager
+    def unchanged(self) -> Iterator[None]:
+        """Keep other processes from choosing or removing a store of the workspace inside the block."""
+        with ExitStack() as lock:
+            if self.folder is not None and os.access(self.folder, os.W_OK):
+                with suppress(KdpipeError):
+                    lock.enter_context(exclusive(self.folder, self.folder / ".workspace.lock", wait=True))
+            yield
+
     def _wait(self, stage: str, what: str, name: str, monitor: RunMonitor) -> Claim | None:
         """Return the claim; None where nothing is shared, or no lock can be had: then work may be done twice."""
         if self.folder is None or not os.access(self.folder, os.W_OK):
@@ -84,6 +94,14 @@ NOWHERE = Workspace()
 """The workspace of a run that shares nothing."""
 
 
+def store_of_run(folder: Path) -> Path:
+    """Return the store that a run uses, as its recipe says: by default that in its folder."""
+    record = read_intact_json(folder / RECIPE) or {}
+    cache = record.get("cache")
+    named = cache.get("store") if isinstance(cache, dict) else None
+    return (Path(named) if isinstance(named, str) and not is_url(named) else folder / "store.zarr").absolute()
+
+
 def shown(path: Path) -> str:
     """Return a path as short as possible, for messages: relative to the working folder if it is below it."""
     with suppress(ValueError, OSError):
@@ -91,7 +109,7 @@ def shown(path: Path) -> str:
     return str(path)
 
 
-def _run_folders(folder: Path | None, depth: int = 2) -> Iterator[Path]:
+def run_folders(folder: Path | None, depth: int = 2) -> Iterator[Path]:
     """Yield the folders with a recipe below a folder, sorted by name, those deeper last."""
     below: list[Path] = []
     with suppress(OSError):  # a folder that cannot be listed
@@ -99,4 +117,4 @@ def _run_folders(folder: Path | None, depth: int = 2) -> Iterator[Path]:
     yield from (path for path in below if (path / RECIPE).exists())
     if depth > 1:
         for path in below:
-            yield from _run_folders(path, depth - 1)
+            yield from run_folders(path, depth - 1)

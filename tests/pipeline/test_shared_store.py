@@ -14,14 +14,14 @@ from support.tiny_run import CACHE, STUDENT, TEACHER, VIEWS
 
 from kdpipe.pipeline import steps
 from kdpipe.pipeline.recipe.load import Recipe
-from kdpipe.pipeline.run import Run, store_of_run
+from kdpipe.pipeline.run import Run
 from kdpipe.stages.cache_teacher.cache import CacheJob
 from kdpipe.stages.data.config import DataConfig
 from kdpipe.stages.errors import StoppedEarly
 from kdpipe.stages.losses.features.hint import Hint
 from kdpipe.stages.losses.logits.kd import KD
 from kdpipe.stages.runtime.events import RunMonitor
-from kdpipe.stages.workspace import NOWHERE, Workspace
+from kdpipe.stages.workspace import NOWHERE, Workspace, store_of_run
 from kdpipe.store.fs.checksums import SUMS
 
 TRAIN = replace(TEACHER.train, epochs=1)
