@@ -91,9 +91,11 @@ def main() -> None:
             measure(name, Path(folder), device, peaks, arguments)
 
 
-def gemm_rate(precision: str, device: torch.device, clock: Callable[[], float] = time.perf_counter) -> float:
+def gemm_rate(
+    precision: str, device: torch.device, clock: Callable[[], float] = time.perf_counter, size: int | None = None
+) -> float:
     """Return the operations a second of a large matrix product, at best."""
-    size, times_s = GEMM_SIZE[device.type], []
+    size, times_s = size or GEMM_SIZE[device.type], []
     settings = ComputeSettings(precision)  # type: ignore[arg-type]
     one, other = (torch.randn(size, size, device=device, dtype=settings.autocast_dtype) for _ in range(2))
     with settings.active(device):

@@ -34,11 +34,13 @@ DISTRIBUTED = ("train-teacher", "train-student", "compare")
 """Commands whose processes train on shares of one batch."""
 
 
-def _load(recipe: Path, options: CommonOptions) -> tuple[Recipe, Path]:
-    """Return the resolved recipe and its run folder."""
+def _load(recipe: Path, options: CommonOptions, *, sweeps: bool = False) -> tuple[Recipe, Path]:
+    """Return the resolved recipe and its run folder; if it `sweeps`, --set may give a key several values."""
     from kdpipe.pipeline.recipe.load import load_recipe
+    from kdpipe.pipeline.recipe.sweep import sweep_overrides
 
-    loaded = load_recipe(recipe, options.set_ or (), os.environ)
+    overrides = options.set_ or []
+    loaded = load_recipe(recipe, sweep_overrides(overrides) if sweeps else overrides, os.environ)
     return loaded, options.run or Path("runs") / loaded.name
 
 
@@ -98,15 +100,15 @@ def run_job(
         from kdpipe.stages.runtime.gpu.device import select_device
         from kdpipe.store import exclusive, shared
 
-        loaded, folder = _load(recipe, options)
+        loaded, folder = _load(recipe, options, sweeps=command == "sweep")
         advice.enter_context(_new_run_advised(command, recipe, options, folder))
         monitor = _monitor(loaded, folder, options, should_stop)
         work, work_shard = _work(command, count, only), _work_shard(part) if command == "cache-teacher" else None
         # Before the processes join: a group that uses GPUs asks CUDA for the devices, which works only once.
         fraction = loaded.gpu_memory_fraction
         select_device(loaded.device, share=options.share, memory_fraction=fraction, warn=print_warning)
-        # Several jobs may fill one store from one run folder; all other commands have the folder to themselves.
-        lock = shared if command == "cache-teacher" else exclusive
+        # Several jobs may fill one store, or sweep, in one run folder; others have the folder to themselves.
+        lock = shared if command in ("cache-teacher", "sweep") else exclusive
         with _process_group(command, should_stop) as process_group, ExitStack() as locks:
             process_group.on_main(lambda: _lock(locks, lock(folder, folder / ".kdpipe.lock")))
             run = Run(
@@ -241,6 +243,7 @@ def _print_data_warning(event: ProgressEvent) -> None:
 def _work(command: str, count: int, only: Step | None) -> Callable[[Run], dict[str, Any]]:
     from kdpipe.pipeline.commands.compare import run_compare
     from kdpipe.pipeline.commands.generations import run_generations
+    from kdpipe.pipeline.commands.sweep import run_sweep
     from kdpipe.pipeline.steps import STAGES, run_all, run_compress
 
     functions: dict[str, Callable[[Run], dict[str, Any]]] = {
@@ -248,6 +251,7 @@ def _work(command: str, count: int, only: Step | None) -> Callable[[Run], dict[s
         "run": run_all,
         "compress": partial(run_compress, only=only),
         "compare": run_compare,
+        "sweep": run_sweep,
         "generations": partial(run_generations, count=count),
     }
     return functions[command]
@@ -258,6 +262,7 @@ def _print_results(command: str, run: Run, results: dict[str, Any], as_json: boo
     from kdpipe.pipeline.commands.compare import print_compare
     from kdpipe.pipeline.commands.generations import print_generations
     from kdpipe.pipeline.commands.summary import print_summary
+    from kdpipe.pipeline.commands.sweep import print_sweep
     from kdpipe.pipeline.report.pareto import write_pareto_plot
     from kdpipe.pipeline.report.printing import print_reports
     from kdpipe.pipeline.terminal.exit_codes import DONE
@@ -275,6 +280,8 @@ def _print_results(command: str, run: Run, results: dict[str, Any], as_json: boo
         print_json({"command": command, "run": str(run.folder), **results})
     elif command == "compare":
         print_compare(run.recipe.name, results)
+    elif command == "sweep":
+        print_sweep(run.recipe.name, run.folder, results)
     elif command == "generations":
         print_generations(run.recipe.name, results)
     else:

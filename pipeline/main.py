@@ -76,6 +76,9 @@ PartOption = Annotated[
         help="Compute only part I of N of the units, counted from 0 [default: from torchrun or Slurm, else all].",
     ),
 ]
+Baseline = Annotated[
+    bool | None, typer.Option("--baseline/--no-baseline", help="Train the student alone too [default: the recipe's].")
+]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Print what would be done; run no teacher, write nothing.")]
 
 
@@ -153,7 +156,11 @@ def views(
     )
 
 
-_add_job("train-student", "Stage 2: train students alone and distilled. For every seed, from the store alone.")
+@app.command()
+@with_options
+def train_student(recipe: RecipePath, options: JobOptions, *, baseline: Baseline = None) -> None:
+    """Stage 2: train students alone and distilled. For every seed, from the store alone."""
+    run_job("train-student", recipe, _with_baseline(options, baseline))
 
 
 @app.command()
@@ -203,6 +210,13 @@ def sensitivity(
 
 _add_job("run", "Run all stages, skipping finished work. Prints the results.")
 _add_job("compare", "Train a student with each set of losses in the recipe. Prints accuracies over seeds, and costs.")
+
+
+@app.command()
+@with_options
+def sweep(recipe: RecipePath, options: JobOptions, *, baseline: Baseline = None) -> None:
+    """Train students with all combinations of some settings. From one store, as in --set student.train.lr=0.05,0.1."""
+    run_job("sweep", recipe, _with_baseline(options, baseline))
 
 
 @app.command()
@@ -344,6 +358,13 @@ def bench(
 
         measured = run_bench(models, batch_size or (), num_threads=threads, num_rounds=rounds, as_json=as_json)
         print_result(as_json, measured, lambda: print_bench(measured))
+
+
+def _with_baseline(options: JobOptions, baseline: bool | None) -> JobOptions:
+    """Return the options with `student.baseline` set, if it was given."""
+    if baseline is None:
+        return options
+    return replace(options, set_=[*(options.set_ or ()), f"student.baseline={json.dumps(baseline)}"])
 
 
 def _plan(recipe: Path, options: CommonOptions, *, with_probe: bool) -> None:

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from kdpipe.pipeline.recipe.load import Recipe, all_losses, read_run_recipe, recipe_json, write_run_recipe
+from kdpipe.pipeline.recipe.load import Recipe, all_losses, read_run_recipe, recipe_json, students_of, write_run_recipe
 from kdpipe.stages.cache_teacher.choice import require_available
 from kdpipe.stages.cache_teacher.plan import plan_store, samples_in_row_order
 from kdpipe.stages.compute.determinism import set_deterministic
@@ -241,10 +241,10 @@ class Run:
         }
         if self.store not in self.stores:
             return reasons
-        for where, losses in all_losses(self.recipe).items():
+        for where, (student, losses) in students_of(self.recipe).items():
             if self.stores == [self.store]:
-                dry_run_losses(losses, self.recipe.student, teacher.model, self.context, where=where)
-            shapes = student_shapes(self.recipe.student, losses, self.context)
+                dry_run_losses(losses, student, teacher.model, self.context, where=where)
+            shapes = student_shapes(student, losses, self.context)
             for number, loss in enumerate(losses):
                 required = required_of([loss], shapes, self.stores.index(self.store))
                 available = source_shapes(teacher.model, required, self.context.image_shape)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -31,9 +32,10 @@ class Settings:
     data: Path | None = None
 
     def folder(self, name: str) -> Path:
-        """Return a folder for this check's files."""
+        """Return an empty folder for files of a check."""
         path = self.out / "work" / name
-        path.mkdir(parents=True, exist_ok=True)
+        shutil.rmtree(path, ignore_errors=True)
+        path.mkdir(parents=True)
         return path
 
     def size(self, full: int, toy: int) -> int:

@@ -102,7 +102,7 @@ def given_teacher(settings: Settings) -> list[Row]:
     return [holds("a run with a given teacher ends", is_so=any((folder / "second" / "students").iterdir()))]
 
 
-def losses(settings: Settings) -> list[Row]:
+def losses(settings: Settings) -> Iterator[Row]:
     """Compare each loss's first step with the CPU's, and count synchronizations of the host in later steps."""
     folder = settings.folder("losses")
     kinds = LOSSES.builtin
@@ -110,26 +110,29 @@ def losses(settings: Settings) -> list[Row]:
     on_cpu, on_device = (_context(folder, device) for device in (CPU, settings.torch_device))
     student = StudentConfig(model=ModelConfig(name="cnn_average", args={"width": 8}), seeds=(0,))
     _fill_store(folder, list(configs.values()), student, on_cpu)
-    rows = []
     for name, config in configs.items():
         here, there = (_first_loss(config, student, context, folder) for context in (on_cpu, on_device))
         error = abs(here - there) / max(abs(here), 1e-6)
-        rows.append(at_most(f"{name}: difference from the CPU's loss", error, 2e-3))
+        yield at_most(f"{name}: difference from the CPU's loss", error, 2e-3)
         if settings.torch_device.type == "cuda":
             count = _synchronizations(config, student, on_device, folder / name)
-            rows.append(at_most(f"{name}: synchronizations a step", count, 0))
-    return rows
+            yield at_most(f"{name}: synchronizations a step", count, 0)
 
 
 def qat(settings: Settings) -> list[Row]:
     """Prune and quantize on the device: the INT8 file, computed by onnxruntime on the CPU, agrees with torch."""
     train, test = kd.load_dataset("digits")
     folder = settings.folder("qat")
-    options: Any = {"device": settings.device, "progress": False}
-    student = kd.train_student("cnn", train, test=test, epochs=settings.size(10, 1), run=folder / "student", **options)
-    small = kd.compress(student, train, test=test, int8=True, run=folder / "small", **options)
-    agreement = [float(network.figures["onnx_agreement"]) for network in small.networks.values()]
-    return [at_least("INT8: predicts torch's class", min(agreement, default=0.0), 0.99)]
+    device: Any = {"device": settings.device, "progress": False}
+    options: Any = {"test": test, "epochs": settings.size(6, 1), **device}
+    network = kd.create_model("cnn", train, width=16)
+    teacher = kd.train_teacher(network, train, run=folder / "teacher", **options)
+    store = kd.cache_teacher(teacher, train, folder / "store.zarr", **device)
+    student = kd.train_student("cnn", train, store, run=folder / "student", **options)
+    tune: Any = {"epochs": settings.size(3, 1)}
+    small = kd.compress(student, prune_train=tune, quantize_train=tune, baselines=False, **device)
+    agreement = small.networks["int8"].figures["onnx_agreement"]
+    return [at_least("INT8: predicts torch's class", float(agreement), 0.99)]
 
 
 def _error(one: kd.TargetStore, other: kd.TargetStore, name: str, view: int) -> float:

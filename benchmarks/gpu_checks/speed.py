@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import epoch_cost
 import teacher_rate
@@ -22,11 +22,13 @@ from kdpipe.stages.training.task import TrainingTask
 NUM_ROUNDS = 3
 
 
-def stage_one(settings: Settings) -> list[Row]:
+def stage_one(settings: Settings) -> Iterator[Row]:
     """Measure images/s of cache-teacher, storing included, at each precision, as a share of the GEMM peak."""
-    device, rows = settings.torch_device, []
-    peaks = {one: teacher_rate.gemm_rate(one, device) for one in ("float32", *fast_precisions(device))}
-    rows += [Row(f"matrix products, {one}: TFLOP/s", rate / 1e12) for one, rate in peaks.items()]
+    device = settings.torch_device
+    size = settings.size(teacher_rate.GEMM_SIZE[device.type], 256)
+    peaks = {one: teacher_rate.gemm_rate(one, device, size=size) for one in ("float32", *fast_precisions(device))}
+    for precision, rate in peaks.items():
+        yield Row(f"matrix products, {precision}: TFLOP/s", rate / 1e12)
     config = CacheConfig(batch_size=settings.size(256, 8))
     for name in ("resnet32x4",) if settings.toy else ("resnet50", "vit_b_16"):
         images = settings.size(2048, 16)
@@ -35,10 +37,9 @@ def stage_one(settings: Settings) -> list[Row]:
         for precision, peak in peaks.items():
             way = ComputeSettings(precision, "channels_last")  # type: ignore[arg-type]
             _, rate = (teacher_rate.rate(config, way, teacher, context) for _ in range(2))  # the first warms up
-            rows.append(Row(f"{name}, {way}: images/s", rate))
-            rows.append(Row(f"{name}, {way}: share of the peak", rate * flops / peak))
-        rows.append(Row(f"{name}, auto", str(teacher_rate.auto(config, teacher, context))))
-    return rows
+            yield Row(f"{name}, {way}: images/s", rate)
+            yield Row(f"{name}, {way}: share of the peak", rate * flops / peak)
+        yield Row(f"{name}, auto", str(teacher_rate.auto(config, teacher, context)))
 
 
 def stage_two(settings: Settings) -> list[Row]:

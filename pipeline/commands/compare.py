@@ -33,17 +33,8 @@ def run_compare(run: Run) -> dict[str, Any]:
             f"the recipe {run.recipe.name} has nothing to compare: add sections such as [compare.at] with a "
             "list of losses, as in recipes/compare-losses.toml."
         )
-    teacher = None
-    features = list(run.check_losses_fit())
-    trains_teacher = needs_teacher(run, features)
-    preflight(run, with_teacher=trains_teacher, compresses=False)
-    if trains_teacher:
-        teacher = run_train_teacher(run)["teacher"]
-        run_cache_teacher(run, in_turn=True)
-        run.process_group.barrier()  # each has computed its part of the store
+    teacher = prepare_store(run, "compare")
     student, context = run.recipe.student, run.context
-    if warning := view_warning(run.recipe.views):
-        run.monitor.warn("compare", warning)
     baseline = [Variant(ALONE, student, None)] if student.baseline else []
     variants = [*baseline, *_variants(run)]
     results: dict[str, list[dict[str, Any]]] = {variant.name: [] for variant in variants}
@@ -67,9 +58,23 @@ def run_compare(run: Run) -> dict[str, Any]:
         monitor=run.monitor,
         process_group=run.process_group,
     )
-    rows = [_row(name, own, costs[name]) for name, own in results.items() if own]
+    rows = [{**accuracy_row(own), "name": name, **costs[name]} for name, own in results.items() if own]
     diverged = {name: len(student.seeds) - len(own) for name, own in results.items() if len(own) < len(student.seeds)}
     return {"teacher": teacher, "rows": rows, "num_diverged": diverged}
+
+
+def prepare_store(run: Run, command: str) -> dict[str, Any] | None:
+    """Check all students of the recipe, and cache the teacher where no store has its outputs; return its results."""
+    features, teacher = list(run.check_losses_fit()), None
+    trains_teacher = needs_teacher(run, features)
+    preflight(run, with_teacher=trains_teacher, compresses=False)
+    if trains_teacher:
+        teacher = run_train_teacher(run)["teacher"]
+        run_cache_teacher(run, in_turn=True)
+        run.process_group.barrier()  # each has computed its part of the store
+    if warning := view_warning(run.recipe.views):
+        run.monitor.warn(command, warning)
+    return teacher
 
 
 def _variants(run: Run) -> list[Variant]:
@@ -87,18 +92,15 @@ def _variants(run: Run) -> list[Variant]:
     return variants
 
 
-def _row(name: str, results: Sequence[dict[str, Any]], cost: dict[str, float]) -> dict[str, Any]:
-    """Return a variant's results over seeds: accuracies and agreement in percent, KL in nats, ms a step."""
+def accuracy_row(results: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Return a student's results over seeds: accuracies and agreement in percent, KL in nats."""
     examined = [result.get("examined") or {} for result in results]
     accuracies = [100 * result["accuracy"] for result in results]
     return {
-        "name": name,
         "accuracies": accuracies,
         "best_accuracy_mean": mean(100 * result["best_accuracy"] for result in results),
         "agreement_mean": _mean([metrics.get("agreement") for metrics in examined], 100),
         "teacher_kl_mean": _mean([metrics.get("teacher_kl") for metrics in examined], 1),
-        "step_ms": cost["step_ms"],
-        "ratio": cost["ratio"],
         "accuracy_mean": mean(accuracies),
         "accuracy_std": stdev(accuracies) if len(accuracies) > 1 else None,
     }

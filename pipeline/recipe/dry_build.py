@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
-from kdpipe.pipeline.recipe.load import Recipe, all_losses, fault_of, faults_of_each
+from kdpipe.pipeline.recipe.load import Recipe, fault_of, faults_of_each, students_of
 from kdpipe.stages.cache_teacher.plan import top_k_of
 from kdpipe.stages.compress.compress import dry_run
 from kdpipe.stages.context import IMAGENET, StageContext
@@ -185,10 +185,10 @@ def _faults_of_cache(recipe: Recipe, teacher: ModelBundle, context: StageContext
 
 
 def _faults_of_losses(recipe: Recipe, teacher: ModelBundle, context: StageContext) -> Iterator[str]:
-    for where, losses in all_losses(recipe).items():
+    for where, (student, losses) in students_of(recipe).items():
 
-        def try_losses(some: Sequence[Loss], where: str = where) -> None:
-            dry_run_losses(some, recipe.student, teacher.model, context, where=where)
+        def try_losses(some: Sequence[Loss], student: StudentConfig = student, where: str = where) -> None:
+            dry_run_losses(some, student, teacher.model, context, where=where)
 
         alone = list(faults_of_each(losses, where, try_losses))
         together = None if alone else fault_of(try_losses, losses)

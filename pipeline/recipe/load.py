@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
+from functools import cached_property
 from pathlib import Path
 from types import MappingProxyType
 from typing import Annotated, Any
@@ -14,6 +15,7 @@ from pydantic import Field, TypeAdapter, ValidationError
 from kdpipe.pipeline.callbacks.registry import CallbackEntry
 from kdpipe.pipeline.recipe.messages import fault_messages, first_and_more, one_line
 from kdpipe.pipeline.recipe.overrides import Overrides, Settings, read_with_overrides, settings_of
+from kdpipe.pipeline.recipe.sweep import SweepPoint, sweep_points
 from kdpipe.stages.cache_teacher.plan import CacheConfig
 from kdpipe.stages.compress.compress import CompressConfig
 from kdpipe.stages.config import Seed, section
@@ -22,9 +24,9 @@ from kdpipe.stages.distillation.compatibility import check_losses
 from kdpipe.stages.distillation.student_config import StudentConfig
 from kdpipe.stages.errors import ModelError, RecipeError, RunError
 from kdpipe.stages.losses.base import Loss
-from kdpipe.stages.losses.registry import WITHOUT_CODE, AnyLoss
+from kdpipe.stages.losses.registry import WITHOUT_CODE, AnyLoss, UnknownLoss
 from kdpipe.stages.teacher import TeacherConfig
-from kdpipe.stages.train_student.compare import CompareEntry, VariantName
+from kdpipe.stages.train_student.compare import CompareEntry, VariantName, with_overrides
 from kdpipe.stages.training.job_dir import read_json_file, write_json_file
 from kdpipe.stages.training.optim import TrainConfig, check_training
 from kdpipe.stages.training.set_up import no_second_derivative
@@ -51,6 +53,7 @@ class Recipe:
         num_threads: CPU threads of each operation; by default OMP_NUM_THREADS, else what is fastest for each kind of
             work, up to the cores that this process may use. Networks of a few thousand parameters train fastest on one.
         gpu_memory_fraction: Fraction of the GPU's memory that this job may use; beyond it, it is out of memory.
+        sweep: Values to try with `kdpipe sweep`: a list for each key of student and distill, in all combinations.
         callbacks: What observes every training: csv, tensorboard, wandb, mlflow, trackio and others, or
             "python:MODULE:CLASS"; a table of name and arguments where it has some.
     """
@@ -68,7 +71,13 @@ class Recipe:
     student: StudentConfig
     distill: tuple[AnyLoss, ...] = ()
     compare: dict[VariantName, CompareEntry] = Field(default_factory=dict)
+    sweep: dict[str, Any] = Field(default_factory=dict)
     compress: CompressConfig = Field(default_factory=CompressConfig)
+
+    @cached_property
+    def points(self) -> list[SweepPoint]:
+        """The combinations of the sweep; raises RecipeError for an invalid key or value."""
+        return sweep_points(self.sweep, self.student, self.distill)
 
 
 def load_recipe(path: Path, overrides: Iterable[str] = (), environ: Mapping[str, str] = NOTHING) -> Recipe:
@@ -141,6 +150,11 @@ def _contradictions(recipe: Recipe) -> Iterator[str]:
     """Yield what does not fit together, whatever the data and the networks are."""
     if fault := fault_of(check_views, recipe.views):
         yield fault
+    if any(isinstance(loss, UnknownLoss) for loss in recipe.distill):  # read without its code
+        recipe = replace(recipe, sweep={})
+    if fault := fault_of(lambda: recipe.points):
+        yield fault
+        return
     for where, losses in all_losses(recipe).items():
 
         def check(some: Sequence[Loss], where: str = where) -> None:
@@ -170,13 +184,29 @@ def trainings_of(recipe: Recipe) -> dict[str, TrainConfig]:
         "student.train": recipe.student.train,
         **({"compress.prune_train": compress.prune_train} if compress.prunes else {}),
         **({"compress.quantize_train": compress.quantize_train} if compress.quantizes else {}),
+        **{f"sweep {point.name}: student.train": point.student.train for point in recipe.points},
     }
 
 
+def students_of(recipe: Recipe) -> dict[str, tuple[StudentConfig, Sequence[Loss]]]:
+    """Return the recipe's students with their losses, by the key of these.
+
+    Combinations of the sweep that differ from others in the training alone are left out.
+    """
+    student = recipe.student
+    students: dict[str, tuple[StudentConfig, Sequence[Loss]]] = {"distill": (student, recipe.distill)}
+    for name, entry in recipe.compare.items():
+        students[f"compare.{name}.distill"] = with_overrides(entry, student), entry.distill
+    for point in recipe.points:
+        own = replace(point.student, train=student.train), point.losses
+        if own not in students.values():
+            students[f"sweep {point.name}: distill"] = own
+    return students
+
+
 def all_losses(recipe: Recipe) -> dict[str, Sequence[Loss]]:
-    """Return all lists of losses in the recipe, by their key."""
-    variants = {f"compare.{name}.distill": entry.distill for name, entry in recipe.compare.items()}
-    return {"distill": recipe.distill, **variants}
+    """Return all lists of losses in the recipe, by their key or the name of a sweep's settings."""
+    return {where: losses for where, (_, losses) in students_of(recipe).items()}
 
 
 def read_run_recipe(run: Path) -> Recipe | None:

@@ -176,6 +176,15 @@ def _apply_set(table: dict[str, Any], override: str) -> Override:
 
 def _apply(table: dict[str, Any], keys: Keys, text: str, origin: str, shown: str) -> Override:
     """Set `keys` of the table to the value of `text`, creating missing sections."""
+    return Override(set_key(table, keys, _value(text.strip(), shown), shown), origin, shown)
+
+
+def set_key(table: dict[str, Any], keys: Keys, value: Any, shown: str) -> Keys:
+    """Set `keys` of a recipe's table, creating missing sections, and return them with plain numbers of entries.
+
+    Raises:
+        RecipeError: They lead into something that is not a section, or to an entry that does not exist.
+    """
     section: Any = table
     found: list[str] = []
     for parent in keys[:-1]:
@@ -188,8 +197,8 @@ def _apply(table: dict[str, Any], keys: Keys, text: str, origin: str, shown: str
         if not isinstance(section, dict | list):
             raise RecipeError(one_line(f"{shown}: {parent!r} is not a section."))
     last = _index(section, keys[-1], shown) if isinstance(section, list) else keys[-1]
-    section[last] = _value(text.strip(), shown)
-    return Override((*found, str(last)), origin, shown)
+    section[last] = value
+    return (*found, str(last))
 
 
 def _index(items: list[Any], number: str, shown: str) -> int:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import cache
+from functools import cache, partial
 from types import FunctionType
 from typing import Any, TypeVar
 
@@ -34,17 +34,16 @@ def compiled(
         RecipeError: By the returned function, if it cannot be compiled.
     """
     options: dict[str, Any] = {"fallback_random": True, "triton.cudagraphs": device.type == "cuda"}
-    fast: Any = torch.compile(
-        _with_own_code(function),
-        fullgraph=True,
-        dynamic=False,
-        backend=backend,
-        options=options if backend == "inductor" else None,
-    )
+    compile_ = partial(torch.compile, fullgraph=True, dynamic=False, backend=backend)
+    by_shape: dict[Any, Any] = {}  # torch limits how many shapes a function may have
 
     def run(*arguments: Any) -> T:
+        shapes = tuple(one.shape for one in arguments)
         try:
-            return fast(*arguments)  # type: ignore[no-any-return]
+            if shapes not in by_shape:
+                own_options = options if backend == "inductor" else None
+                by_shape[shapes] = compile_(_with_own_code(function), options=own_options)
+            return by_shape[shapes](*arguments)  # type: ignore[no-any-return]
         except torch._dynamo.exc.TorchDynamoException as error:
             if is_out_of_memory(error):
                 raise
@@ -67,7 +66,7 @@ def require_compiler(device: torch.device, key: str) -> None:
     try:
         compiled(lambda ones: ones + 1, device, key=key)(torch.ones(8, device=device))
     except RecipeError as error:
-        needs = "triton" if device.type == "cuda" else "a C++ compiler, such as g++"
+        needs = "triton and a C compiler, such as gcc" if device.type == "cuda" else "a C++ compiler, such as g++"
         raise RecipeError(
             f"{key} = true: torch.compile does not work here, it needs {needs} ({cause(error.__cause__ or error)}): "
             f"install it, or set {key} = false."

@@ -151,6 +151,10 @@ class FeatureExtractor:
             raise ModelError(f"module {absent[0]!r} is not used in the forward pass: choose another layer.")
         return ModelOutput(record.logits, record.features)
 
+    def stop_compiling(self) -> None:
+        """Run without torch.compile from now on; frees CUDA's graphs with their memory, once nothing else has them."""
+        self._compile_key = self._compiled = None
+
     def _run(self, images: Tensor) -> _Record:
         given = images.clone() if IMAGES in self.overwritten else images
         self._record = record = _Record(images.new_empty(len(images), 0), {IMAGES: (images, _version(images))})
@@ -274,6 +278,7 @@ def extract_features(
     with ExitStack() as hooks:
         for layer in layers:
             hooks.enter_context(get_module(model, layer).register_forward_hook(partial(extractor.hook, layer)))
+        hooks.callback(extractor.stop_compiling)
         yield extractor
 
 

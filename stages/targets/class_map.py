@@ -52,12 +52,16 @@ class ClassMap:
         """
         mapped = logits.new_full((len(logits), self.num_classes), ABSENT)
         kept = np.flatnonzero(self.student_class >= 0)
-        mapped[:, torch.from_numpy(self.student_class[kept])] = logits[:, torch.from_numpy(kept)]
+        mapped[:, _indices(self.student_class[kept], logits.device)] = logits[:, _indices(kept, logits.device)]
         classes, counts = np.unique(self.student_class[kept], return_counts=True)
         for student_class in classes[counts > 1]:
-            members = torch.from_numpy(np.flatnonzero(self.student_class == student_class))
+            members = _indices(np.flatnonzero(self.student_class == student_class), logits.device)
             mapped[:, int(student_class)] = temperature * torch.logsumexp(logits[:, members] / temperature, 1)
         return mapped
+
+
+def _indices(values: NDArray[np.int64], device: torch.device) -> Tensor:
+    return torch.from_numpy(values).to(device, non_blocking=True)  # an index on the host would wait for a GPU
 
 
 def read_class_map(store: TargetStore, image_set: ImageSet, config: ClassMapConfig) -> ClassMap | None:

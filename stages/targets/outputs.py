@@ -80,7 +80,7 @@ class TopKTargets:
             StoreError: The temperature is outside the store's range.
         """
         kept = self.values.float()
-        weights = torch.from_numpy(interpolation(self.top_k, temperature)).float().to(kept.device)
+        weights = torch.from_numpy(interpolation(self.top_k, temperature)).float().to(kept.device, non_blocking=True)
         log_odds = self.tail.float() @ weights
         rest = torch.logsumexp(kept / temperature, 1) + log_odds
         if self.rest is None:

@@ -73,6 +73,7 @@ def train(job: TrainJob, device: torch.device, monitor: RunMonitor) -> list[dict
             _save_if_over(job, state, progress, hooks)
             monitor.report(_event(job, progress, steps, progress.history[-1]))
         use_evaluated_weights(state.optimizer, state.average)
+    state.optimizer.zero_grad()  # those of a CUDA graph lie in memory that the next one overwrites
     if state.settings.memory_format == "channels_last":
         job.model.to(memory_format=torch.contiguous_format)
     return progress.history

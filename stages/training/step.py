@@ -85,6 +85,7 @@ class TrainStep:
             # Outside of `except`: the error, and with it the tensors of the failed attempt, are freed here.
             self._buffers.restore()
             self.state.optimizer.zero_grad(set_to_none=True)
+            self._student.stop_compiling()  # what a CUDA graph has allocated would be lost to the micro-batches
             progress.micro_batches = min(2 * progress.micro_batches, len(batch.images))
             gc.collect()
             if batch.images.is_cuda:

@@ -41,7 +41,16 @@ BAD = {
     "--run": NAMES,
     **{
         f"{command} --run": NO_RUN_CAN_BE
-        for command in ("run", "demo", "train-teacher", "cache-teacher", "train-student", "compress", "compare")
+        for command in (
+            "run",
+            "demo",
+            "train-teacher",
+            "cache-teacher",
+            "train-student",
+            "compress",
+            "compare",
+            "sweep",
+        )
     },
     "generations --run": NO_RUN_CAN_BE,
     "--workspace": [*NAMES, *ABSENT, "file", "fifo", "/dev/null", LONG],

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from kdpipe.pipeline.steps import cache_teacher, train_teacher
 from kdpipe.stages.cache_teacher.plan import CacheConfig
@@ -27,6 +28,7 @@ from kdpipe.stages.targets.feature_spec import FeatureSpec
 from kdpipe.stages.teacher import TeacherConfig, load_teacher
 from kdpipe.stages.training.optim import TrainConfig
 from kdpipe.stages.views.config import Views
+from kdpipe.store import TargetStore
 from support.device import DEVICE
 
 TRAIN = TrainConfig(epochs=2, batch_size=32, lr=0.05, checkpoint_every_s=0)
@@ -96,6 +98,11 @@ def _default_teacher() -> Path:
 
 def open_tiny_spec(path: Path, context: StageContext) -> DistillationSpec:
     return open_distillation([path], LOSSES, STUDENT, {}, context)
+
+
+def stored_rows(store: TargetStore, name: str, view: int, ids: Tensor) -> Tensor:
+    """Rows of an array, read by themselves: float32 on the device."""
+    return torch.from_numpy(store.gather(name, view, ids.numpy())).float().to(DEVICE)
 
 
 class StopAfter:

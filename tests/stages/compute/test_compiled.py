@@ -40,6 +40,15 @@ def test_each_function_is_compiled_for_itself() -> None:
         assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
 
 
+def test_each_shape_is_compiled_however_many_there_are() -> None:
+    """torch.compile would refuse the ninth: halved batches and the last ones of shards can be more."""
+    run = compiled(lambda given: given + 1, CPU, key="k", backend="eager")
+    for size in range(1, torch._dynamo.config.recompile_limit + 3):
+        torch._dynamo.utils.counters.clear()
+        assert [run(torch.zeros(size)).sum().item() for _ in range(2)] == [size, size]
+        assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+
+
 def test_what_cannot_be_compiled_is_refused_by_its_key() -> None:
     def waits(images: Tensor) -> Tensor:
         return images + 1 if images.sum() > 0 else images

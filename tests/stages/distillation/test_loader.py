@@ -8,6 +8,7 @@ from collections.abc import Mapping
 import pytest
 import torch
 import torch.nn.functional as F
+from support.device import DEVICE
 from support.tiny_run import (
     CACHE,
     LAYERS,
@@ -17,6 +18,7 @@ from support.tiny_run import (
     make_tiny_store,
     open_tiny_spec,
     squares,
+    stored_rows,
     subset,
     tiny_context,
 )
@@ -66,8 +68,13 @@ def stores(tmp_path_factory):
 
 def loader_of(stores, name="tensor", **arguments):
     folder, contexts = stores
-    arguments = {"batch_size": 32, "seed": 7, "num_workers": 0} | arguments
+    arguments = {"batch_size": 32, "seed": 7, "num_workers": 0, "device": DEVICE} | arguments
     return DistillationLoader(folder / name / "store.zarr", contexts[name].train_set, **arguments)
+
+
+def pixels_of(batch):
+    """Return the images of a batch that was not scaled."""
+    return batch.images.round().to(torch.uint8).cpu()
 
 
 def numbers(batches):
@@ -94,8 +101,10 @@ def test_batches_are_those_of_kdpipes_own_training(stores, name):
         assert torch.equal(batch.images, expected.images)
         assert torch.equal(batch.teacher_logits, teacher.logits_at(1.0))
         assert torch.equal(batch.features["stage2"], teacher.features[FeatureSpec("stage2")])
-        assert torch.equal(torch.sort(task.loader.dataset.sample_ids).values[expected.ranks], batch.sample_ids)
-        logits = torch.randn(32, 4, generator=torch.Generator().manual_seed(0))
+        assert torch.equal(
+            torch.sort(task.loader.dataset.sample_ids).values[expected.ranks.cpu()], batch.sample_ids.cpu()
+        )
+        logits = torch.randn(32, 4, generator=torch.Generator().manual_seed(0)).to(DEVICE)
         assert torch.allclose(F.cross_entropy(logits, batch.labels), expected.hard.cross_entropy(logits).mean())
 
 
@@ -105,24 +114,24 @@ def test_images_are_the_views_that_the_teacher_saw(stores):
     stored = open_store(stores[0] / "tensor" / "store.zarr")
     for epoch in range(4):
         batch = next(iter(loader))
-        ids, view = batch.sample_ids, epoch % 3
+        ids, view = batch.sample_ids.cpu(), epoch % 3
         rows = torch.tensor([position[int(number)] for number in ids])
         rendered = Renderer(VIEWS, 1, (8, 8)).render_batch(TRAIN.images[rows], ids, view)
-        assert torch.equal(batch.images.round().to(torch.uint8), rendered)
-        assert torch.equal(batch.labels, TRAIN.labels[rows])
-        assert torch.equal(batch.teacher_logits, torch.from_numpy(stored.gather("logits", view, ids.numpy())).float())
+        assert torch.equal(pixels_of(batch), rendered)
+        assert torch.equal(batch.labels.cpu(), TRAIN.labels[rows])
+        assert torch.equal(batch.teacher_logits, stored_rows(stored, "logits", view, ids))
 
 
 def test_views_are_resized_for_a_smaller_student(stores):
     small, large = (loader_of(stores, "mixed", normalize=([0.0], [1 / 255]), image_size=side) for side in (6, None))
     for batch, whole in zip(small, large, strict=True):
-        pixels = with_size(whole.images.round().to(torch.uint8).numpy(), 6, "test")
-        assert torch.equal(batch.images.round().to(torch.uint8), torch.from_numpy(pixels))
+        pixels = with_size(pixels_of(whole).numpy(), 6, "test")
+        assert torch.equal(pixels_of(batch), torch.from_numpy(pixels))
         assert torch.equal(batch.teacher_logits, whole.teacher_logits)
 
 
 def test_labels_of_mixed_views_are_probabilities(stores):
-    labels = next(iter(loader_of(stores, "mixed"))).labels
+    labels = next(iter(loader_of(stores, "mixed"))).labels.cpu()
     assert labels.shape == (32, 4)
     assert torch.allclose(labels.sum(1), torch.ones(32))
     assert 0 < int((labels.max(1).values < 1).sum()) < 32
@@ -140,7 +149,7 @@ def test_mixed_views_of_a_store_that_has_grown(stores):
     assert batch.images.shape == (50, 1, 8, 8)
     rows = torch.tensor([whole[int(number)] for number in batch.sample_ids])
     loaded = context.train_loader.get(ViewRequest(rows, view=0))
-    assert torch.equal(batch.images.round().to(torch.uint8), loaded.images)
+    assert torch.equal(pixels_of(batch), loaded.images.cpu())
 
 
 @pytest.mark.parametrize("name", ["tensor", "transforms"])
@@ -247,7 +256,7 @@ def test_features_are_those_asked_for(stores):
 
 def test_a_plain_loop_learns(stores):
     loader = loader_of(stores, seed=0)
-    student = build_student(STUDENT, 0, stores[1]["tensor"]).model
+    student = build_student(STUDENT, 0, stores[1]["tensor"]).model.to(DEVICE)
     optimizer = torch.optim.SGD(student.parameters(), lr=0.1, momentum=0.9)
     losses = []
     for _ in range(4):

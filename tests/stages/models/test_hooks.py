@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import re
+import weakref
+from collections.abc import Callable
+from functools import partial
 
 import pytest
 import torch
 from torch import Tensor, nn
 
 from kdpipe.stages.errors import ModelError
+from kdpipe.stages.models import hooks
 from kdpipe.stages.models.build import ModelConfig, build_model
 from kdpipe.stages.models.hooks import extract_features, get_module, overwritten_layers
 
@@ -65,13 +69,13 @@ class InPlace(nn.Module):
 def outputs_of(model: nn.Module, images: Tensor, layers: tuple[str, ...]) -> tuple[Tensor, dict[str, Tensor]]:
     """What the modules return in their last call, copied at once."""
     copies: dict[str, Tensor] = {}
-    hooks = [
+    handles = [
         model.get_submodule(name).register_forward_hook(lambda m, i, out, name=name: copies.update({name: out.clone()}))
         for name in layers
     ]
     logits = model(images)
-    for hook in hooks:
-        hook.remove()
+    for handle in handles:
+        handle.remove()
     return logits, copies
 
 
@@ -174,6 +178,22 @@ def test_a_compiled_pass_has_the_features_of_a_plain_one(mode: type) -> None:
             assert {name for name in layers if not torch.equal(found.features[name], copies[name])} == set()
     assert torch.equal(images, before)
     assert list(model.state_dict()) == list(plain.state_dict())
+
+
+def test_a_compiled_pass_is_freed_with_its_hooks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its CUDA graph has memory of its own, which the next network could not use."""
+    kept: list[weakref.ref[object]] = []
+
+    def compiled(function: Callable[[Tensor], object], device: torch.device, *, key: str) -> Callable[[Tensor], object]:
+        run = partial(function)
+        kept.append(weakref.ref(run))
+        return run
+
+    monkeypatch.setattr(hooks, "compiled", compiled)
+    with extract_features(InPlace().eval(), ["fc"], compile_key="cache.compile") as extractor:
+        extractor(torch.rand(2, 1, 6, 6))
+        assert kept[0]() is not None
+    assert kept[0]() is None
 
 
 @pytest.mark.usefixtures("traced")

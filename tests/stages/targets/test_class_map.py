@@ -4,6 +4,7 @@ import dataclasses
 
 import pytest
 import torch
+from support.device import DEVICE
 from support.loss_inputs import drawn
 from support.tiny_run import CACHE, OPERATIONS, STUDENT, TEACHER, VIEWS, squares, tiny_context
 
@@ -95,10 +96,16 @@ def kd(**changes):
 
 
 def whole_batch(task):
-    """All samples, and the ids in their order."""
-    images = task.loader.dataset
+    """All samples, and the ids and labels in their order."""
+    images, order = task.loader.dataset, task.order(3, 0)
     batch = next(task.stream(3, images.num_samples, epoch=0, step=0, epochs=1))
-    return batch, images.sample_ids[task.order(3, 0)]
+    assert torch.equal(batch.hard.labels.cpu(), images.labels[order])
+    return batch, images.sample_ids[order], images.labels[order]
+
+
+def losses_of(task, logits, batch):
+    """Return a task's losses for a student's logits."""
+    return task.losses(ModelOutput(logits.to(DEVICE), {}), batch)
 
 
 def stored(run, name, ids):
@@ -227,7 +234,7 @@ def test_different_numbers_of_classes_are_an_error(run):
 
 def test_teacher_with_finer_classes_trains_a_student(run):
     task = task_of(run, ["fine"], (FINE_TABLE,))
-    batch, ids = whole_batch(task)
+    batch, ids, _ = whole_batch(task)
     assert batch.has_targets is None
     logits = stored(run, "fine", ids)
     given = (logits / 4).softmax(1)[:, [0, 1, 2, 4, 5]]
@@ -235,7 +242,7 @@ def test_teacher_with_finer_classes_trains_a_student(run):
     target = torch.stack([given[:, 1] + given[:, 3], given[:, 2], given[:, 4], given[:, 0]], 1)
     student = drawn(60, 4, seed=4).float()
     expected = kd_loss(student, 4 * target.log(), 4.0).mean().item()
-    assert task.losses(ModelOutput(student, {}), batch)["kd_0"].item() == pytest.approx(expected, rel=1e-5)
+    assert losses_of(task, student, batch)["kd_0"].item() == pytest.approx(expected, rel=1e-5)
 
 
 def test_samples_of_classes_without_a_teacher_are_an_error(run):
@@ -247,17 +254,17 @@ def test_samples_of_classes_without_a_teacher_are_an_error(run):
 
 def test_samples_without_a_teacher_can_use_labels_alone(run):
     task = task_of(run, ["ab"], ("names",), missing="hard-labels")
-    batch, ids = whole_batch(task)
-    known = batch.hard.labels < 2
+    batch, ids, labels = whole_batch(task)
+    known = labels < 2
     assert torch.equal(batch.has_targets, known)
     assert task.targets.num_without_targets == int((~known).sum())
     target = stored(run, "ab", ids[known])[:, [1, 0]]
     student = drawn(60, 4, seed=4).float()
-    losses = task.losses(ModelOutput(student, {}), batch)
+    losses = losses_of(task, student, batch)
     logs = torch.cat([target, torch.full((len(target), 2), -1e4)], 1)
     expected = kd_loss(student[known], logs, 4.0).sum().item() / 60
     assert losses["kd_0"].item() == pytest.approx(expected, rel=1e-5)
-    cross_entropy = torch.nn.functional.cross_entropy(student, batch.hard.labels, reduction="none")
+    cross_entropy = torch.nn.functional.cross_entropy(student, labels, reduction="none")
     expected = torch.where(known, 0.1 * cross_entropy, cross_entropy).mean().item()
     assert losses["hard_labels"].item() == pytest.approx(expected, rel=1e-5)
 
@@ -266,8 +273,7 @@ def test_teachers_of_parts_of_the_classes_combine(run):
     """a from one teacher, c from the other, b from the mean of both."""
     images = OURS.take((OURS.labels < 3).nonzero()[:, 0])
     task = task_of(run, ["ab", "bc"], ("names", "names"), images=images, ensemble="probabilities")
-    batch, ids = whole_batch(task)
-    labels = batch.hard.labels
+    batch, ids, labels = whole_batch(task)
     target = torch.zeros(len(ids), 4)
     for name, classes, columns in (("ab", [1, 0], [0, 1]), ("bc", [1, 2], [0, 1])):
         known = torch.isin(labels, torch.tensor(classes))
@@ -278,7 +284,7 @@ def test_teachers_of_parts_of_the_classes_combine(run):
     student = drawn(len(ids), 4, seed=4).float()
     own = (student / 4).log_softmax(1)
     expected = 16 * (torch.xlogy(target, target) - target * own).sum(1).mean().item()
-    assert task.losses(ModelOutput(student, {}), batch)["kd_0"].item() == pytest.approx(expected, rel=1e-5)
+    assert losses_of(task, student, batch)["kd_0"].item() == pytest.approx(expected, rel=1e-5)
 
 
 def test_logits_of_different_classes_cannot_be_averaged(run):

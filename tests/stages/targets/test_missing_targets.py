@@ -7,7 +7,17 @@ import json
 import pytest
 import torch
 from support.device import DEVICE
-from support.tiny_run import CACHE, LAYERS, LOSSES, STUDENT, TEACHER, make_tiny_store, squares, tiny_context
+from support.tiny_run import (
+    CACHE,
+    LAYERS,
+    LOSSES,
+    STUDENT,
+    TEACHER,
+    make_tiny_store,
+    squares,
+    stored_rows,
+    tiny_context,
+)
 
 from kdpipe.pipeline.steps import cache_teacher, train_student, train_teacher
 from kdpipe.stages.distillation.stores import open_distillation
@@ -28,9 +38,10 @@ STORED = ALL.take(torch.arange(KNOWN))
 LENIENT = dataclasses.replace(STUDENT, missing_targets="hard-labels")
 ARRAYS = ("logits", "features/stage2")
 READS = {
-    "memory": TargetLoadingConfig(),
-    "mapped": TargetLoadingConfig(memory_bytes=0),
+    "memory": TargetLoadingConfig(device_bytes=0),
+    "mapped": TargetLoadingConfig(device_bytes=0, memory_bytes=0),
     "streamed": TargetLoadingConfig(memory_bytes=0, mapped_bytes=0),
+    **({"device": TargetLoadingConfig()} if DEVICE.type == "cuda" else {}),
 }
 
 
@@ -48,7 +59,9 @@ def run(tmp_path_factory):
 def task_of(run, student, names=("store.zarr",), train_set=ALL):
     context = tiny_context(run, train_set=train_set)
     spec = open_distillation([run / name for name in names], LOSSES, student, {}, context)
-    return build_task(build_student(student, 0, context), spec, 0, context)
+    task = build_task(build_student(student, 0, context), spec, 0, context)
+    task.distillation.to(DEVICE)
+    return task
 
 
 def first_batch(task, size, epoch=0):
@@ -61,8 +74,8 @@ def first_batch(task, size, epoch=0):
 def student_outputs(size):
     """Return a student's outputs, with gradients."""
     generator = torch.Generator().manual_seed(0)
-    logits = torch.randn(size, 4, generator=generator, requires_grad=True)
-    maps = torch.randn(size, 8, 4, 4, generator=generator, requires_grad=True)
+    logits = torch.randn(size, 4, generator=generator).to(DEVICE).requires_grad_()
+    maps = torch.randn(size, 8, 4, 4, generator=generator).to(DEVICE).requires_grad_()
     return ModelOutput(logits, {"stage2": maps})
 
 
@@ -78,10 +91,10 @@ PARTS = {
 def test_samples_are_joined_by_id(run, part, missing):
     student = dataclasses.replace(STUDENT, missing_targets=missing)
     batch, ids = first_batch(task_of(run, student, train_set=part), part.num_samples, epoch=1)
-    stored = open_store(run / "store.zarr").gather("logits", 1, ids.numpy())
+    expected = stored_rows(open_store(run / "store.zarr"), "logits", 1, ids)
     assert batch.has_targets is None
     assert sorted(ids.tolist()) == sorted(part.sample_ids.tolist())
-    assert torch.equal(batch.teachers[0].logits, torch.from_numpy(stored).float())
+    assert torch.equal(batch.teachers[0].logits, expected)
 
 
 def test_order_of_the_data_set_does_not_change_the_student(run, tmp_path):
@@ -131,13 +144,13 @@ def test_each_sample_contributes_only_its_own_loss(run, read):
     assert torch.equal(batch.has_targets, known)
     store, student = open_store(run / "store.zarr"), student_outputs(size)
     adapted = task.distillation.losses["hint_1"].loss.pairs[0].adapter(student.features["stage2"])
-    total = torch.zeros(())
-    for row, sample_id in enumerate(ids.numpy()):
+    total = torch.zeros((), device=DEVICE)
+    for row in range(size):
         hard = -student.logits[row].log_softmax(0)[batch.hard.labels[row]]
         if not known[row]:
             total = total + hard
             continue
-        logits, map_ = (torch.from_numpy(store.gather(name, 2, sample_id[None])[0]).float() for name in ARRAYS)
+        logits, map_ = (stored_rows(store, name, 2, ids[row : row + 1])[0] for name in ARRAYS)
         log_p, log_q = (logits / 4).log_softmax(0), (student.logits[row] / 4).log_softmax(0)
         soft = 16 * (log_p.exp() * (log_p - log_q)).sum()
         total = total + 0.1 * hard + 0.9 * soft + (adapted[row] - map_).square().mean()
@@ -183,8 +196,8 @@ def test_two_stores_each_cover_their_samples(run):
     assert 0 < known.sum() < 60
     assert batch.has_targets is None
     whole, store = (open_store(run / name) for name in ("whole.zarr", "store.zarr"))
-    target = torch.from_numpy(whole.gather("logits", 0, ids.numpy())).float()
-    target[known] = (target[known] + torch.from_numpy(store.gather("logits", 0, ids[known].numpy())).float()) / 2
+    target = stored_rows(whole, "logits", 0, ids)
+    target[known] = (target[known] + stored_rows(store, "logits", 0, ids[known])) / 2
     student = student_outputs(60)
     losses = task.losses(student, batch)
     assert losses["kd_0"].item() == pytest.approx(0.9 * kd_loss(student.logits, target, 4.0).mean().item(), rel=1e-5)
@@ -229,9 +242,9 @@ def test_disjoint_stores_each_cover_their_samples(run, tmp_path):
     batch, ids = first_batch(task, 60)
     known = torch.isin(ids, STORED.sample_ids)
     stores = [open_store(path) for path in (run / "store.zarr", tmp_path / "rest.zarr")]
-    target = torch.empty(60, 4)
+    target = torch.empty(60, 4, device=DEVICE)
     for store, mask in zip(stores, (known, ~known), strict=True):
-        target[mask] = torch.from_numpy(store.gather("logits", 0, ids[mask].numpy())).float()
+        target[mask] = stored_rows(store, "logits", 0, ids[mask])
     student = student_outputs(60)
     losses = task.losses(student, batch)
     assert losses["kd_0"].item() == pytest.approx(0.9 * kd_loss(student.logits, target, 4.0).mean().item(), rel=1e-5)

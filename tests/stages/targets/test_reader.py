@@ -5,7 +5,17 @@ import dataclasses
 import pytest
 import torch
 from support.device import DEVICE
-from support.tiny_run import LOSSES, OPERATIONS, STUDENT, TEACHER, VIEWS, make_tiny_store, squares, tiny_context
+from support.tiny_run import (
+    LOSSES,
+    OPERATIONS,
+    STUDENT,
+    TEACHER,
+    VIEWS,
+    make_tiny_store,
+    squares,
+    stored_rows,
+    tiny_context,
+)
 
 from kdpipe.stages.data.image_set import ImageSet
 from kdpipe.stages.data.loader.sampling import shard_order
@@ -41,10 +51,9 @@ def test_reordered_subset_is_joined_by_id(run):
     targets = Targets([join(store, subset(squares(300, 0), rows), [STAGE2])], DEVICE)
     indices = torch.tensor([5, 0, 80, 5])
     (outputs,) = targets.batch(1, indices)
-    expected = store.rows_of(squares(300, 0).sample_ids[rows[indices]].numpy())
-    assert torch.equal(outputs.logits, torch.from_numpy(store.read_view("logits", 1)[expected]).float())
-    maps = torch.from_numpy(store.read_view("features/stage2", 1)[expected]).float()
-    assert torch.equal(outputs.features[STAGE2], maps)
+    ids = squares(300, 0).sample_ids[rows[indices]]
+    assert torch.equal(outputs.logits, stored_rows(store, "logits", 1, ids))
+    assert torch.equal(outputs.features[STAGE2], stored_rows(store, "features/stage2", 1, ids))
 
 
 def test_memory_and_mapped_targets_are_equal(run):
@@ -69,6 +78,7 @@ def long_run(tmp_path_factory):
     return folder
 
 
+IN_MEMORY = TargetLoadingConfig(device_bytes=0)
 SLAB_BYTES = 512 * (4 * 2 + 16 * 4 * 4 * 2)
 
 
@@ -80,7 +90,7 @@ def test_streamed_targets_are_equal_within_their_memory_bound(long_run):
     store = open_store(long_run / "store.zarr")
     assert store.unit_rows == 512
     source = join(store, squares(6000, 0), [STAGE2])
-    resident, streamed = Targets([source], DEVICE), Targets([source], DEVICE, streamed_within(8))
+    resident, streamed = (Targets([source], DEVICE, config) for config in (IN_MEMORY, streamed_within(8)))
     assert (resident.residence, streamed.residence, streamed.window) == ("memory", "streamed", 4)
     assert "streamed in groups of 4 shards" in streamed.describe()[0]
     (inner,) = streamed._sources
@@ -123,12 +133,15 @@ def test_residence_depends_on_size_alone(run):
     store = open_store(run / "store.zarr")
     source = join(store, squares(300, 0), [STAGE2])
     num_bytes = store.num_views * store.num_rows * (4 + 16 * 4 * 4) * 2
-    for memory, mapped, expected in (
-        (num_bytes, 0, "memory"),
-        (num_bytes - 1, num_bytes, "mapped"),
-        (num_bytes - 1, num_bytes - 1, "streamed"),
+    for device, memory, mapped, expected in (
+        (num_bytes, num_bytes, 0, "device" if DEVICE.type == "cuda" else "memory"),
+        (num_bytes - 1, num_bytes, 0, "memory"),
+        (num_bytes - 1, num_bytes - 1, num_bytes, "mapped"),
+        (num_bytes, num_bytes - 1, num_bytes - 1, "streamed"),
     ):
-        targets = Targets([source], DEVICE, TargetLoadingConfig(memory_bytes=memory, mapped_bytes=mapped))
+        targets = Targets(
+            [source], DEVICE, TargetLoadingConfig(device_bytes=device, memory_bytes=memory, mapped_bytes=mapped)
+        )
         assert targets.residence == expected
 
 
@@ -136,7 +149,7 @@ def test_residence_depends_on_size_alone(run):
 def test_mapped_targets_are_checked_as_configured(run, monkeypatch, verify, num_checks):
     checked, store = [], open_store(run / "store.zarr")
     monkeypatch.setattr(mapped_views, "is_committed_file", lambda file, entry, root: checked.append(file) or True)
-    config = TargetLoadingConfig(memory_bytes=0, verify=verify)
+    config = TargetLoadingConfig(device_bytes=0, memory_bytes=0, verify=verify)
     targets = Targets([join(store, squares(300, 0), [])], DEVICE, config)
     for view in (0, 1, 0):
         targets.batch(view, torch.arange(4))
@@ -193,8 +206,8 @@ def test_student_sees_the_view_of_its_targets(run):
     renderer = Renderer(VIEWS, 1, (8, 8))
     for epoch, view in ((0, 0), (2, 2), (3, 0), (7, 1)):
         at = task.order(5, epoch)[:20]
-        ids = context.train_set.sample_ids[at].numpy()
+        ids = context.train_set.sample_ids[at]
         batch = next(task.stream(5, 20, epoch=epoch, step=0, epochs=epoch + 1))
-        shown = renderer.render_batch(context.train_set.images[at], context.train_set.sample_ids[at], view)
-        assert torch.equal(batch.images, network.normalize(shown))
-        assert torch.equal(batch.teachers[0].logits, torch.from_numpy(store.gather("logits", view, ids)).float())
+        shown = renderer.render_batch(context.train_set.images[at], ids, view)
+        assert torch.equal(batch.images.cpu(), network.normalize(shown))
+        assert torch.equal(batch.teachers[0].logits, stored_rows(store, "logits", view, ids))

@@ -1,5 +1,6 @@
 """Required features are the same from a stored statistic or a stored map, and match the teacher's."""
 
+import copy
 import dataclasses
 import math
 import re
@@ -280,12 +281,14 @@ def cached(request, tmp_path_factory):
 
 def by_hand(context, teacher, positions, view):
     """The arrays of BY_HAND, one sample after the other, by the plain formulas in float64."""
-    model, labels = teacher.model.double(), dict(zip(COLORS.sample_ids.tolist(), COLORS.labels.tolist(), strict=True))
+    model = copy.deepcopy(teacher.model).cpu().double()
+    labels = dict(zip(COLORS.sample_ids.tolist(), COLORS.labels.tolist(), strict=True))
     seen = context.train_loader.get(ViewRequest(positions, view))
+    images = seen.images.cpu().double() / 255
     mean, std = (torch.tensor(values, dtype=torch.float64).view(3, 1, 1) for values in (SCALING.mean, SCALING.std))
     rows = {feature.array: [] for feature in BY_HAND}
     for number, sample_id in enumerate(COLORS.sample_ids[positions].tolist()):
-        pixels = (seen.images[number].double() / 255).requires_grad_()
+        pixels = images[number].clone().requires_grad_()
         with extract_features(model, ["stage1"]) as extractor:
             outputs = extractor(((pixels - mean) / std)[None])
         share, partner = 1.0, sample_id
@@ -303,7 +306,6 @@ def by_hand(context, teacher, positions, view):
         rows[BY_HAND[0].array].append(energy / energy.square().sum().sqrt())
         rows[BY_HAND[1].array].append(channels.t() @ channels / 8)
         rows[BY_HAND[2].array].append(looks / looks.square().sum().sqrt())
-    teacher.model.float()
     return {name: torch.stack(found) for name, found in rows.items()}
 
 

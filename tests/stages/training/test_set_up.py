@@ -79,6 +79,7 @@ def test_compiled_trainings_equal_plain_and_resumed_ones(tmp_path):
     plain, plain_history = trained(tmp_path / "plain")
     assert equal_weights(whole, pieces) and equal_weights(whole, plain)  # traced, not fused: the same operations
     assert [line["losses"] for line in history] == [line["losses"] for line in plain_history]
+    assert all(parameter.grad is None for parameter in whole.parameters())  # a CUDA graph's would be overwritten
     assert history[0]["compute"]["compile"] and "compute" not in plain_history[0]
     assert said == ["train.compile = true: the first step compiles the network, which may take a minute."]
 

@@ -1,6 +1,7 @@
 """Tests of training steps in micro-batches after memory ran out."""
 
 import dataclasses
+import weakref
 
 import pytest
 import torch
@@ -24,11 +25,13 @@ from kdpipe.stages.losses.relations.nce import Memory
 from kdpipe.stages.losses.relations.pkt import PKT
 from kdpipe.stages.losses.sample_selection import SampleSelection
 from kdpipe.stages.losses.weighted import WeightedLoss
+from kdpipe.stages.models import hooks
 from kdpipe.stages.models.bundle import ModelBundle
 from kdpipe.stages.models.hooks import extract_features
 from kdpipe.stages.models.normalization import Normalization
 from kdpipe.stages.runtime.events import WARNING, RunMonitor
 from kdpipe.stages.targets.feature_spec import FeatureSpec
+from kdpipe.stages.training import set_up as set_up_module
 from kdpipe.stages.training.checkpoint import Progress, save_checkpoint
 from kdpipe.stages.training.job import TrainJob
 from kdpipe.stages.training.job_dir import JobDir
@@ -99,6 +102,38 @@ def test_failed_attempt_leaves_no_trace(tmp_path):
     save_checkpoint(job.job_dir.checkpoint, set_up(job, DEVICE), Progress(micro_batches=4))
     assert_equal(trained(tmp_path / "knows", knows)[0], trained(tmp_path / "tries", tries)[0])
     assert (tries[5].num_refused, knows[5].num_refused) == (2, 0)
+
+
+class Watched(nn.Module):
+    """Notes the size of each batch, and whether the compiled pass still exists."""
+
+    def __init__(self, exists):
+        super().__init__()
+        self.exists, self.seen = exists, []
+
+    def forward(self, x):
+        self.seen.append((len(x), self.exists()))
+        return x
+
+
+def test_compiled_pass_is_freed_before_micro_batches(tmp_path, monkeypatch):
+    """A CUDA graph keeps the memory that it allocated before there was no more."""
+    made = []
+
+    def compiled(function, device, *, key):
+        def run(images):
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+        made.append(weakref.ref(run))
+        return run
+
+    monkeypatch.setattr(hooks, "compiled", compiled)
+    monkeypatch.setattr(set_up_module, "require_compiler", lambda device, key: None)
+    model = network(32, watched := Watched(lambda: bool(made) and made[0]() is not None))
+    job = job_of(tmp_path / "run", model)
+    train(dataclasses.replace(job, config=dataclasses.replace(CONFIG, epochs=1, compile=True)), DEVICE, RunMonitor())
+    assert [size for size, _ in watched.seen][:4] == [32, 16, 16, 16]
+    assert len(made) == 1 and not any(exists for _, exists in watched.seen)
 
 
 def test_warning_names_batch_norm(tmp_path):

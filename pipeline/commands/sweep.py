@@ -1,0 +1,234 @@
+"""Sweep: train students from one store with all combinations of some settings, over seeds, in several processes."""
+
+from __future__ import annotations
+
+import csv
+import io
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tabulate import tabulate
+
+from kdpipe.pipeline.commands.compare import accuracy_row, prepare_store
+from kdpipe.pipeline.recipe.sweep import SweepPoint, alone_of, short_names
+from kdpipe.pipeline.report.formatting import mean_std
+from kdpipe.pipeline.run import Run
+from kdpipe.pipeline.steps import train_student, try_distillation
+from kdpipe.pipeline.terminal.output import console
+from kdpipe.pipeline.terminal.tables import Table, print_table
+from kdpipe.stages.distillation.spec import DistillationSpec
+from kdpipe.stages.distillation.student_config import ALONE, StudentConfig, student_folder
+from kdpipe.stages.errors import NotFiniteError, RecipeError
+from kdpipe.stages.runtime.events import ProgressEvent
+from kdpipe.stages.train_student.student import StudentRun
+from kdpipe.stages.training.job_dir import JobDir, write_json_file
+from kdpipe.store import LockedError, exclusive
+from kdpipe.store.fs.atomic_write import write_atomically
+
+POLL_S = 1.0
+"""Seconds between looks at trainings of other processes."""
+
+Key = tuple[str, int]
+"""A network's name and its seed."""
+
+
+@dataclass(frozen=True)
+class _Training:
+    """One training of a sweep; `spec` is None for a student alone."""
+
+    name: str
+    seed: int
+    student: StudentConfig
+    spec: DistillationSpec | None
+    student_run: StudentRun
+
+
+def run_sweep(run: Run) -> dict[str, Any]:
+    """Train all combinations, seed by seed so that all have early results; then write and return their table.
+
+    Several processes that run the same command share the trainings: each takes one that no other works on.
+    """
+    points, folder = run.recipe.points, run.folder / "sweep"
+    if not points:
+        raise RecipeError(
+            f"the recipe {run.recipe.name} has nothing to sweep: give a key several values, as in "
+            "--set student.train.lr=0.05,0.1, or add a section [sweep]."
+        )
+    with exclusive(folder, folder / ".teacher.lock", check=run.monitor.check):
+        teacher = prepare_store(run, "sweep")
+    specs = {point.name: _open(run, point) for point in points}
+    alone = _names_of_alone(run, points) if run.recipe.student.baseline else {}
+    results = _train_all(run, list(_trainings(run, points, specs, alone)))
+    if not any(results.values()):
+        raise NotFiniteError("every training diverged: try a lower learning rate, or lower weights of the losses.")
+    rows = [_row(point, results, alone, run.recipe.student.seeds) for point in points]
+    rows = sorted((row for row in rows if row["accuracies"]), key=lambda row: -row["accuracy_mean"])
+    num_diverged = {point.name: _num_diverged(point.name, results) for point in points}
+    found = {
+        "teacher": teacher,
+        "keys": list(points[0].settings),
+        "rows": rows,
+        "best": rows[0]["settings"] if rows else None,
+        "num_diverged": {name: number for name, number in num_diverged.items() if number},
+    }
+    write_tables(folder, found)
+    return found
+
+
+def _open(run: Run, point: SweepPoint) -> DistillationSpec:
+    """Open the stores for a combination, and try its first training task, before anything is trained."""
+    try:
+        spec = run.open_distillation(point.losses, point.student)
+        try_distillation(run, spec, point.student)
+    except RecipeError as error:
+        raise RecipeError(f"sweep {point.name}: {error}") from error
+    return spec
+
+
+def _names_of_alone(run: Run, points: Sequence[SweepPoint]) -> dict[str, tuple[str, StudentConfig]]:
+    """Return name and configuration of the student alone that each point is compared with, by the point's name.
+
+    It has the settings of the point that a student alone has too; points that share them share it.
+    """
+    names = short_names(list(points[0].settings))
+    found = {}
+    for point in points:
+        own = ",".join(point.name.split(",")[number] for number, key in enumerate(names) if key in point.of_student)
+        found[point.name] = (f"{ALONE},{own}" if own else ALONE), alone_of(point)
+    return found
+
+
+def _trainings(
+    run: Run,
+    points: Sequence[SweepPoint],
+    specs: Mapping[str, DistillationSpec],
+    alone: Mapping[str, tuple[str, StudentConfig]],
+) -> Iterator[_Training]:
+    for seed in run.recipe.student.seeds:
+        for name, student in dict(alone.values()).items():
+            yield _Training(name, seed, student, None, _alone_run(run.folder, name, seed))
+        for point in points:
+            yield _Training(point.name, seed, point.student, specs[point.name], _run_of(run.folder, point.name, seed))
+
+
+def _run_of(folder: Path, name: str, seed: int) -> StudentRun:
+    return StudentRun(JobDir(folder / "sweep" / name / f"seed{seed}"), f"{name}, seed {seed}", with_onnx=False)
+
+
+def _alone_run(folder: Path, name: str, seed: int) -> StudentRun:
+    """Return the folder of a student alone; that of `kdpipe train-student` if no setting of it is swept."""
+    if name != ALONE:
+        return _run_of(folder, name, seed)
+    return StudentRun(student_folder(folder, ALONE, seed), f"{ALONE} student, seed {seed}", with_onnx=False)
+
+
+def _train_all(run: Run, trainings: Sequence[_Training]) -> dict[Key, dict[str, Any] | None]:
+    """Train all that no other process works on, and wait for the others; diverged ones have None."""
+    results: dict[Key, dict[str, Any] | None] = {}
+    waiting = list(trainings)
+    while waiting:
+        busy = []
+        for training in waiting:
+            with ExitStack() as locks:
+                path = training.student_run.job_dir.path
+                try:
+                    locks.enter_context(exclusive(path, path / ".lock"))
+                except LockedError:
+                    busy.append(training)
+                    continue
+                results[training.name, training.seed] = _trained(run, training)
+            event = ProgressEvent("sweep", "all trainings", len(results), len(trainings), "training")
+            run.monitor.report(event)
+        if busy == waiting:
+            run.monitor.warn_once("sweep", f"other processes train the last {len(busy)}: this one waits for them.")
+            run.monitor.check()
+            time.sleep(POLL_S)
+        waiting = busy
+    return results
+
+
+def _trained(run: Run, training: _Training) -> dict[str, Any] | None:
+    try:
+        return train_student(
+            training.student, training.seed, training.spec, run.context, student_run=training.student_run
+        )
+    except NotFiniteError as error:  # the others go on
+        run.monitor.warn("sweep", str(error))
+        return None
+
+
+def _num_diverged(name: str, results: Mapping[Key, dict[str, Any] | None]) -> int:
+    return sum(result is None for (own, _), result in results.items() if own == name)
+
+
+def _row(
+    point: SweepPoint,
+    results: Mapping[Key, dict[str, Any] | None],
+    alone: Mapping[str, tuple[str, StudentConfig]],
+    seeds: Sequence[int],
+) -> dict[str, Any]:
+    """Return a combination's results over seeds, and the gain over its student alone, paired by seed, in points."""
+    name = alone[point.name][0] if alone else None
+    own = {seed: result for seed in seeds if (result := results[point.name, seed]) is not None}
+    base = {seed: result for seed in own if name is not None and (result := results[name, seed]) is not None}
+    gains = [100 * (own[seed]["accuracy"] - base[seed]["accuracy"]) for seed in base]
+    return {
+        "name": point.name,
+        "settings": dict(point.settings),
+        **(accuracy_row(list(own.values())) if own else {"accuracies": []}),
+        "alone": accuracy_row(list(base.values())) if base else None,
+        "gains": gains,
+        "gain_mean": sum(gains) / len(gains) if gains else None,
+    }
+
+
+def write_tables(folder: Path, found: Mapping[str, Any]) -> None:
+    """Write the table of a sweep as JSON, CSV, Markdown and LaTeX."""
+    headers, cells = _cells(found)
+    write_json_file(folder / "results.json", dict(found))
+    text = io.StringIO(newline="")
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow([*found["keys"], "seeds", "accuracy_mean", "accuracy_std", "alone_mean", "gain_mean"])
+    for row in found["rows"]:
+        alone = (row["alone"] or {}).get("accuracy_mean")
+        figures = [len(row["accuracies"]), row["accuracy_mean"], row["accuracy_std"], alone, row["gain_mean"]]
+        writer.writerow([*row["settings"].values(), *figures])
+    write_atomically(folder / "results.csv", text.getvalue().encode())
+    for name, style in (("results.md", "github"), ("results.tex", "latex_booktabs")):
+        table = tabulate(cells, headers, tablefmt=style, disable_numparse=True)
+        write_atomically(folder / name, f"{table}\n".encode())
+
+
+def _cells(found: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
+    names = short_names(found["keys"])
+    headers = [*names.values(), "test accuracy %", "alone %", "gain", "best epoch %", "agreement %", "KL, nats"]
+    return headers, [
+        [
+            *map(str, row["settings"].values()),
+            mean_std(row["accuracy_mean"], row["accuracy_std"]),
+            mean_std(row["alone"]["accuracy_mean"], row["alone"]["accuracy_std"]) if row["alone"] else "-",
+            mean_std(row["gain_mean"], signed=True),
+            f"{row['best_accuracy_mean']:.2f}",
+            mean_std(row["agreement_mean"]),
+            mean_std(row["teacher_kl_mean"], digits=3),
+        ]
+        for row in found["rows"]
+    ]
+
+
+def print_sweep(recipe: str, folder: Path, found: Mapping[str, Any]) -> None:
+    """Print the table to stdout, the best combination first, and where its files are."""
+    headers, cells = _cells(found)
+    out, rows = console(), found["rows"]
+    num_seeds = max(len(row["accuracies"]) for row in rows)
+    caption = f"{recipe}: {len(rows)} settings over {num_seeds} {'seed' if num_seeds == 1 else 'seeds'}"
+    print_table(out, Table(caption, headers, cells, num_names=len(found["keys"])))
+    for name, number in found["num_diverged"].items():
+        out.print(f"{name}: {number} of {num_seeds} seeds diverged.")
+    settings = " ".join(f"--set {key}={value}" for key, value in rows[0]["settings"].items())
+    out.print(f"best on the test images: {settings}", soft_wrap=True)
+    out.print(f"the table as CSV, Markdown, LaTeX and JSON: {folder / 'sweep'}", soft_wrap=True)
