@@ -22,7 +22,7 @@ from kdpipe.stages.losses.features.hint import Hint
 from kdpipe.stages.losses.logits.kd import KD
 from kdpipe.stages.runtime.events import RunMonitor
 from kdpipe.stages.workspace import NOWHERE, Workspace, store_of_run
-from kdpipe.store.fs.checksums import SUMS
+from kdpipe.store.fs.checksums import SUMS, damages
 
 TRAIN = replace(TEACHER.train, epochs=1)
 RECIPE = Recipe(
@@ -166,12 +166,25 @@ def test_a_store_that_is_gone_is_made_again(first: Path, tmp_path: Path, without
     assert run.own_store.exists()
 
 
-def test_a_damaged_job_is_not_taken(first: Path, tmp_path: Path, without_onnx: None, counted: dict[str, int]) -> None:
+def test_a_damaged_job_is_not_taken_and_one_of_a_sweep_is(
+    first: Path, tmp_path: Path, without_onnx: None, counted: dict[str, int]
+) -> None:
     shutil.copytree(first, tmp_path / "a")
     (tmp_path / "a" / "teacher" / "model.safetensors").write_bytes(b"damaged")
     (tmp_path / "a" / "students" / "alone-seed0" / SUMS).unlink()  # as of an older kdpipe
+    (tmp_path / "a" / "sweep").mkdir()
+    (tmp_path / "a" / "students" / "distilled-seed0").rename(tmp_path / "a" / "sweep" / "seed0")  # no place of a job
     run_here(tmp_path / "b")
-    assert counted["train"] == 2
+    assert counted["train"] == 3
+    (tmp_path / "b" / "students" / "alone-seed0" / "result.json").unlink()  # killed in the training
+    (tmp_path / "a" / "sweep" / "lr=1").mkdir()
+    for number, name in enumerate(("alone-seed0", "distilled-seed0")):
+        shutil.copytree(first / "students" / name, tmp_path / "a" / "sweep" / "lr=1" / f"seed{number}")
+    shutil.rmtree(tmp_path / "b" / "students" / "distilled-seed0")
+    run_here(tmp_path / "b")
+    assert counted["train"] == 3
+    for name in ("alone-seed0", "distilled-seed0"):
+        assert list(damages(tmp_path / "b" / "students" / name)) == []
 
 
 def test_a_waiting_run_stops_at_a_signal(first: Path, tmp_path: Path, without_onnx: None) -> None:
