@@ -26,8 +26,9 @@ class TeachersConfig:
 
     Attributes:
         ensemble: the mean of "logits" or of "probabilities".
-        weights: "equal"; one number per teacher; by the teacher's "accuracy" on the test images; by its "confidence" in
-            each sample's label; or "learnable", by the cross entropy of the combined target with the labels.
+        weights: "equal"; one number per teacher; by the teacher's "accuracy" on the validation images (without
+            data.validation_share, the test images); by its "confidence" in each sample's label; or "learnable", by the
+            cross entropy of the combined target with the labels.
         temperatures: one per teacher, instead of the loss's.
         classes: for each teacher "same" (its classes are the student's), "names" (match classes by name), or a table
             from its class names to the student's.

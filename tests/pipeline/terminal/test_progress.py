@@ -118,7 +118,9 @@ def test_a_log_has_the_first_and_last_line_and_one_every_10_s(monkeypatch, clock
     lines = log.getvalue().splitlines()
     assert lines[0] == "train-student: distilled student, seed 0: step 1/3000 (0 %)"
     assert lines[1] == "train-student: distilled student, seed 0: step 641/3000 (21 %), 64 steps/s, 37 s left"
-    assert lines[-1].endswith("step 3000/3000 (100 %), in 47 s at 64 steps/s, test accuracy 98.12 %, loss 0.4")
+    assert lines[-1].endswith(
+        "step 3000/3000 (100 %), in 47 s at 64 steps/s, test accuracy 98.12 %, loss 0.4 (kd + hard_labels)"
+    )
     assert len(lines) == 6
 
 
