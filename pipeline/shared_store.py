@@ -72,7 +72,8 @@ def shared_stores(
 
     With `in_turn`, wait while another process of the workspace makes the same, and let others wait inside the block.
     """
-    if run.recipe.cache.store or run.own_store.exists() or run.workspace.folder is None:
+    is_alone = run.workspace.folder is None and not run.used_stores
+    if run.recipe.cache.store or run.own_store.exists() or is_alone:
         yield None
         return
     samples = samples_in_row_order(run.context)

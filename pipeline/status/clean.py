@@ -13,8 +13,9 @@ from typing import Any
 from kdpipe.pipeline.status.files import Budget, Measure, measure
 from kdpipe.pipeline.status.table import name_in, size_text
 from kdpipe.pipeline.terminal.output import console, new_table, print_warning, printable
+from kdpipe.stages.data.splits import Part
 from kdpipe.stages.errors import RunError
-from kdpipe.stages.targets.open import test_store_path
+from kdpipe.stages.targets.open import part_store_path
 from kdpipe.stages.training.job_dir import JobDir
 from kdpipe.stages.workspace import RECIPE, Workspace, run_folders, shown, store_of_run
 from kdpipe.store import KdpipeError, exclusive
@@ -26,6 +27,9 @@ MAX_FILES = 1_000_000
 """Files of a store that are measured."""
 
 LOCK = ".kdpipe.lock"
+
+PARTS: tuple[Part, ...] = ("test", "validation")
+"""The images whose stores are beside that of the training images."""
 
 
 @dataclass(frozen=True)
@@ -77,15 +81,18 @@ def _stores(runs: list[Path]) -> Iterator[Entry]:
     named = {run: set(_texts(read_intact_json(run / RECIPE))) for run in runs}
     for run in runs:
         for path in sorted(run.glob("*.zarr")):
-            if path.name.endswith(".test.zarr") or not path.is_dir() or path.is_symlink():
+            if path.stem.endswith(tuple(f".{part}" for part in PARTS)) or not path.is_dir() or path.is_symlink():
                 continue
             beside = f"{run.name}/{path.name}"  # recipes may name it relative to any folder
             users = [one for one in runs if any(text.rstrip("/").endswith(beside) for text in named[one])]
             if store_of_run(run) == path and run not in users:
                 users.insert(0, run)
-            own = [path, Path(test_store_path(path))]
-            used_by = tuple(map(str, users))
-            yield Entry(str(path), "store", str(run), sum(map(_size, own)), used_by, is_needed=bool(users))
+            size, used_by = sum(map(_size, _with_parts(path))), tuple(map(str, users))
+            yield Entry(str(path), "store", str(run), size, used_by, is_needed=bool(users))
+
+
+def _with_parts(store: Path) -> list[Path]:
+    return [store, *(Path(part_store_path(store, part)) for part in PARTS)]
 
 
 def _texts(value: Any) -> Iterator[str]:
@@ -118,7 +125,7 @@ def _removed(entry: Entry) -> Entry:
         with exclusive(run, run / LOCK):
             if entry.what == "checkpoint":
                 remove_with_sum(JobDir(path.parent).checkpoint)
-            for one in (path, Path(test_store_path(path))) if entry.what == "store" else (path,):
+            for one in _with_parts(path) if entry.what == "store" else (path,):
                 if one.is_dir():
                     gone = one.with_name(f".{one.name}.{uuid.uuid4().hex[:8]}{PARTIAL_SUFFIX}")
                     shutil.rmtree(one.rename(gone))
