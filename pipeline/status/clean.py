@@ -13,9 +13,8 @@ from typing import Any
 from kdpipe.pipeline.status.files import Budget, Measure, measure
 from kdpipe.pipeline.status.table import name_in, size_text
 from kdpipe.pipeline.terminal.output import console, new_table, print_warning, printable
-from kdpipe.stages.data.splits import Part
 from kdpipe.stages.errors import RunError
-from kdpipe.stages.targets.open import part_store_path
+from kdpipe.stages.targets.open import stores_beside
 from kdpipe.stages.training.job_dir import JobDir
 from kdpipe.stages.workspace import RECIPE, Workspace, run_folders, shown, store_of_run
 from kdpipe.store import KdpipeError, exclusive
@@ -26,10 +25,10 @@ from kdpipe.store.fs.lock import lock_holder
 MAX_FILES = 1_000_000
 """Files of a store that are measured."""
 
-LOCK = ".kdpipe.lock"
+MAX_DEPTH = 5
+"""Levels of folders that are searched for runs: a run that is not found would lose its store."""
 
-PARTS: tuple[Part, ...] = ("test", "validation")
-"""The images whose stores are beside that of the training images."""
+LOCK = ".kdpipe.lock"
 
 
 @dataclass(frozen=True)
@@ -65,7 +64,7 @@ def clean(folder: Path, *, remove: bool) -> list[Entry]:
         raise RunError(f"{folder} is not a folder: name one that contains runs.")
     folder = folder.absolute()
     with Workspace(folder).unchanged():  # no run begins to use another store meanwhile
-        runs = [*([folder] if (folder / RECIPE).exists() else []), *run_folders(folder)]
+        runs = [*([folder] if (folder / RECIPE).exists() else []), *run_folders(folder, MAX_DEPTH)]
         found = [*_stores(runs), *(entry for run in runs for entry in _leftovers(run))]
         busy = [run for run in runs if lock_holder(run / LOCK)]
         if remove and busy:
@@ -78,21 +77,23 @@ def _is_kept(entry: Entry, busy: list[Path]) -> bool:
 
 
 def _stores(runs: list[Path]) -> Iterator[Entry]:
-    named = {run: set(_texts(read_intact_json(run / RECIPE))) for run in runs}
+    recipes = {run: read_intact_json(run / RECIPE) for run in runs}
+    unknown = [run for run, recipe in recipes.items() if recipe is None]
+    if unknown:
+        print_warning(f"{shown(unknown[0] / RECIPE)} cannot be read, and may name any store: all of them stay.")
+    named = {run: set(_texts(recipe)) for run, recipe in recipes.items()}
     for run in runs:
-        for path in sorted(run.glob("*.zarr")):
-            if path.stem.endswith(tuple(f".{part}" for part in PARTS)) or not path.is_dir() or path.is_symlink():
+        found = sorted(run.glob("*.zarr"))
+        beside = {own for path in found for own in stores_beside(path)[1:]}
+        for path in found:
+            if path in beside or not path.is_dir() or path.is_symlink():
                 continue
-            beside = f"{run.name}/{path.name}"  # recipes may name it relative to any folder
-            users = [one for one in runs if any(text.rstrip("/").endswith(beside) for text in named[one])]
+            name = f"{run.name}/{path.name}"  # recipes may name it relative to any folder
+            users = [one for one in runs if any(text.rstrip("/").endswith(name) for text in named[one])]
             if store_of_run(run) == path and run not in users:
                 users.insert(0, run)
-            size, used_by = sum(map(_size, _with_parts(path))), tuple(map(str, users))
-            yield Entry(str(path), "store", str(run), size, used_by, is_needed=bool(users))
-
-
-def _with_parts(store: Path) -> list[Path]:
-    return [store, *(Path(part_store_path(store, part)) for part in PARTS)]
+            size, used_by = sum(map(_size, stores_beside(path))), tuple(map(str, users))
+            yield Entry(str(path), "store", str(run), size, used_by, is_needed=bool(users or unknown))
 
 
 def _texts(value: Any) -> Iterator[str]:
@@ -125,7 +126,7 @@ def _removed(entry: Entry) -> Entry:
         with exclusive(run, run / LOCK):
             if entry.what == "checkpoint":
                 remove_with_sum(JobDir(path.parent).checkpoint)
-            for one in _with_parts(path) if entry.what == "store" else (path,):
+            for one in stores_beside(path) if entry.what == "store" else (path,):
                 if one.is_dir():
                     gone = one.with_name(f".{one.name}.{uuid.uuid4().hex[:8]}{PARTIAL_SUFFIX}")
                     shutil.rmtree(one.rename(gone))

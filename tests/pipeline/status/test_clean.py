@@ -47,6 +47,14 @@ def test_what_no_run_needs_is_shown_then_removed(workspace: Path, capsys: pytest
     assert names(clean(workspace, remove=True), workspace) == []
 
 
+def test_stores_stay_while_a_recipe_cannot_be_read(workspace: Path) -> None:
+    run = workspace / "deeper" / "than" / "others"
+    run.mkdir(parents=True)
+    (run / "recipe.json").write_text("damaged")
+    clean(workspace, remove=True)
+    assert (workspace / "c" / "store.zarr").exists()
+
+
 def test_nothing_is_removed_from_under_a_job(workspace: Path) -> None:
     with exclusive(workspace / "a", workspace / "a" / ".kdpipe.lock"):
         clean(workspace, remove=True)
