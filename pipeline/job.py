@@ -45,16 +45,9 @@ def _load(recipe: Path, options: CommonOptions, *, sweeps: bool = False) -> tupl
 
 
 def _workspace(folder: Path, options: CommonOptions) -> Workspace:
-    """Return the workspace of a run: the folder of runs that it is in, unless the options name another one."""
-    from kdpipe.stages.errors import RunError
-    from kdpipe.stages.workspace import Workspace
+    from kdpipe.stages.workspace import workspace_of
 
-    named = options.workspace
-    if named == Path("none"):
-        return Workspace()
-    if named is not None and not named.is_dir():
-        raise RunError(f"--workspace {named}: this is not a folder; name one that contains run folders, or none.")
-    return Workspace((named or folder.absolute().parent).absolute())
+    return workspace_of(folder, None if options.workspace is None else str(options.workspace))
 
 
 @contextmanager

@@ -11,6 +11,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from kdpipe.stages.errors import RunError
 from kdpipe.stages.runtime.events import ProgressEvent, RunMonitor
 from kdpipe.store import Claim, KdpipeError, claim, exclusive, is_url
 from kdpipe.store.format.identity import sha256_of
@@ -18,6 +19,8 @@ from kdpipe.store.fs.checksums import read_intact_json
 
 MAX_RUNS = 2000
 """Run folders that are looked at."""
+
+VARIABLE = "KDPIPE_WORKSPACE"
 
 RECIPE = "recipe.json"
 """The file that every run folder has."""
@@ -92,6 +95,19 @@ class Workspace:
 
 NOWHERE = Workspace()
 """The workspace of a run that shares nothing."""
+
+
+def workspace_of(run: Path, named: str | None) -> Workspace:
+    """Return the workspace of a run: `named`, or the folder that the run folder is in; "none" shares nothing.
+
+    Raises:
+        RunError: There is no such folder.
+    """
+    if named == "none":
+        return NOWHERE
+    if named and not Path(named).is_dir():
+        raise RunError(f"--workspace {named}: this is not a folder; name one that contains run folders, or none.")
+    return Workspace((Path(named) if named else run.absolute().parent).absolute())
 
 
 def store_of_run(folder: Path) -> Path:

@@ -17,7 +17,6 @@ from kdpipe.pipeline.recipe.load import Recipe
 from kdpipe.pipeline.run import Run
 from kdpipe.stages.cache_teacher.cache import CacheJob
 from kdpipe.stages.data.config import DataConfig
-from kdpipe.stages.errors import StoppedEarly
 from kdpipe.stages.losses.features.hint import Hint
 from kdpipe.stages.losses.logits.kd import KD
 from kdpipe.stages.runtime.events import RunMonitor
@@ -185,18 +184,3 @@ def test_a_damaged_job_is_not_taken_and_one_of_a_sweep_is(
     assert counted["train"] == 3
     for name in ("alone-seed0", "distilled-seed0"):
         assert list(damages(tmp_path / "b" / "students" / name)) == []
-
-
-def test_a_waiting_run_stops_at_a_signal(first: Path, tmp_path: Path, without_onnx: None) -> None:
-    workspace, inputs = Workspace(tmp_path), {"seed": 0}
-    said: list[str] = []
-    monitor = RunMonitor(lambda event: said.append(event.job), lambda: bool(said))
-    with (
-        workspace.turn("train-teacher", "teacher", inputs, RunMonitor()),
-        pytest.raises(StoppedEarly),
-        workspace.turn("train-teacher", "teacher", inputs, monitor),
-    ):
-        pass
-    assert said[0].startswith("waits for the teacher that process ")
-    with workspace.turn("train-teacher", "teacher", inputs, monitor):  # free again
-        pass
