@@ -82,7 +82,7 @@ def shared_stores(
 
         def find() -> str | None:
             path = _choose(run, teacher, planned, samples)
-            if path is None and in_turn:
+            if path is None and in_turn and run.process_group.count == 1:
                 what, inputs = "store of this teacher", planned.identity.to_json()
                 turn.enter_context(run.workspace.turn("cache-teacher", what, inputs, run.monitor))
                 path = _choose(run, teacher, planned, samples)

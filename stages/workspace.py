@@ -20,6 +20,9 @@ from kdpipe.store.fs.checksums import read_intact_json
 MAX_RUNS = 2000
 """Run folders that are looked at."""
 
+MAX_ENTRIES = 5000
+"""Entries read of a folder: one with more contains images."""
+
 VARIABLE = "KDPIPE_WORKSPACE"
 
 RECIPE = "recipe.json"
@@ -128,8 +131,9 @@ def shown(path: Path) -> str:
 def run_folders(folder: Path | None, depth: int = 2) -> Iterator[Path]:
     """Yield the folders with a recipe below a folder, sorted by name, those deeper last."""
     below: list[Path] = []
-    with suppress(OSError):  # a folder that cannot be listed
-        below = sorted(path for path in folder.iterdir() if path.is_dir() and path.suffix != ".zarr") if folder else []
+    with suppress(OSError), os.scandir(folder or os.devnull) as entries:  # a folder that cannot be listed
+        inside = islice(entries, MAX_ENTRIES)
+        below = sorted(Path(one.path) for one in inside if one.is_dir() and not one.name.endswith(".zarr"))
     yield from (path for path in below if (path / RECIPE).exists())
     if depth > 1:
         for path in below:

@@ -49,7 +49,8 @@ def begun_job(
             job_dir.begin(fingerprint)
             if (done := job_dir.result()) is not None or context.workspace.folder is None:
                 return done
-            turn.enter_context(context.workspace.turn(stage, name, fingerprint, context.monitor))
+            if context.process_group.count == 1:  # the first of several must not wait, and stop, alone
+                turn.enter_context(context.workspace.turn(stage, name, fingerprint, context.monitor))
             if source := _adopt(job_dir, context, accept):
                 used = f"uses the {name} of {shown(source)}"
                 context.monitor.report(ProgressEvent(stage, used, 1, 1, "network"))
