@@ -138,6 +138,16 @@ def test_another_teacher_is_not_taken_for_it(
         steps.run_train_teacher(run)
 
 
+def test_the_teacher_beside_a_named_store_is_used(first: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As where a loss reads its weights, or the store lacks something."""
+    monkeypatch.setattr(steps, "_train_teacher", None)
+    recipe = replace(RECIPE, cache=replace(CACHE, store=str(first / "store.zarr")))
+    run = Run(recipe, tmp_path / "b", RunMonitor(), workspace=Workspace(tmp_path))
+    run.begin()
+    steps.run_train_teacher(run)
+    assert (run.folder / "teacher" / "model.safetensors").exists()
+
+
 def test_a_store_with_more_serves_and_one_with_less_does_not(
     first: Path, tmp_path: Path, without_onnx: None, counted: dict[str, int]
 ) -> None:
