@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from kdpipe.pipeline.steps import train_teacher
 from kdpipe.stages.context import IMAGENET, StageContext
 from kdpipe.stages.errors import RecipeError
-from kdpipe.stages.given_teacher import require_given
+from kdpipe.stages.given_teacher import is_as_expected, require_given
 from kdpipe.stages.models.build import ModelConfig
 from kdpipe.stages.models.bundle import ModelBundle
 from kdpipe.stages.models.normalization import Normalization
@@ -220,3 +220,24 @@ def test_a_new_classifier_is_not_taken_as_it_is(tmp_path):
     model = replace(TEACHER.model, weights=str(tmp_path / "w.safetensors"), fresh_head=True)
     with pytest.raises(RecipeError, match=r"w.safetensors is new and random, .* train the teacher"):
         train_teacher(TeacherConfig(model=model, **HALF), 0, tiny_context(tmp_path))
+
+
+# --- The teacher of another run
+
+
+@pytest.mark.parametrize(
+    ("here", "there", "trained", "fits"),
+    [
+        (None, None, False, True),
+        (None, 10.0, False, False),  # it may have a wrong scaling, which nobody looked for
+        (None, 10.0, True, True),
+        (50.0, None, False, True),
+        (51.0, None, True, True),  # within the error of the test images
+        (60.0, None, False, False),
+        (60.0, None, True, False),
+    ],
+)
+def test_a_teacher_of_another_run_must_be_as_accurate(tmp_path, here, there, trained, fits):
+    (tmp_path / "recipe.json").write_text(json.dumps({"teacher": {"expected_accuracy": there}}))
+    config = replace(TEACHER, train=TEACHER.train if trained else None, expected_accuracy=here)
+    assert is_as_expected(config, tmp_path, {"accuracy": 0.5, "examined": {"num_samples": 10_000}}) is fits
