@@ -122,8 +122,8 @@ def require_accuracy(config: TeacherConfig, teacher: ModelBundle, report: EvalRe
 def is_as_expected(config: TeacherConfig, run: Path, result: Mapping[str, Any]) -> bool:
     """Return whether the teacher of another run has the accuracy that `require_accuracy` would demand of it here."""
     if config.expected_accuracy is not None:
-        count = (result.get("examined") or {}).get("num_samples")  # results of an older kdpipe lack it
-        return bool(count) and _reaches(result["accuracy"], config.expected_accuracy, count)
+        count: int = (result.get("examined") or {}).get("num_samples", 0)  # results of an older kdpipe lack it
+        return count > 0 and _reaches(result["accuracy"], config.expected_accuracy, count)
     if config.train is not None:
         return True
     recipe = read_json_file(run / RECIPE) or {}  # given weights are examined where nothing is expected
