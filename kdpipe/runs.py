@@ -31,6 +31,7 @@ from kdpipe.stages.runtime.gpu.device import choose_device, select_device
 from kdpipe.stages.runtime.memory import disable_malloc_trim
 from kdpipe.stages.training.job_dir import note_on_old_jobs, read_json_file, sweep_run
 from kdpipe.stages.views.config import Views
+from kdpipe.stages.workspace import VARIABLE, workspace_of
 from kdpipe.store import FingerprintMismatch, canonical_json, differences, exclusive, make_folders, shared
 
 LATER_KEYS = {
@@ -144,7 +145,8 @@ class RunOptions:
 
             should_stop = stack.enter_context(_interrupts())
             monitor = RunMonitor(show, should_stop, _built(self.callbacks), run_dir=folder)
-            yield replace(context, run_dir=folder, monitor=monitor, process_group=process_group)
+            workspace = workspace_of(folder, os.environ.get(VARIABLE))
+            yield replace(context, run_dir=folder, monitor=monitor, process_group=process_group, workspace=workspace)
 
 
 def require_same_student(folder: Path, sections: Mapping[str, Any]) -> None:

@@ -45,16 +45,9 @@ def _load(recipe: Path, options: CommonOptions, *, sweeps: bool = False) -> tupl
 
 
 def _workspace(folder: Path, options: CommonOptions) -> Workspace:
-    """Return the workspace of a run: the folder of runs that it is in, unless the options name another one."""
-    from kdpipe.stages.errors import RunError
-    from kdpipe.stages.workspace import Workspace
+    from kdpipe.stages.workspace import workspace_of
 
-    named = options.workspace
-    if named == Path("none"):
-        return Workspace()
-    if named is not None and not named.is_dir():
-        raise RunError(f"--workspace {named}: this is not a folder; name one that contains run folders, or none.")
-    return Workspace((named or folder.absolute().parent).absolute())
+    return workspace_of(folder, None if options.workspace is None else str(options.workspace))
 
 
 @contextmanager
@@ -66,8 +59,8 @@ def open_run(recipe: Path, options: CommonOptions) -> Iterator[Run]:
         from kdpipe.stages.runtime.events import RunMonitor
 
         loaded, folder = _load(recipe, options)
+        workspace = _workspace(folder, options)
         with reporter(options.as_json) as report:
-            workspace = _workspace(folder, options)
             run = Run(loaded, folder, RunMonitor(report, should_stop), share=options.share, workspace=workspace)
             run.set_up_machine()
             yield run
@@ -101,6 +94,7 @@ def run_job(
         from kdpipe.store import exclusive, shared
 
         loaded, folder = _load(recipe, options, sweeps=command == "sweep")
+        workspace = _workspace(folder, options)
         advice.enter_context(_new_run_advised(command, recipe, options, folder))
         monitor = _monitor(loaded, folder, options, should_stop)
         work, work_shard = _work(command, count, only), _work_shard(part) if command == "cache-teacher" else None
@@ -118,7 +112,7 @@ def run_job(
                 work_shard or process_group.work_shard,
                 share=options.share,
                 process_group=process_group,
-                workspace=_workspace(folder, options),
+                workspace=workspace,
             )
             run.begin()
             if process_group.is_main:

@@ -281,6 +281,23 @@ def status(
 
 
 @app.command()
+def clean(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="The folder of runs.")] = Path("runs"),
+    *,
+    remove: Annotated[
+        bool, typer.Option("--remove", help="Remove what no run needs, and what killed jobs left.")
+    ] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Show which runs use which stores, and what can be removed. Removes nothing without --remove."""
+    with guarded():
+        from kdpipe.pipeline.status import clean as command
+
+        found = command.clean(folder, remove=remove)
+        print_result(as_json, command.clean_json(folder, found), lambda: command.print_clean(folder, found))
+
+
+@app.command()
 def verify(
     folder: Annotated[Path, typer.Argument(metavar="RUN_FOLDER", help="A run folder; a store is checked as well.")],
     as_json: AsJson = False,

@@ -104,6 +104,7 @@ def _row(
     twin = next((row for row in before if row.kind == entry.timed_as), None)
     file_bytes = first["onnx_bytes"] or (twin.file_bytes if twin else None)
     sizes = {row.kind: row.file_bytes for row in before} | {entry.kind: file_bytes}
+    without_file = [4 * row.num_parameters for row in before if row.kind == "teacher"]  # as float32
     return Row(
         name=entry.name,
         kind=entry.kind,
@@ -119,7 +120,7 @@ def _row(
         num_parameters=first["num_parameters"],
         num_macs=first.get("num_macs"),
         file_bytes=file_bytes,
-        of_teacher=_ratio(sizes.get("teacher"), file_bytes),
+        of_teacher=_ratio(sizes.get("teacher") or next(iter(without_file), None), file_bytes),
         of_student=_ratio(sizes.get("student"), file_bytes),
         onnx_agreement=100 * min(agreements) if agreements else None,
         latency_ms=latency.of(entry.kind, entry.timed_as) if latency else None,
