@@ -19,12 +19,12 @@ from kdpipe.stages.cache_teacher.choice import require_available
 from kdpipe.stages.cache_teacher.plan import plan_store, samples_in_row_order
 from kdpipe.stages.compute.determinism import set_deterministic
 from kdpipe.stages.compute.threads import set_up_threads
-from kdpipe.stages.context import StageContext, require_fitting_test_images, test_image_size
+from kdpipe.stages.context import StageContext, require_fitting_test_images, test_context, test_image_size
 from kdpipe.stages.data.config import DataConfig
 from kdpipe.stages.data.image_set import ImageSet
 from kdpipe.stages.data.load import load_dataset
 from kdpipe.stages.data.loader.mix_partners import load_partner_pool, read_partner_pool
-from kdpipe.stages.data.splits import Part
+from kdpipe.stages.data.splits import VALIDATION, Part
 from kdpipe.stages.distillation.compatibility import temperatures_of
 from kdpipe.stages.distillation.spec import DistillationSpec
 from kdpipe.stages.distillation.stores import open_distillation
@@ -42,7 +42,7 @@ from kdpipe.stages.runtime.gpu.device import select_device
 from kdpipe.stages.runtime.launcher import ALL, WorkShard
 from kdpipe.stages.runtime.memory import disable_malloc_trim
 from kdpipe.stages.targets.feature_spec import FeatureSpec, parse_feature, source_shapes
-from kdpipe.stages.targets.open import local_store_path, test_store_path, trust_links
+from kdpipe.stages.targets.open import local_store_path, part_store_path, test_store_path, trust_links
 from kdpipe.stages.targets.resolve import smallest_feature
 from kdpipe.stages.targets.tail_mass import TailMass, measure_tails
 from kdpipe.stages.teacher import require_same_training, teacher_identity, untrained_teacher
@@ -222,6 +222,16 @@ class Run:
     def test_store(self) -> Path:
         """The store with the teacher's logits of the test images, beside the store."""
         return Path(test_store_path(self.store))
+
+    @property
+    def part_stores(self) -> dict[str, tuple[Path, StageContext]]:
+        """The stores beside the store, of the test and validation images, with the contexts of these images."""
+        contexts: dict[Part, StageContext] = {"test": self.context}
+        contexts |= {} if self.context.validation_set is None else {VALIDATION: self.context.deciding}
+        return {
+            f"{part}_store": (Path(part_store_path(self.store, part)), test_context(context))
+            for part, context in contexts.items()
+        }
 
     @property
     def stores(self) -> list[Path | str]:

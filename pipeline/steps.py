@@ -33,8 +33,7 @@ from kdpipe.stages.compress.artifacts.export_student import export_student
 from kdpipe.stages.compress.artifacts.write import artifact_folder
 from kdpipe.stages.compress.compress import STEPS, CompressConfig, Step, compress, compressed_root, dry_run, is_done
 from kdpipe.stages.compress.fine_tune import build_fine_tuning
-from kdpipe.stages.context import StageContext, test_context
-from kdpipe.stages.data.splits import VALIDATION
+from kdpipe.stages.context import StageContext
 from kdpipe.stages.distillation.adapters import save_adapters
 from kdpipe.stages.distillation.spec import DistillationSpec
 from kdpipe.stages.distillation.student_config import ALONE, DISTILLED, StudentConfig, student_folder, view_warning
@@ -48,7 +47,6 @@ from kdpipe.stages.runtime.cpu import lower_priority
 from kdpipe.stages.runtime.events import ProgressEvent
 from kdpipe.stages.runtime.launcher import ALL, WorkShard
 from kdpipe.stages.targets.feature_spec import FeatureSpec
-from kdpipe.stages.targets.open import part_store_path
 from kdpipe.stages.targets.tail_mass import report_tail, tail_of
 from kdpipe.stages.teacher import (
     TeacherConfig,
@@ -153,10 +151,10 @@ def run_cache_teacher(run: Run, *, in_turn: bool = False) -> dict[str, Any]:
 
 def _fill_stores(run: Run, teacher: ModelBundle, features: Sequence[FeatureSpec]) -> dict[str, Any]:
     recipe, context = run.recipe, run.context
-    test_config, test_store, test_images = recipe.cache.for_test, run.test_store, test_context(context)
+    test_config, others = recipe.cache.for_test, run.part_stores
     for path, config, layers, images in (
         (run.store, recipe.cache, features, context),
-        (test_store, test_config, [], test_images),  # its errors must come before the long work
+        *((path, test_config, [], images) for path, images in others.values()),  # errors come before the long work
     ):
         samples = samples_in_row_order(images)
         missing_bytes(path, plan_store(config, teacher, layers, samples, images), samples)
@@ -165,13 +163,9 @@ def _fill_stores(run: Run, teacher: ModelBundle, features: Sequence[FeatureSpec]
         stored = open_store(run.store)
         for found in run.tail_masses(stored.manifest.top_k, tail_of(stored)):
             report_tail(found, "cache-teacher", run.monitor)
-    more = {"test_store": (test_store, test_images)}
-    if context.validation_set is not None:
-        path = Path(part_store_path(run.store, VALIDATION))
-        more["validation_store"] = path, test_context(context.deciding)
     return {"store": store} | {
         name: cache_teacher(test_config, path, teacher, [], images, work_shard=run.work_shard, like=run.store)
-        for name, (path, images) in more.items()
+        for name, (path, images) in others.items()
     }
 
 

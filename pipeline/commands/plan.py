@@ -15,7 +15,6 @@ from kdpipe.pipeline.terminal.rate import duration_text
 from kdpipe.stages.cache_teacher.choice import require_available
 from kdpipe.stages.cache_teacher.estimate import first_logits, known_settings, plan_cache, probe
 from kdpipe.stages.cache_teacher.plan import top_k_of
-from kdpipe.stages.context import test_context
 from kdpipe.stages.errors import ModelError
 from kdpipe.stages.given_teacher import require_given
 from kdpipe.stages.targets.tail_mass import TailMass, tail_of
@@ -81,8 +80,9 @@ def _lines(plan: dict[str, Any]) -> Iterator[tuple[str, str]]:
             f"{name} {array['dtype']} {array['row_shape']}: {array['view_bytes']:,} bytes a view, "
             f"{array['store_bytes']:,} in total ({required_by})",
         )
-    test = plan["test_store"]
-    yield "test", f"{test['num_samples']:,} test images: {test['store_bytes']:,} bytes in {test['store']}"
+    for part in ("test", "validation"):
+        if own := plan.get(f"{part}_store"):
+            yield part, f"{own['num_samples']:,} {part} images: {own['store_bytes']:,} bytes in {own['store']}"
     yield "compute", _compute_text(plan)
     yield "disk", f"{plan['missing_bytes']:,} bytes to write, {plan['free_bytes']:,} free"
     if plan["probe"]:
@@ -120,9 +120,12 @@ def run_plan(run: Run, with_probe: bool) -> dict[str, Any]:
     except ModelError as error:  # the store can be planned all the same
         run.monitor.warn("plan", f"`kdpipe run` would be refused: {error}")
     plan = plan_cache(config, run.store, teacher, list(required), run.context, trained=trained)
-    test_config, test_images = config.for_test, test_context(run.context)
-    test_plan = plan_cache(test_config, run.test_store, teacher, [], test_images, trained=trained)
-    plan |= {key: plan[key] + test_plan[key] for key in ("missing_bytes", "num_images")} | {"test_store": test_plan}
+    others = {
+        name: plan_cache(config.for_test, path, teacher, [], images, trained=trained)
+        for name, (path, images) in run.part_stores.items()
+    }
+    plan |= {key: plan[key] + sum(one[key] for one in others.values()) for key in ("missing_bytes", "num_images")}
+    plan |= others
     timed, compute = with_probe and plan["num_images"] > 0, plan["compute"]
     known = replace(config, batch_size=compute["batch_size"])
     teacher = replace(teacher, compute=known_settings(compute))

@@ -29,28 +29,26 @@ def verify(path: Path, as_json: bool) -> VerifyReport:
 
 
 def recheck(path: Path, run: Run, num_rows: int, seed: int) -> RecheckReport:
-    """Recompute some samples of a store, or of its test store, with the recipe's teacher, and compare."""
+    """Recompute some samples of a store, or of one beside it, with the recipe's teacher, and compare."""
     from kdpipe.stages.cache_teacher.recheck import recompute
-    from kdpipe.stages.context import test_context
     from kdpipe.stages.teacher import load_teacher
 
     teacher = load_teacher(run.recipe.teacher, run.recipe.seed, run.context)
-    is_test_store = path.absolute() == run.test_store
-    return recompute(path, teacher, test_context(run.context) if is_test_store else run.context, num_rows, seed)
+    contexts = dict(run.part_stores.values())
+    return recompute(path, teacher, contexts.get(path.absolute(), run.context), num_rows, seed)
 
 
 def repair(run: Run) -> Repaired:
-    """Repair the recipe's stores, of the training and the test images."""
+    """Repair the recipe's stores, of the training images and of those beside them."""
     from kdpipe.stages.cache_teacher.repair import repair as repair_store
-    from kdpipe.stages.context import test_context
     from kdpipe.stages.teacher import load_teacher
 
     teacher, config = load_teacher(run.recipe.teacher, run.recipe.seed, run.context), run.recipe.cache
     layers = list(run.required_features(teacher))
     repaired = {run.store: repair_store(config, run.store, teacher, layers, run.context)}
-    if run.test_store.exists():
-        test_config, test_images = config.for_test, test_context(run.context)
-        repaired[run.test_store] = repair_store(test_config, run.test_store, teacher, [], test_images)
+    for path, images in run.part_stores.values():
+        if path.exists():
+            repaired[path] = repair_store(config.for_test, path, teacher, [], images)
     return repaired
 
 
@@ -75,17 +73,18 @@ def print_verdict(path: Path, verdict: VerifyReport, recomputed: RecheckReport |
 
 
 def repair_json(repaired: Repaired) -> dict[str, Any]:
-    """Return the results for the training store, and under `test_store` for that of the test images, if any."""
-    documents = [
-        {
+    """Return the results for the training store, and under `test_store` and `validation_store` those beside it."""
+    documents = {
+        path.name.removesuffix(".zarr").rpartition(".")[2]: {
             "path": str(path),
             "found": [fault.to_json() for fault in found.damaged],
             "num_units_computed": num_computed,
             **left.to_json(),
         }
         for path, (found, left, num_computed) in repaired.items()
-    ]
-    return documents[0] | ({"test_store": documents[1]} if len(documents) > 1 else {})
+    }
+    first, *others = documents
+    return documents[first] | {f"{part}_store": documents[part] for part in others}
 
 
 def print_repair(repaired: Repaired) -> None:
