@@ -42,7 +42,7 @@ from kdpipe.stages.runtime.gpu.device import select_device
 from kdpipe.stages.runtime.launcher import ALL, WorkShard
 from kdpipe.stages.runtime.memory import disable_malloc_trim
 from kdpipe.stages.targets.feature_spec import FeatureSpec, parse_feature, source_shapes
-from kdpipe.stages.targets.open import local_store_path, part_store_path, test_store_path, trust_links
+from kdpipe.stages.targets.open import local_store_path, part_store_path, trust_links
 from kdpipe.stages.targets.resolve import smallest_feature
 from kdpipe.stages.targets.tail_mass import TailMass, measure_tails
 from kdpipe.stages.teacher import require_same_training, teacher_identity, untrained_teacher
@@ -218,20 +218,12 @@ class Run:
         store = None if path is None else str(path)
         write_run_recipe(self.folder, {**record, "cache": {**record["cache"], "store": store}})
 
-    @property
-    def test_store(self) -> Path:
-        """The store with the teacher's logits of the test images, beside the store."""
-        return Path(test_store_path(self.store))
-
-    @property
-    def part_stores(self) -> dict[str, tuple[Path, StageContext]]:
-        """The stores beside the store, of the test and validation images, with the contexts of these images."""
-        contexts: dict[Part, StageContext] = {"test": self.context}
-        contexts |= {} if self.context.validation_set is None else {VALIDATION: self.context.deciding}
-        return {
-            f"{part}_store": (Path(part_store_path(self.store, part)), test_context(context))
-            for part, context in contexts.items()
-        }
+    def evaluation_stores(self, store: Path) -> dict[Part, tuple[Path, StageContext]]:
+        """Return the stores beside a store, of the teacher's logits of evaluated images, with the context of these."""
+        contexts: dict[Part, StageContext] = {"test": test_context(self.context)}
+        if self.context.validation_set is not None:
+            contexts[VALIDATION] = test_context(self.context.deciding)
+        return {part: (Path(part_store_path(store, part)), images) for part, images in contexts.items()}
 
     @property
     def stores(self) -> list[Path | str]:
@@ -297,6 +289,9 @@ class Run:
         if self.stores == [self.store]:
             require_same_training(self.recipe.teacher, self.recipe.seed, self.context)
             identity = teacher_identity(self.recipe.teacher, self.context)
-            stored = read_store_manifest(self.store).identity.teacher
-            expected["teacher"] = {"weights_sha256": stored.get("weights_sha256"), **identity}
+            stored = read_store_manifest(self.store)
+            expected["teacher"] = {"weights_sha256": stored.identity.teacher.get("weights_sha256"), **identity}
+            if stored.layout.num_views < self.recipe.views.num_views:  # of another teacher, views cannot be added
+                beside = replace(self.context, run_dir=self.store.parent)
+                require_same_training(self.recipe.teacher, self.recipe.seed, beside)
         return open_distillation(self.stores, losses, student, expected, self.context)

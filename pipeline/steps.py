@@ -151,11 +151,10 @@ def run_cache_teacher(run: Run, *, in_turn: bool = False) -> dict[str, Any]:
 
 def _fill_stores(run: Run, teacher: ModelBundle, features: Sequence[FeatureSpec]) -> dict[str, Any]:
     recipe, context = run.recipe, run.context
-    test_config, others = recipe.cache.for_test, run.part_stores
-    for path, config, layers, images in (
-        (run.store, recipe.cache, features, context),
-        *((path, test_config, [], images) for path, images in others.values()),  # errors come before the long work
-    ):
+    beside = run.evaluation_stores(run.store)
+    planned = [(run.store, context, recipe.cache, features)]
+    planned += [(path, images, recipe.cache.for_test, []) for path, images in beside.values()]
+    for path, images, config, layers in planned:  # all errors come before the long work
         samples = samples_in_row_order(images)
         missing_bytes(path, plan_store(config, teacher, layers, samples, images), samples)
     store = cache_teacher(recipe.cache, run.store, teacher, features, context, work_shard=run.work_shard)
@@ -163,9 +162,10 @@ def _fill_stores(run: Run, teacher: ModelBundle, features: Sequence[FeatureSpec]
         stored = open_store(run.store)
         for found in run.tail_masses(stored.manifest.top_k, tail_of(stored)):
             report_tail(found, "cache-teacher", run.monitor)
+    config, shard = recipe.cache.for_test, run.work_shard
     return {"store": store} | {
-        name: cache_teacher(test_config, path, teacher, [], images, work_shard=run.work_shard, like=run.store)
-        for name, (path, images) in others.items()
+        f"{part}_store": cache_teacher(config, path, teacher, [], images, work_shard=shard, like=run.store)
+        for part, (path, images) in beside.items()
     }
 
 

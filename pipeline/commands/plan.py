@@ -81,7 +81,7 @@ def _lines(plan: dict[str, Any]) -> Iterator[tuple[str, str]]:
             f"{array['store_bytes']:,} in total ({required_by})",
         )
     for part in ("test", "validation"):
-        if own := plan.get(f"{part}_store"):
+        if (own := plan.get(f"{part}_store")) is not None:
             yield part, f"{own['num_samples']:,} {part} images: {own['store_bytes']:,} bytes in {own['store']}"
     yield "compute", _compute_text(plan)
     yield "disk", f"{plan['missing_bytes']:,} bytes to write, {plan['free_bytes']:,} free"
@@ -120,12 +120,9 @@ def run_plan(run: Run, with_probe: bool) -> dict[str, Any]:
     except ModelError as error:  # the store can be planned all the same
         run.monitor.warn("plan", f"`kdpipe run` would be refused: {error}")
     plan = plan_cache(config, run.store, teacher, list(required), run.context, trained=trained)
-    others = {
-        name: plan_cache(config.for_test, path, teacher, [], images, trained=trained)
-        for name, (path, images) in run.part_stores.items()
-    }
-    plan |= {key: plan[key] + sum(one[key] for one in others.values()) for key in ("missing_bytes", "num_images")}
-    plan |= others
+    for part, (path, images) in run.evaluation_stores(run.store).items():
+        own = plan_cache(config.for_test, path, teacher, [], images, trained=trained)
+        plan |= {key: plan[key] + own[key] for key in ("missing_bytes", "num_images")} | {f"{part}_store": own}
     timed, compute = with_probe and plan["num_images"] > 0, plan["compute"]
     known = replace(config, batch_size=compute["batch_size"])
     teacher = replace(teacher, compute=known_settings(compute))

@@ -148,10 +148,10 @@ class EnsembleTargets:
         logits = [teacher.logits_at(t) * (temperature / t) for teacher, t in zip(self.teachers, own, strict=True)]
         weights = self.weights.to(logits[0].device)
         if self.config.ensemble == "logits":
-            return torch.stack([weights[:, [number]] * values for number, values in enumerate(logits)]).sum(0)
+            return torch.stack([weights[:, number, None] * values for number, values in enumerate(logits)]).sum(0)
         logs = [F.log_softmax(values / temperature, 1) for values in logits]
         floor = torch.finfo(weights.dtype).tiny
-        weighted = [weights[:, [number]].clamp_min(floor).log() + values for number, values in enumerate(logs)]
+        weighted = [weights[:, number, None].clamp_min(floor).log() + values for number, values in enumerate(logs)]
         return temperature * torch.logsumexp(torch.stack(weighted), 0)
 
     def detached(self) -> EnsembleTargets:

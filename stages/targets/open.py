@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from kdpipe.stages.data.splits import VALIDATION, Part
+from kdpipe.stages.errors import ANOTHER_RUN
 from kdpipe.stages.runtime.events import ProgressEvent, RunMonitor
 from kdpipe.stages.runtime.versions import library_versions
 from kdpipe.store import (
@@ -29,7 +30,7 @@ def open_with_views(path: Path, views: Mapping[str, Any], identity: Mapping[str,
         FingerprintMismatch: The store was made from other views, or differs from `identity`.
         StoreError: The store cannot be opened.
     """
-    advice = "Cache with this recipe into another run folder or store, or return to the recipe that made it."
+    advice = f"Choose {ANOTHER_RUN} or another store, or return to the recipe that made this one."
     advice += version_note(read_store_manifest(path).versions, library_versions())
     return open_store(path, {**identity, "views": dict(views)}, advice)
 

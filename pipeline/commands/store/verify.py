@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
 import typer
 
@@ -29,24 +29,24 @@ def verify(path: Path, as_json: bool) -> VerifyReport:
 
 
 def recheck(path: Path, run: Run, num_rows: int, seed: int) -> RecheckReport:
-    """Recompute some samples of a store, or of one beside it, with the recipe's teacher, and compare."""
+    """Recompute some samples of a store, or of its test store, with the recipe's teacher, and compare."""
     from kdpipe.stages.cache_teacher.recheck import recompute
     from kdpipe.stages.teacher import load_teacher
 
     teacher = load_teacher(run.recipe.teacher, run.recipe.seed, run.context)
-    contexts = dict(run.part_stores.values())
-    return recompute(path, teacher, contexts.get(path.absolute(), run.context), num_rows, seed)
+    beside = dict(run.evaluation_stores(run.store).values())
+    return recompute(path, teacher, beside.get(path.absolute(), run.context), num_rows, seed)
 
 
 def repair(run: Run) -> Repaired:
-    """Repair the recipe's stores, of the training images and of those beside them."""
+    """Repair the recipe's stores, of the training images and of those that networks are evaluated on."""
     from kdpipe.stages.cache_teacher.repair import repair as repair_store
     from kdpipe.stages.teacher import load_teacher
 
     teacher, config = load_teacher(run.recipe.teacher, run.recipe.seed, run.context), run.recipe.cache
     layers = list(run.required_features(teacher))
     repaired = {run.store: repair_store(config, run.store, teacher, layers, run.context)}
-    for path, images in run.part_stores.values():
+    for path, images in run.evaluation_stores(run.store).values():
         if path.exists():
             repaired[path] = repair_store(config.for_test, path, teacher, [], images)
     return repaired
@@ -73,18 +73,22 @@ def print_verdict(path: Path, verdict: VerifyReport, recomputed: RecheckReport |
 
 
 def repair_json(repaired: Repaired) -> dict[str, Any]:
-    """Return the results for the training store, and under `test_store` and `validation_store` those beside it."""
-    documents = {
-        path.name.removesuffix(".zarr").rpartition(".")[2]: {
+    """Return the results for the training store, and under `test_store` and so on for those beside it."""
+    from kdpipe.stages.data.splits import Part
+    from kdpipe.stages.targets.open import part_store_path
+
+    first, *others = [
+        {
             "path": str(path),
             "found": [fault.to_json() for fault in found.damaged],
             "num_units_computed": num_computed,
             **left.to_json(),
         }
         for path, (found, left, num_computed) in repaired.items()
-    }
-    first, *others = documents
-    return documents[first] | {f"{part}_store": documents[part] for part in others}
+    ]
+    trained, *evaluated = repaired
+    parts = {part_store_path(trained, part): part for part in get_args(Part)}
+    return first | {f"{parts[path]}_store": other for path, other in zip(evaluated, others, strict=True)}
 
 
 def print_repair(repaired: Repaired) -> None:
