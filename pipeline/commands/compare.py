@@ -9,7 +9,7 @@ from statistics import mean, stdev
 from typing import Any
 
 from kdpipe.pipeline.preflight import preflight
-from kdpipe.pipeline.report.differences import Outcomes, between
+from kdpipe.pipeline.report.differences import Outcomes, between, p_text
 from kdpipe.pipeline.report.formatting import interval_text, mean_std
 from kdpipe.pipeline.run import Run
 from kdpipe.pipeline.shared_store import needs_teacher
@@ -162,7 +162,7 @@ def print_compare(recipe: str, results: dict[str, Any]) -> None:
                 mean_std(row["accuracy_mean"], row["accuracy_std"]),
                 f"{row['accuracy_mean'] - first['accuracy_mean']:+.2f}",
                 interval_text(interval, signed=True),
-                "-" if row["p"] is None else f"{row['p']:.3f}",
+                p_text(row["p"]),
                 *[mean_std(row["validation_mean"])] * validates,
                 f"{row['best_accuracy_mean']:.2f}",
                 mean_std(row["agreement_mean"]),
