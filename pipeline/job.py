@@ -74,7 +74,6 @@ def run_job(
     part: str | None = None,
     count: int = 1,
     only: Step | None = None,
-    page: bool = False,
 ) -> None:
     """Run a command under signals, lock and progress, then print its results to stdout.
 
@@ -85,7 +84,6 @@ def run_job(
         part: Part of the units to compute, as "I/N", in `cache-teacher`.
         count: Number of generations, in `generations`.
         only: The single step to do, in `compress`.
-        page: Whether to write the HTML page too, in `run`.
     """
     # Signals first: a job stopped while torch loads must exit with 75 too.
     with guarded(), handle_signals(options.max_duration) as should_stop, ExitStack() as advice:
@@ -124,9 +122,7 @@ def run_job(
                     with shown.phase(command), redirect_stdout(sys.stderr):
                         results = work(shown)
                     shown.write_recipe()
-                if process_group.is_main and (
-                    code := _print_results(command, run, results, options.as_json, page=page)
-                ):
+                if process_group.is_main and (code := _print_results(command, run, results, options.as_json)):
                     raise typer.Exit(code)
 
 
@@ -251,8 +247,22 @@ def _work(command: str, count: int, only: Step | None) -> Callable[[Run], dict[s
     return functions[command]
 
 
-def _print_results(command: str, run: Run, results: dict[str, Any], as_json: bool, *, page: bool = False) -> int:
-    """Print the results to stdout; return the exit status."""
+def _write_page(folder: Path) -> Path | None:
+    """Write the page of a run and return its path; None, with a warning, if that fails: the results are there."""
+    from kdpipe.pipeline.report.html.write import write_page
+    from kdpipe.store import KdpipeError
+
+    path = folder / "report.html"
+    try:
+        write_page([folder], path, print_debug)
+    except (KdpipeError, OSError) as error:
+        print_warning(f"the page was not written: {error}")
+        return None
+    return path
+
+
+def _print_results(command: str, run: Run, results: dict[str, Any], as_json: bool) -> int:
+    """Print the results to stdout, and write the page of a whole run; return the exit status."""
     from kdpipe.pipeline.commands.compare import print_compare
     from kdpipe.pipeline.commands.generations import print_generations
     from kdpipe.pipeline.commands.summary import print_summary
@@ -264,12 +274,7 @@ def _print_results(command: str, run: Run, results: dict[str, Any], as_json: boo
     if command in ("run", "compress"):
         write_pareto_plot(run.folder)
     if command == "run":
-        path = run.folder / "report.html" if page else None
-        if path is not None:
-            from kdpipe.pipeline.report.html.write import write_page
-
-            write_page([run.folder], path, print_debug)
-        return print_reports([run.folder], as_json, page=path)
+        return print_reports([run.folder], as_json, page=None if as_json else _write_page(run.folder))
     if as_json:
         print_json({"command": command, "run": str(run.folder), **results})
     elif command == "compare":

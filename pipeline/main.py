@@ -98,7 +98,7 @@ def demo(options: JobOptions) -> None:
     """Run all stages on the digits data set (~3.5 minutes). No download; prints the result, and writes a page of it."""
     if not options.as_json:
         print_info(DEMO)
-    run_job("run", _builtin_recipe("digits.toml"), options, page=True)
+    run_job("run", _builtin_recipe("digits.toml"), options)
 
 
 _add_job("train-teacher", "Train the teacher, or load its weights. The recipe decides.")
