@@ -33,6 +33,7 @@ def load_dataset(
     *,
     size: int | None = None,
     only: Indices | None = None,
+    keep: bool = True,
     on_image: OnImage | None = None,
 ) -> ImageSet:
     """Load one split of a data set: uint8 [N, C, H, W] in memory, or files.
@@ -43,6 +44,7 @@ def load_dataset(
     Args:
         size: Replaces `config.image_size`.
         only: Ids of the samples to load; None loads all.
+        keep: Whether to keep the images of a folder in memory where they fit; otherwise they stay files.
         on_image: Called with (done, total) from time to time while files are scanned; may raise to abort, which keeps
             most of the scan.
 
@@ -57,7 +59,7 @@ def load_dataset(
     indices = _select(listing, config, split)
     if only is not None:
         indices = indices[np.isin(listing.sample_ids[indices], only)]
-    found = _load_images(listing, indices, config, size, on_image)
+    found = _load_images(listing, indices, config, size, on_image, keep=keep)
     indices = indices[found.kept]
     labels, names = listing.labels[indices], listing.class_names
     absent = absent_classes(listing.name, split, labels, names, config.classes) if only is None else ()
@@ -120,13 +122,14 @@ def _path(text: str, below: str = "") -> Path:
 
 
 def _load_images(
-    listing: Listing, indices: Indices, config: DataConfig, size: int | None, on_image: OnImage | None
+    listing: Listing, indices: Indices, config: DataConfig, size: int | None, on_image: OnImage | None, *, keep: bool
 ) -> ScanResult:
     if isinstance(listing.images, ImageFileList):
         return scan_images(
             listing.images,
             indices,
             cache_bytes=config.cache_bytes,
+            keep=keep,
             drop_unreadable=config.unreadable == "drop",
             on_image=on_image,
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import uuid
@@ -17,6 +18,7 @@ from kdpipe.stages.workspace import shown
 from kdpipe.store import KdpipeError, differences, make_folders
 from kdpipe.store.fs.atomic_write import PARTIAL_SUFFIX, fsync_path
 from kdpipe.store.fs.checksums import SUMS, damages, read_sums
+from kdpipe.store.redact import redacted_json
 
 Accept = Callable[[Path, Mapping[str, Any]], bool]
 """Whether the results of a job in another run folder do for this run."""
@@ -58,15 +60,36 @@ def begun_job(
 
 def _adopt(job_dir: JobDir, context: StageContext, accept: Accept) -> Path | None:
     """Replace the folder of a begun job by a finished one with the same inputs; return its run folder, None if none."""
-    with suppress(ValueError):
-        place = job_dir.path.absolute().relative_to(context.run_dir.absolute())
-        wanted = read_json_file(job_dir.path / "job.json")
-        for run in context.workspace.runs(context.run_dir):
-            with suppress(KdpipeError, OSError):  # damaged, or being removed
-                if _same(run / place, wanted) and accept(run, JobDir(run / place).result() or {}):
-                    _link(run / place, job_dir.path)
-                    return run
+    wanted = read_json_file(job_dir.path / "job.json")
+    for run, found in _finished(job_dir, wanted, context, accept):
+        with suppress(KdpipeError, OSError):  # damaged, or being removed
+            _link(found, job_dir.path)
+            return run
     return None
+
+
+def offered(
+    job_dir: JobDir, fingerprint: Mapping[str, Any], context: StageContext, accept: Accept = lambda run, result: True
+) -> Path | None:
+    """Return another run folder of the workspace where the job with this fingerprint is finished; None if none."""
+    inputs = redacted_json(json.loads(json.dumps(fingerprint)))
+    return next((run for run, _ in _finished(job_dir, inputs, context, accept)), None)
+
+
+def _finished(
+    job_dir: JobDir, wanted: Mapping[str, Any] | None, context: StageContext, accept: Accept
+) -> Iterator[tuple[Path, Path]]:
+    """Yield the other run folders where a job with the same inputs is finished, and its folder there."""
+    try:
+        place = job_dir.path.absolute().relative_to(context.run_dir.absolute())
+    except ValueError:
+        return
+    for run in context.workspace.runs(context.run_dir):
+        is_one = False
+        with suppress(KdpipeError, OSError):  # damaged, or being removed
+            is_one = _same(run / place, wanted) and accept(run, JobDir(run / place).result() or {})
+        if is_one:
+            yield run, run / place
 
 
 def _same(folder: Path, wanted: Mapping[str, Any] | None) -> bool:
