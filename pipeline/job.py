@@ -55,7 +55,7 @@ def _workspace(folder: Path, options: CommonOptions) -> Workspace:
 
 
 @contextmanager
-def open_run(recipe: Path, options: CommonOptions) -> Iterator[Run]:
+def open_run(recipe: Path, options: CommonOptions, *, keeps_images: bool = True) -> Iterator[Run]:
     """Yield the run of a recipe for work that only reads its run folder: with signals and progress, without a lock."""
     with handle_signals(options.max_duration) as should_stop:
         from kdpipe.pipeline.run import Run
@@ -65,7 +65,14 @@ def open_run(recipe: Path, options: CommonOptions) -> Iterator[Run]:
         loaded, folder = _load(recipe, options)
         with reporter(options.as_json) as report:
             workspace = _workspace(folder, options)
-            run = Run(loaded, folder, RunMonitor(report, should_stop), share=options.share, workspace=workspace)
+            run = Run(
+                loaded,
+                folder,
+                RunMonitor(report, should_stop),
+                share=options.share,
+                workspace=workspace,
+                keeps_images=keeps_images,
+            )
             run.set_up_machine()
             yield run
 

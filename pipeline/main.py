@@ -119,7 +119,7 @@ def cache_teacher(recipe: RecipePath, options: JobOptions, *, part: PartOption =
 @app.command()
 @with_options
 def plan(recipe: RecipePath, options: CommonOptions) -> None:
-    """Estimate the size and time of cache-teacher. Writes nothing."""
+    """Estimate the time, disk and memory of all stages. Says what exists already; writes nothing."""
     _plan(recipe, options, with_probe=True)
 
 
@@ -351,9 +351,10 @@ def _with_baseline(options: JobOptions, baseline: bool | None) -> JobOptions:
 
 
 def _plan(recipe: Path, options: CommonOptions, *, with_probe: bool) -> None:
-    """Print what `cache-teacher` would do; fail if the disk is too small, as it would."""
-    with guarded(), open_run(recipe, options) as run:
-        from kdpipe.pipeline.commands.plan import print_plan, run_plan, settings_json
+    """Print what a run would do; fail if the disk is too small, as `cache-teacher` would."""
+    with guarded(), open_run(recipe, options, keeps_images=False) as run:
+        from kdpipe.pipeline.commands.plan.plan import run_plan
+        from kdpipe.pipeline.commands.plan.printing import print_plan, settings_json
         from kdpipe.pipeline.recipe.load import load_recipe_with_origins
         from kdpipe.stages.cache_teacher.plan import require_room
 
@@ -361,7 +362,7 @@ def _plan(recipe: Path, options: CommonOptions, *, with_probe: bool) -> None:
         planned = run_plan(run, with_probe)
         document = {"command": "plan", **planned, "settings": settings_json(settings)}
         print_result(options.as_json, document, lambda: print_plan(planned, settings))
-        require_room(run.store, planned["missing_bytes"])
+        require_room(Path(planned["store"]), planned["missing_bytes"])
 
 
 def _builtin_recipe(name: str) -> Path:

@@ -163,9 +163,7 @@ class Run:
     ) -> ImageSet:
         """Load a split of the data set, or only the samples with the ids `only`; warn of all that is left out."""
         counter = self.monitor.counter("data", f"scan the images of the {split} split", "image")
-        image_set = load_dataset(
-            data, split, size=size, only=only, keep=self.keeps_images, on_image=counter
-        )
+        image_set = load_dataset(data, split, size=size, only=only, keep=self.keeps_images, on_image=counter)
         for notice in image_set.notices:
             self.monitor.warn("data", notice)
         for dropped in image_set.dropped:

@@ -212,8 +212,8 @@ def require_fitting_test_images(context: StageContext) -> None:
     classes, others = context.train_set.class_names, context.test_set.class_names
     if len(classes) < 2:
         raise DataError(
-            f"the images of {context.train_set.name} are all of one class, {classes[0]!r}: there is nothing to tell apart. "
-            "If the classes are folders below that one, name it as the folder of the data."
+            f"the images of {context.train_set.name} are all of one class, {classes[0]!r}: there is nothing to tell "
+            "apart. If the classes are folders below that one, name it as the folder of the data."
         )
     if others != classes:
         raise DataError(
