@@ -322,6 +322,20 @@ def losses(
 
 
 @app.command()
+@with_options
+def modules(recipe: RecipePath, options: CommonOptions) -> None:
+    """List the modules of teacher and student. With the shapes of their outputs; losses on features name them."""
+    options = replace(options, set_=[*(options.set_ or ()), 'device="cpu"'])  # none is trained
+    with guarded(), open_run(recipe, options, keeps_images=False) as run:
+        from kdpipe.pipeline.commands.modules import modules_json, print_modules, run_modules
+
+        found = run_modules(run)
+        names = {"teacher": run.recipe.teacher.model.name, "student": run.recipe.student.model.name}
+        document = {"command": "modules", "names": names, **modules_json(found)}
+        print_result(options.as_json, document, lambda: print_modules(names, found))
+
+
+@app.command()
 def bench(
     models: Annotated[
         list[Path], typer.Argument(metavar="MODEL.onnx", help="ONNX files; the first one is the baseline.")

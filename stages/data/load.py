@@ -13,18 +13,16 @@ from kdpipe.stages.data.config import DataConfig
 from kdpipe.stages.data.decode import DecodeSpec, with_channels, with_size
 from kdpipe.stages.data.image_files import ImageFileList
 from kdpipe.stages.data.image_set import ImageSet
+from kdpipe.stages.data.names import KNOWN_NAMES, TORCHVISION_NAMES
 from kdpipe.stages.data.scan import OnImage, ScanResult, scan_images
 from kdpipe.stages.data.sources.image_folder import list_image_folder
 from kdpipe.stages.data.sources.listing import Listing, absent_classes
 from kdpipe.stages.data.sources.npz import list_npz
-from kdpipe.stages.data.sources.torchvision import NAMES as TORCHVISION_NAMES
 from kdpipe.stages.data.sources.torchvision import list_digits, list_torchvision
 from kdpipe.stages.data.sources.user_function import DATASETS, is_user_dataset, list_user_dataset
 from kdpipe.stages.data.splits import Indices, Split, stratified_split, stratified_subset
 from kdpipe.stages.errors import DataError, RecipeError, UnknownDataError, first_few
 from kdpipe.store.errors import did_you_mean
-
-KNOWN_NAMES = ("digits", *TORCHVISION_NAMES, "imagefolder:PATH", "npz:PATH", "python:MODULE:FUNCTION")
 
 
 def load_dataset(

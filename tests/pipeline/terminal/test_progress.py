@@ -8,13 +8,22 @@ from types import SimpleNamespace
 import pytest
 from rich.cells import cell_len
 from rich.console import Console
+from support.tiny_run import TEACHER
 
-from kdpipe.pipeline.terminal import output, progress, rate, reporter
+from kdpipe.pipeline.recipe.load import Recipe
+from kdpipe.pipeline.terminal import output, progress, rate, reporter, whole_run
 from kdpipe.pipeline.terminal.output import Verbosity
 from kdpipe.pipeline.terminal.progress import MAX_BARS, Bars
 from kdpipe.pipeline.terminal.progress import reporter as open_reporter
 from kdpipe.pipeline.terminal.rate import Rate, duration_text, rate_text
+from kdpipe.pipeline.terminal.whole_run import WholeRun, planned_jobs
+from kdpipe.stages.distillation.student_config import StudentConfig
 from kdpipe.stages.runtime.events import WARNING, ProgressEvent
+from kdpipe.stages.views.config import Views
+
+RECIPE = Recipe(
+    name="tiny", teacher=TEACHER, student=StudentConfig(model=TEACHER.model, seeds=(0, 1)), views=Views(num_views=4)
+)
 
 
 class Clock:
@@ -28,7 +37,7 @@ class Clock:
 @pytest.fixture
 def clock(monkeypatch):
     fake = Clock()
-    for module in (rate, progress, reporter):
+    for module in (rate, progress, reporter, whole_run):
         monkeypatch.setattr(module, "time", fake)
     return fake
 
@@ -181,6 +190,19 @@ def test_a_bar_fits_a_terminal_of_any_width(clock, width, job):
     (line,) = drawn(bars)
     assert cell_len(line) <= width
     assert line.isprintable()
+
+
+def test_a_whole_run_is_above_its_network(clock):
+    whole = WholeRun(planned_jobs(RECIPE, ("train-teacher", "cache-teacher", "train-student")))
+    bars = Bars(terminal(), whole)
+    for number in (1, 1501):
+        bars.report(step(number, 3000, "alone student, seed 1"))
+        clock.now += 15
+    first, second = drawn(bars)
+    assert "stage 3 of 3, seed 2 of 2" in first and "4/6" in first and "left for all" in first
+    assert "alone student, seed 1" in second
+    line = progress.plain_line(step(1501, 3000, "alone student, seed 1"), Rate.start(1, 2, clock.now), whole)
+    assert line.endswith("(stage 3 of 3, seed 2 of 2, about 30 s left for all)")
 
 
 def test_a_bar_on_80_columns_has_name_steps_rate_and_time_left(clock):
