@@ -15,6 +15,7 @@ Prints a Markdown table; exits with 1 if anything else happened.
 from __future__ import annotations
 
 import argparse
+import os
 import random
 import shutil
 import sys
@@ -42,6 +43,7 @@ TIMED = {"result.json", "metrics.jsonl", "card.json", "README.md"}
 
 def make_runs(folder: Path) -> dict[str, Path]:
     """Make a stopped run and a finished one; the latter began as a copy of the former."""
+    os.environ["KDPIPE_WORKSPACE"] = "none"  # a damaged run makes its files again, and takes no other run's
     recipe, saves = folder / "tiny.toml", Counter[str]()
     recipe.write_text(RECIPE)
 

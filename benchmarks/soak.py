@@ -48,6 +48,7 @@ def main() -> None:
     options = parser.parse_args()
     folder = options.folder or Path(tempfile.mkdtemp(prefix="soak-"))
     folder.mkdir(parents=True, exist_ok=True)
+    os.environ["KDPIPE_WORKSPACE"] = "none"  # runs that are compared compute everything themselves
     command = [
         *KDPIPE,
         "run",

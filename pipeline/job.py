@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import os
+import shlex
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, redirect_stdout
 from dataclasses import replace
 from functools import partial
+from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +19,7 @@ from kdpipe.pipeline.session.guard import guarded
 from kdpipe.pipeline.session.options import CommonOptions, JobOptions
 from kdpipe.pipeline.session.signals import handle_signals
 from kdpipe.pipeline.terminal.output import print_debug, print_info, print_json, print_warning
+from kdpipe.store.redact import redacted, redacted_options
 
 if TYPE_CHECKING:
     from kdpipe.pipeline.recipe.load import Recipe
@@ -107,13 +110,14 @@ def run_job(
         page: Whether to write the HTML page too, in `run`.
     """
     # Signals first: a job stopped while torch loads must exit with 75 too.
-    with guarded(), handle_signals(options.max_duration) as should_stop:
+    with guarded(), handle_signals(options.max_duration) as should_stop, ExitStack() as advice:
         _say_at_once(recipe, options)
         from kdpipe.pipeline.run import Run
         from kdpipe.stages.runtime.gpu.device import select_device
         from kdpipe.store import exclusive, shared
 
         loaded, folder = _load(recipe, options, sweeps=command == "sweep")
+        advice.enter_context(_new_run_advised(command, recipe, options, folder))
         monitor = _monitor(loaded, folder, options, should_stop)
         work, work_shard = _work(command, count, only), _work_shard(part) if command == "cache-teacher" else None
         # Before the processes join: a group that uses GPUs asks CUDA for the devices, which works only once.
@@ -146,6 +150,25 @@ def run_job(
                     code := _print_results(command, run, results, options.as_json, page=page)
                 ):
                     raise typer.Exit(code)
+
+
+@contextmanager
+def _new_run_advised(command: str, recipe: Path, options: JobOptions, folder: Path) -> Iterator[None]:
+    """Give the advice to choose another run folder as a command to paste: what fits is used there again."""
+    from kdpipe.stages.errors import ANOTHER_RUN
+    from kdpipe.store import FingerprintMismatch
+
+    try:
+        yield
+    except FingerprintMismatch as error:
+        new = next(path for n in count(2) if not (path := folder.with_name(f"{folder.name}-{n}")).exists())
+        words = ["kdpipe", command if command in ("compare", "generations") else "run", str(recipe)]
+        kept = [change for change in options.set_ or () if not change.startswith("cache.store=")]
+        words += [word for change in kept for word in ("--set", redacted_options(change))] + ["--run", str(new)]
+        words += ["--workspace", str(options.workspace)] if options.workspace else []
+        advised = f"a new run, which uses all that fits of this one (`{shlex.join(words)}`)"
+        error.args = (redacted(str(error).replace(ANOTHER_RUN, advised)),)
+        raise
 
 
 def _tidy(folder: Path, *, is_alone: bool) -> None:

@@ -8,7 +8,7 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -19,11 +19,12 @@ from kdpipe.stages.cache_teacher.choice import require_available
 from kdpipe.stages.cache_teacher.plan import plan_store, samples_in_row_order
 from kdpipe.stages.compute.determinism import set_deterministic
 from kdpipe.stages.compute.threads import set_up_threads
-from kdpipe.stages.context import StageContext, require_fitting_test_images, test_image_size
+from kdpipe.stages.context import StageContext, require_fitting_test_images, test_context, test_image_size
 from kdpipe.stages.data.config import DataConfig
 from kdpipe.stages.data.image_set import ImageSet
 from kdpipe.stages.data.load import load_dataset
 from kdpipe.stages.data.loader.mix_partners import load_partner_pool, read_partner_pool
+from kdpipe.stages.data.splits import VALIDATION, Part
 from kdpipe.stages.distillation.compatibility import temperatures_of
 from kdpipe.stages.distillation.spec import DistillationSpec
 from kdpipe.stages.distillation.stores import open_distillation
@@ -41,7 +42,7 @@ from kdpipe.stages.runtime.gpu.device import select_device
 from kdpipe.stages.runtime.launcher import ALL, WorkShard
 from kdpipe.stages.runtime.memory import disable_malloc_trim
 from kdpipe.stages.targets.feature_spec import FeatureSpec, parse_feature, source_shapes
-from kdpipe.stages.targets.open import local_store_path, test_store_path, trust_links
+from kdpipe.stages.targets.open import local_store_path, part_store_path, trust_links
 from kdpipe.stages.targets.resolve import smallest_feature
 from kdpipe.stages.targets.tail_mass import TailMass, measure_tails
 from kdpipe.stages.teacher import require_same_training, teacher_identity, untrained_teacher
@@ -138,6 +139,8 @@ class Run:
             unreadable=data.unreadable,
             get_teacher_logits=self._get_teacher_logits,
             load_test=partial(self._load, data, "test"),
+            validation_set=self._load(data, "validation", test_image_size(alone)) if data.validation_share else None,
+            load_validation=partial(self._load, data, "validation"),
             process_group=self.process_group,
             workspace=self.workspace.beside(self.recipe.cache.store, *self.recipe.student.stores),
         )
@@ -157,7 +160,7 @@ class Run:
     def _load(
         self,
         data: DataConfig,
-        split: Literal["train", "test"],
+        split: Part,
         size: int | None = None,
         only: NDArray[np.int64] | None = None,
     ) -> ImageSet:
@@ -185,7 +188,7 @@ class Run:
             return None
         if np.array_equal(pool.ids, np.sort(train_set.sample_ids.numpy())):
             return None
-        whole = replace(self.recipe.data, num_train=None, classes=None)
+        whole = replace(self.recipe.data, num_train=None, classes=None, validation_share=0.0)
         return load_partner_pool(pool, self._load(whole, "train", only=pool.ids), path)
 
     @property
@@ -217,10 +220,12 @@ class Run:
         store = None if path is None else str(path)
         write_run_recipe(self.folder, {**record, "cache": {**record["cache"], "store": store}})
 
-    @property
-    def test_store(self) -> Path:
-        """The store with the teacher's logits of the test images, beside the store."""
-        return Path(test_store_path(self.store))
+    def evaluation_stores(self, store: Path) -> dict[Part, tuple[Path, StageContext]]:
+        """Return the stores beside a store, of the teacher's logits of evaluated images, with the context of these."""
+        contexts: dict[Part, StageContext] = {"test": test_context(self.context)}
+        if self.context.validation_set is not None:
+            contexts[VALIDATION] = test_context(self.context.deciding)
+        return {part: (Path(part_store_path(store, part)), images) for part, images in contexts.items()}
 
     @property
     def stores(self) -> list[Path | str]:
@@ -286,6 +291,9 @@ class Run:
         if self.stores == [self.store]:
             require_same_training(self.recipe.teacher, self.recipe.seed, self.context)
             identity = teacher_identity(self.recipe.teacher, self.context)
-            stored = read_store_manifest(self.store).identity.teacher
-            expected["teacher"] = {"weights_sha256": stored.get("weights_sha256"), **identity}
+            stored = read_store_manifest(self.store)
+            expected["teacher"] = {"weights_sha256": stored.identity.teacher.get("weights_sha256"), **identity}
+            if stored.layout.num_views < self.recipe.views.num_views:  # of another teacher, views cannot be added
+                beside = replace(self.context, run_dir=self.store.parent)
+                require_same_training(self.recipe.teacher, self.recipe.seed, beside)
         return open_distillation(self.stores, losses, student, expected, self.context)

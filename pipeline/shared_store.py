@@ -12,12 +12,11 @@ from kdpipe.pipeline.run import Run, store_of_run
 from kdpipe.stages.cache_teacher.cache import store_figures
 from kdpipe.stages.cache_teacher.estimate import plan_cache
 from kdpipe.stages.cache_teacher.plan import plan_store, samples_in_row_order
-from kdpipe.stages.context import test_context
 from kdpipe.stages.losses.features.simkd import SimKD
 from kdpipe.stages.models.bundle import ModelBundle
 from kdpipe.stages.runtime.events import ProgressEvent
 from kdpipe.stages.targets.feature_spec import FeatureSpec
-from kdpipe.stages.targets.open import test_store_path
+from kdpipe.stages.targets.open import part_store_path
 from kdpipe.stages.teacher import teacher_folder, untrained_teacher
 from kdpipe.stages.workspace import shown
 from kdpipe.store import KdpipeError, Manifest, Samples, plan_growth, read_store_manifest
@@ -51,7 +50,10 @@ def _is_cached(run: Run, features: Sequence[FeatureSpec]) -> bool:
     teacher, test_config = untrained_teacher(recipe.teacher, recipe.seed, run.context), recipe.cache.for_test
     plans = [
         plan_cache(recipe.cache, run.store, teacher, features, run.context, trained=False),
-        plan_cache(test_config, run.test_store, teacher, [], test_context(run.context), trained=False),
+        *(
+            plan_cache(test_config, path, teacher, [], images, trained=False)
+            for path, images in run.evaluation_stores(run.store).values()
+        ),
     ]
     return all(plan["exists"] and plan["num_images"] == 0 for plan in plans)
 
@@ -95,7 +97,8 @@ def shared_stores(
             return
         path = Path(found)
         run.monitor.report(ProgressEvent("cache-teacher", f"uses the store {shown(path)}", 1, 1, "store"))
-        yield {name: store_figures(one) for name, one in (("store", path), ("test_store", Path(test_store_path(path))))}
+        beside = {f"{part}_store": own for part, (own, _) in run.evaluation_stores(path).items()}
+        yield {name: store_figures(one) for name, one in {"store": path, **beside}.items()}
 
 
 def offered_store(run: Run, teacher: ModelBundle, features: Sequence[FeatureSpec]) -> Path | None:
@@ -107,13 +110,16 @@ def offered_store(run: Run, teacher: ModelBundle, features: Sequence[FeatureSpec
 
 
 def _find(run: Run, teacher: ModelBundle, planned: Manifest, samples: Samples) -> Path | None:
-    """Return a finished store of another run with all that is planned, beside that of the test images."""
-    test_images = test_context(run.context)
-    test_samples = samples_in_row_order(test_images)
-    test_plan = plan_store(run.recipe.cache.for_test, teacher, [], test_samples, test_images)
+    """Return a finished store of another run with all that is planned, beside those of the evaluated images."""
+    beside = {}
+    for part, (_, images) in run.evaluation_stores(run.store).items():
+        own_samples = samples_in_row_order(images)
+        beside[part] = plan_store(run.recipe.cache.for_test, teacher, [], own_samples, images), own_samples
     for path in dict.fromkeys([*run.used_stores, *map(store_of_run, run.workspace.runs(run.folder))]):
         with suppress(KdpipeError, OSError):  # none, of other inputs, damaged, or being removed
-            if _has_all(path, planned, samples) and _has_all(Path(test_store_path(path)), test_plan, test_samples):
+            if _has_all(path, planned, samples) and all(
+                _has_all(Path(part_store_path(path, part)), *own) for part, own in beside.items()
+            ):
                 return path
     return None
 

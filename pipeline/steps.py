@@ -33,7 +33,7 @@ from kdpipe.stages.compress.artifacts.export_student import export_student
 from kdpipe.stages.compress.artifacts.write import artifact_folder
 from kdpipe.stages.compress.compress import STEPS, CompressConfig, Step, compress, compressed_root, dry_run, is_done
 from kdpipe.stages.compress.fine_tune import build_fine_tuning
-from kdpipe.stages.context import StageContext, test_context
+from kdpipe.stages.context import StageContext
 from kdpipe.stages.distillation.adapters import save_adapters
 from kdpipe.stages.distillation.spec import DistillationSpec
 from kdpipe.stages.distillation.student_config import ALONE, DISTILLED, StudentConfig, student_folder, view_warning
@@ -107,7 +107,7 @@ def _train_teacher(config: TeacherConfig, seed: int, teacher: ModelBundle, conte
             name="teacher",
             model=teacher.model,
             task=task,
-            test=test,
+            test=context.deciding.evaluation(teacher.normalize),
             config=config.train,
             seed=seed,
             job_dir=job_dir,
@@ -123,6 +123,7 @@ def _train_teacher(config: TeacherConfig, seed: int, teacher: ModelBundle, conte
         with_onnx=config.export,
         on_no_export=partial(_warn_of_no_export, context),
         require=partial(require_accuracy, config, teacher, test=test),
+        validation=context.validation(teacher.normalize),
     )
 
 
@@ -150,11 +151,10 @@ def run_cache_teacher(run: Run, *, in_turn: bool = False) -> dict[str, Any]:
 
 def _fill_stores(run: Run, teacher: ModelBundle, features: Sequence[FeatureSpec]) -> dict[str, Any]:
     recipe, context = run.recipe, run.context
-    test_config, test_store, test_images = recipe.cache.for_test, run.test_store, test_context(context)
-    for path, config, layers, images in (
-        (run.store, recipe.cache, features, context),
-        (test_store, test_config, [], test_images),  # its errors must come before the long work
-    ):
+    beside = run.evaluation_stores(run.store)
+    planned = [(run.store, context, recipe.cache, features)]
+    planned += [(path, images, recipe.cache.for_test, []) for path, images in beside.values()]
+    for path, images, config, layers in planned:  # all errors come before the long work
         samples = samples_in_row_order(images)
         missing_bytes(path, plan_store(config, teacher, layers, samples, images), samples)
     store = cache_teacher(recipe.cache, run.store, teacher, features, context, work_shard=run.work_shard)
@@ -162,11 +162,10 @@ def _fill_stores(run: Run, teacher: ModelBundle, features: Sequence[FeatureSpec]
         stored = open_store(run.store)
         for found in run.tail_masses(stored.manifest.top_k, tail_of(stored)):
             report_tail(found, "cache-teacher", run.monitor)
-    return {
-        "store": store,
-        "test_store": cache_teacher(
-            test_config, test_store, teacher, [], test_images, work_shard=run.work_shard, like=run.store
-        ),
+    config, shard = recipe.cache.for_test, run.work_shard
+    return {"store": store} | {
+        f"{part}_store": cache_teacher(config, path, teacher, [], images, work_shard=shard, like=run.store)
+        for part, (path, images) in beside.items()
     }
 
 
@@ -247,7 +246,7 @@ def train_student(
     """
     context = context.resized(config.image_size)
     kind, process_group = ALONE if spec is None else DISTILLED, context.process_group
-    student_run = student_run or StudentRun(student_folder(context.run_dir, kind, seed), f"{kind} student, seed {seed}")
+    student_run = student_run or StudentRun(student_folder(context.run_dir, kind, seed), f"student {kind}, seed {seed}")
     process_group.require_shares(config.train.batch_size, context.train_set.num_samples)
 
     student = build_student(config, seed, context, spec.losses if spec else ())
@@ -279,7 +278,7 @@ def _train_student(
         name=student_run.name,
         model=student.model,
         task=build_task(student, main, seed, context, label_smoothing=config.label_smoothing),  # losses and targets
-        test=test,
+        test=context.deciding.evaluation(student.normalize),
         config=config.train,
         seed=seed,
         job_dir=student_run.job_dir,
@@ -300,6 +299,7 @@ def _train_student(
         process_group=process_group,
         with_onnx=student_run.with_onnx,
         more=more,
+        validation=context.validation(student.normalize),
     )
 
 
@@ -323,7 +323,7 @@ def try_distillation(run: Run, spec: DistillationSpec, config: StudentConfig) ->
 def warn_of_absent_samples(run: Run, spec: DistillationSpec) -> None:
     """Warn of a store's samples that the data set has lost; a recipe that selects some of them says so itself."""
     data = run.recipe.data
-    if data.num_train is not None or data.classes is not None:
+    if data.num_train is not None or data.classes is not None or data.validation_share:
         return
     for store in spec.stores:
         absent = store.samples.ids[~np.isin(store.samples.ids, run.context.train_set.sample_ids.numpy())]

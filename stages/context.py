@@ -13,6 +13,7 @@ from torch import nn
 
 from kdpipe.stages.data.image_set import ImageSet, digest, normalization, pixel_checksums, unequal_sizes_message
 from kdpipe.stages.data.loader.image_loader import ImageLoader
+from kdpipe.stages.data.splits import VALIDATION
 from kdpipe.stages.errors import DataError, RecipeError
 from kdpipe.stages.evaluation.evaluate import Evaluation, LogitsAt
 from kdpipe.stages.models.build import ModelConfig, architecture
@@ -52,6 +53,8 @@ class StageContext:
         get_teacher_logits: Returns what reads the teachers' logits of test images, if they are available.
         process_group: The processes that train together; the first of them writes.
         load_test: Loads the test images in another size; by default `test_set` is resized.
+        validation_set: The images that decide in place of the test images; None if there are none.
+        load_validation: Loads them in another size.
         input_size: Side of the square to which a network's images are resized; None leaves the views' size.
         workspace: The other runs whose finished jobs are used instead of training the same again.
     """
@@ -68,6 +71,8 @@ class StageContext:
     get_teacher_logits: Callable[[], LogitsAt | None] = _no_logits  # named, so that loaders can be pickled
     process_group: ProcessGroup = SINGLE
     load_test: Callable[[int], ImageSet] | None = None
+    validation_set: ImageSet | None = None
+    load_validation: Callable[[int], ImageSet] | None = None
     input_size: int | None = None
     workspace: Workspace = NOWHERE
 
@@ -133,12 +138,32 @@ class StageContext:
             test_set, self.device, num_workers=self.num_workers, on_failure=self._on_unreadable, size=size
         )
 
+    @cached_property
+    def deciding(self) -> StageContext:
+        """The context whose test images are those that decide: the validation images, or without any the test images.
+
+        They serve for what looks at an accuracy before the end: each epoch, weights of teachers, the best of variants.
+        """
+        if self.validation_set is None:
+            return self
+        return replace(
+            self,
+            test_set=self.validation_set,
+            load_test=self.load_validation,
+            validation_set=None,
+            get_teacher_logits=_no_logits,
+        )
+
     def evaluation(self, normalize: Normalization) -> Evaluation:
         """Return the evaluation on the test images for a model with this input scaling."""
         warn = partial(self.monitor.warn, "evaluate")
         # A single process must not stop while the others wait for it.
         check = self.monitor.check if self.process_group.count == 1 else lambda: None
         return Evaluation(self.test_loader, normalize, self.get_teacher_logits(), warn, check)
+
+    def validation(self, normalize: Normalization) -> Evaluation | None:
+        """Return the evaluation on the validation images; None if there are none."""
+        return None if self.validation_set is None else self.deciding.evaluation(normalize)
 
     def _on_unreadable(self, sentence: str) -> None:
         """Raise DataError for an unreadable image, or drop it from its batch with a warning, as configured."""
@@ -182,7 +207,8 @@ class StageContext:
 
     def test_identity(self) -> dict[str, Any]:
         """Return the identity of the test samples, which determine a job's results."""
-        return digest(self.test_set) | samples_of(self.test_set).digests()
+        found = digest(self.test_set) | samples_of(self.test_set).digests()
+        return found if self.validation_set is None else {**found, "validation": self.deciding.test_identity()}
 
 
 def samples_of(image_set: ImageSet) -> Samples:
@@ -207,8 +233,14 @@ def test_image_size(context: StageContext) -> int | None:
 
 
 def require_fitting_test_images(context: StageContext) -> None:
-    """Raise RecipeError for impossible views, DataError for one class, or test images of other sizes or classes."""
+    """Raise RecipeError for impossible views, DataError for one class, or test images of other sizes or classes.
+
+    So for validation images, if there are any.
+    """
+    if context.validation_set is not None:
+        require_fitting_test_images(context.deciding)
     size, found = context.image_shape[1:], context.test_set.image_size
+    which = "validation" if context.test_set.split == VALIDATION else "test"
     classes, others = context.train_set.class_names, context.test_set.class_names
     if len(classes) < 2:
         raise DataError(
@@ -217,21 +249,21 @@ def require_fitting_test_images(context: StageContext) -> None:
         )
     if others != classes:
         raise DataError(
-            f"the test images of {context.test_set.name} are of {len(others)} classes ({', '.join(others[:5])} ...), "
-            f"the training images of {len(classes)} ({', '.join(classes[:5])} ...): give both the same, in the "
-            "same order."
+            f"the {which} images of {context.test_set.name} are of {len(others)} classes "
+            f"({', '.join(others[:5])} ...), the training images of {len(classes)} ({', '.join(classes[:5])} ...): "
+            "give both the same, in the same order."
         )
     if context.test_set.in_channels != context.train_set.in_channels:
         raise DataError(
-            f"the test images of {context.test_set.name} have {context.test_set.in_channels} channels, the training "
+            f"the {which} images of {context.test_set.name} have {context.test_set.in_channels} channels, the training "
             f"images {context.train_set.in_channels}: set data.channels, or convert one of them."
         )
     if found is None:
         raise DataError(unequal_sizes_message(context.test_set))
     if found != size:
         raise DataError(
-            f"the test images of {context.test_set.name} are of {found[0]} x {found[1]} pixels, the training views of "
-            f"{size[0]} x {size[1]}: set data.image_size (in Python image_size=), or add an operation to "
+            f"the {which} images of {context.test_set.name} are of {found[0]} x {found[1]} pixels, the training views "
+            f"of {size[0]} x {size[1]}: set data.image_size (in Python image_size=), or add an operation to "
             f"the views that gives {found[0]} x {found[1]}."
         )
 

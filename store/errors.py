@@ -44,11 +44,13 @@ class FingerprintMismatch(KdpipeError):
 
     def __init__(self, what: str, differences: Sequence[tuple[str, Any, Any]], advice: str) -> None:
         self.differences = tuple((key, *redacted_json((stored, wanted))) for key, stored, wanted in differences)
+        told = sorted((one for one in self.differences if "sha256" not in one[0]), key=lambda one: None in one)
+        told = told or list(self.differences)  # digests tell nothing where a setting differs too
         pairs = "; ".join(
             f"{key}: stored {_shorten(stored, wanted)}, wanted {_shorten(wanted, stored)}"
-            for key, stored, wanted in self.differences[:MAX_SHOWN]
+            for key, stored, wanted in told[:MAX_SHOWN]
         )
-        pairs += f"; and {len(differences) - MAX_SHOWN} more differences" if len(differences) > MAX_SHOWN else ""
+        pairs += f"; and {len(told) - MAX_SHOWN} more differences" if len(told) > MAX_SHOWN else ""
         if any(key.endswith("source_sha256") and stored and wanted for key, stored, wanted in differences):
             advice = f"The source of the user's code, or of a module that it imports, was edited. {advice}"
         super().__init__(f"{what} was made from other inputs - {pairs}. {advice}")
@@ -56,6 +58,10 @@ class FingerprintMismatch(KdpipeError):
 
 def _shorten(value: Any, other: Any) -> str:
     """Return the repr of a value, without what a list begins with as the `other` does, cut if it is long."""
+    if isinstance(value, Mapping):
+        return f"{len(value)} settings"
+    if isinstance(value, list | tuple) and any(isinstance(one, Mapping) for one in value):
+        return f"{len(value)} entries"
     if isinstance(value, list | tuple) and isinstance(other, list | tuple):
         same = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(value, other, strict=False)))
         text = f"[{'..., ' if same else ''}{', '.join(map(repr, value[same:]))}]"
@@ -65,7 +71,7 @@ def _shorten(value: Any, other: Any) -> str:
         return f"{text[:13]}...'"
     if len(text) <= MAX_VALUE_LENGTH:
         return text
-    count = f"{len(value)} values, " if isinstance(value, list | tuple | Mapping) else ""
+    count = f"{len(value)} values, " if isinstance(value, list | tuple) else ""
     return f"{count}{text[: MAX_VALUE_LENGTH - 3]}..."
 
 

@@ -58,7 +58,8 @@ class MetricsLogger(Callback):
 
 def scalars_of(metrics: Mapping[str, Any]) -> dict[str, float]:
     """Return the numbers among the metrics of an epoch, by tag."""
-    found = {tag: metrics.get(name) for name, tag in TAGS.items()}
+    split = str(metrics.get("split", "test"))
+    found = {tag.replace("test/", f"{split}/"): metrics.get(name) for name, tag in TAGS.items()}
     losses = metrics.get("losses")
     if isinstance(losses, Mapping):
         found |= {f"loss/{name}": loss for name, loss in losses.items()}
@@ -66,5 +67,5 @@ def scalars_of(metrics: Mapping[str, Any]) -> dict[str, float]:
 
 
 def folder_name(job: str) -> str:
-    """Return a folder name for a job, such as distilled-student-seed-0."""
+    """Return a folder name for a job, such as student-distilled-seed-0."""
     return re.sub(r"[^A-Za-z0-9_.]+", "-", job).strip("-.")[:100] or "job"

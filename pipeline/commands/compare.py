@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from functools import partial
 from statistics import mean, stdev
 from typing import Any
 
 from kdpipe.pipeline.preflight import preflight
-from kdpipe.pipeline.report.formatting import mean_std
+from kdpipe.pipeline.report.differences import Outcomes, between
+from kdpipe.pipeline.report.formatting import interval_text, mean_std
 from kdpipe.pipeline.run import Run
 from kdpipe.pipeline.shared_store import needs_teacher
 from kdpipe.pipeline.steps import run_cache_teacher, run_train_teacher, train_student, try_distillation
@@ -16,6 +18,8 @@ from kdpipe.pipeline.terminal.output import console
 from kdpipe.pipeline.terminal.tables import Table, print_table
 from kdpipe.stages.distillation.student_config import ALONE, view_warning
 from kdpipe.stages.errors import NotFiniteError, RecipeError
+from kdpipe.stages.evaluation.correct_images import outcome_of
+from kdpipe.stages.evaluation.intervals import Interval, accuracy_interval
 from kdpipe.stages.train_student.compare import (
     COST,
     Variant,
@@ -24,6 +28,7 @@ from kdpipe.stages.train_student.compare import (
     variant_run,
     with_overrides,
 )
+from kdpipe.stages.training.finalize import deciding_accuracy
 
 
 def run_compare(run: Run) -> dict[str, Any]:
@@ -58,7 +63,8 @@ def run_compare(run: Run) -> dict[str, Any]:
         monitor=run.monitor,
         process_group=run.process_group,
     )
-    rows = [{**accuracy_row(own), "name": name, **costs[name]} for name, own in results.items() if own]
+    first = next(own for own in results.values() if own)
+    rows = [{**accuracy_row(own, first), "name": name, **costs[name]} for name, own in results.items() if own]
     diverged = {name: len(student.seeds) - len(own) for name, own in results.items() if len(own) < len(student.seeds)}
     return {"teacher": teacher, "rows": rows, "num_diverged": diverged}
 
@@ -74,6 +80,12 @@ def prepare_store(run: Run, command: str) -> dict[str, Any] | None:
         run.process_group.barrier()  # each has computed its part of the store
     if warning := view_warning(run.recipe.views):
         run.monitor.warn(command, warning)
+    if run.context.validation_set is None:
+        run.monitor.warn(
+            command,
+            "the students are ranked by their accuracy on the test images, where the best of many looks better than it "
+            "is: set data.validation_share to choose by other images.",
+        )
     return teacher
 
 
@@ -92,18 +104,41 @@ def _variants(run: Run) -> list[Variant]:
     return variants
 
 
-def accuracy_row(results: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Return a student's results over seeds: accuracies and agreement in percent, KL in nats."""
+def accuracy_row(results: Sequence[dict[str, Any]], first: Sequence[dict[str, Any]] = ()) -> dict[str, Any]:
+    """Return a student's results over seeds: accuracies and agreement in percent, KL in nats.
+
+    With those of the `first` student, its difference from them: interval and p over the same seeds.
+    """
     examined = [result.get("examined") or {} for result in results]
     accuracies = [100 * result["accuracy"] for result in results]
+    validates = all("validation" in result for result in results)
+    interval = accuracy_interval(list(map(outcome_of, results)))
     return {
         "accuracies": accuracies,
         "best_accuracy_mean": mean(100 * result["best_accuracy"] for result in results),
+        "validation_mean": mean(100 * deciding_accuracy(result) for result in results) if validates else None,
         "agreement_mean": _mean([metrics.get("agreement") for metrics in examined], 100),
         "teacher_kl_mean": _mean([metrics.get("teacher_kl") for metrics in examined], 1),
         "accuracy_mean": mean(accuracies),
         "accuracy_std": stdev(accuracies) if len(accuracies) > 1 else None,
+        "accuracy_interval": None if interval is None else asdict(interval.in_percent),
+        **_difference(first, results),
     }
+
+
+def ranking_accuracy(row: Mapping[str, Any]) -> float:
+    """Return the accuracy by which a row is ranked: on the validation images, or without any the test images."""
+    accuracy: float = row["accuracy_mean"] if row["validation_mean"] is None else row["validation_mean"]
+    return accuracy
+
+
+def _difference(first: Sequence[dict[str, Any]], results: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Return a variant's difference from the first one: percentage points, interval and p over the same seeds."""
+    outcomes: Outcomes = {"first": list(map(outcome_of, first)), "own": list(map(outcome_of, results))}
+    found = between(outcomes, "own", "first") if first is not results and len(first) == len(results) else None
+    if found is None:
+        return {"interval": None, "p": None}
+    return {"interval": None if found.interval is None else asdict(found.interval), "p": found.p}
 
 
 def _mean(values: Sequence[float | None], factor: float) -> float | None:
@@ -112,17 +147,23 @@ def _mean(values: Sequence[float | None], factor: float) -> float | None:
 
 
 def print_compare(recipe: str, results: dict[str, Any]) -> None:
-    """Print the table to stdout, the best variant first."""
+    """Print the table to stdout, the best variant first: on the validation images, if there are any."""
     num_seeds = len(results["rows"][0]["accuracies"])
     first, teacher = results["rows"][0], results["teacher"]  # the student alone, unless student.baseline is false
-    headers = ["variant", "test accuracy %", f"over {first['name']}", "best epoch %", "agreement %", "KL, nats"]
-    cells = [["teacher", f"{100 * teacher['accuracy']:.2f}", *[""] * 6]] if teacher else []
-    for row in sorted(results["rows"], key=lambda row: -row["accuracy_mean"]):
+    validates = all(row["validation_mean"] is not None for row in results["rows"])
+    headers = ["variant", "test accuracy %", f"over {first['name']}", "95 % interval", "p"]
+    headers += ["validation %"] * validates + ["best epoch %", "agreement %", "KL, nats"]
+    cells = [["teacher", f"{100 * teacher['accuracy']:.2f}", *[""] * len(headers)]] if teacher else []
+    for row in sorted(results["rows"], key=ranking_accuracy, reverse=True):
+        interval = Interval(**row["interval"]) if row["interval"] else None
         cells.append(
             [
                 row["name"],
                 mean_std(row["accuracy_mean"], row["accuracy_std"]),
                 f"{row['accuracy_mean'] - first['accuracy_mean']:+.2f}",
+                interval_text(interval, signed=True),
+                "-" if row["p"] is None else f"{row['p']:.3f}",
+                *[mean_std(row["validation_mean"])] * validates,
                 f"{row['best_accuracy_mean']:.2f}",
                 mean_std(row["agreement_mean"]),
                 mean_std(row["teacher_kl_mean"], digits=3),

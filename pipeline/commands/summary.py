@@ -2,22 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from kdpipe.pipeline.commands.store.info import describe_encoding_error
+from kdpipe.pipeline.report.networks import network_entries
 from kdpipe.pipeline.terminal.output import printable
+from kdpipe.stages.training.job_dir import read_json_file
 from kdpipe.store.format.identity import describe_computation
 
 
 def print_summary(command: str, run: Path, results: dict[str, Any]) -> None:
     """Print the figures and the paths of the files to stdout."""
-    for line in (*_lines(results), f"{command} is done: {run}"):
+    for line in (*_lines(results, names_of(run)), f"{command} is done: {run}"):
         print(printable(line))  # noqa: T201
 
 
-def _lines(results: dict[str, Any]) -> Iterator[str]:
+def names_of(run: Path) -> dict[str, str]:
+    """Return the names of a run's networks by kind, as its tables have them."""
+    recipe = read_json_file(run / "recipe.json")
+    return {entry.kind: entry.name for entry in network_entries(recipe, run)} if recipe else {}
+
+
+def _lines(results: dict[str, Any], names: Mapping[str, str]) -> Iterator[str]:
     if teacher := results.get("teacher"):
         yield _figures("teacher", teacher)
     if store := results.get("store"):
@@ -35,13 +43,13 @@ def _lines(results: dict[str, Any]) -> Iterator[str]:
     for kind, students in results.get("students", {}).items():
         for number, student in enumerate(students):
             yield _figures(f"student {kind}, number {number}", student)
-    yield from _compressed(results)
+    yield from _compressed(results, names)
 
 
-def _compressed(results: dict[str, Any]) -> Iterator[str]:
+def _compressed(results: dict[str, Any], names: Mapping[str, str]) -> Iterator[str]:
     for number, pair in enumerate(results.get("compressed", [])):
         for kind, figures in pair.items():
-            yield _figures(f"{kind}, number {number}", figures)
+            yield _figures(f"{names.get(kind, kind)}, number {number}", figures)
     for pair in results.get("compressed", [])[:1]:  # the same for every seed
         if excluded := pair.get("pruned", {}).get("excluded"):
             yield f"not pruned: {_first_five([f'{path} ({reason})' for path, reason in excluded.items()])}"
@@ -53,7 +61,8 @@ def _compressed(results: dict[str, Any]) -> Iterator[str]:
     for card in results.get("artifacts", []):
         best = card["ranking"][0]
         yield f"exported: {', '.join(card['ranking'])}: {card['folder']}"
-        yield f"recommended: {best} ({100 * card['networks'][best]['accuracy']:.2f} %): {card['reason']}"
+        accuracy = f"{100 * card['networks'][best]['accuracy']:.2f} %"
+        yield f"recommended: {names.get(best, best)} ({accuracy}): {card['reason']}"
 
 
 def _first_five(texts: list[str]) -> str:

@@ -13,9 +13,9 @@ from typing import Any
 
 from tabulate import tabulate
 
-from kdpipe.pipeline.commands.compare import accuracy_row, prepare_store
+from kdpipe.pipeline.commands.compare import accuracy_row, prepare_store, ranking_accuracy
 from kdpipe.pipeline.recipe.sweep import SweepPoint, alone_of, short_names
-from kdpipe.pipeline.report.formatting import mean_std
+from kdpipe.pipeline.report.formatting import interval_text, mean_std
 from kdpipe.pipeline.run import Run
 from kdpipe.pipeline.steps import train_student, try_distillation
 from kdpipe.pipeline.terminal.output import console
@@ -23,6 +23,7 @@ from kdpipe.pipeline.terminal.tables import Table, print_table
 from kdpipe.stages.distillation.spec import DistillationSpec
 from kdpipe.stages.distillation.student_config import ALONE, StudentConfig, student_folder
 from kdpipe.stages.errors import NotFiniteError, RecipeError
+from kdpipe.stages.evaluation.intervals import Interval
 from kdpipe.stages.runtime.events import ProgressEvent
 from kdpipe.stages.train_student.student import StudentRun
 from kdpipe.stages.training.job_dir import JobDir, write_json_file
@@ -66,7 +67,7 @@ def run_sweep(run: Run) -> dict[str, Any]:
     if not any(results.values()):
         raise NotFiniteError("every training diverged: try a lower learning rate, or lower weights of the losses.")
     rows = [_row(point, results, alone, run.recipe.student.seeds) for point in points]
-    rows = sorted((row for row in rows if row["accuracies"]), key=lambda row: -row["accuracy_mean"])
+    rows = sorted((row for row in rows if row["accuracies"]), key=ranking_accuracy, reverse=True)
     num_diverged = {point.name: _num_diverged(point.name, results) for point in points}
     found = {
         "teacher": teacher,
@@ -123,7 +124,7 @@ def _alone_run(folder: Path, name: str, seed: int) -> StudentRun:
     """Return the folder of a student alone; that of `kdpipe train-student` if no setting of it is swept."""
     if name != ALONE:
         return _run_of(folder, name, seed)
-    return StudentRun(student_folder(folder, ALONE, seed), f"{ALONE} student, seed {seed}", with_onnx=False)
+    return StudentRun(student_folder(folder, ALONE, seed), f"student {ALONE}, seed {seed}", with_onnx=False)
 
 
 def _train_all(run: Run, trainings: Sequence[_Training]) -> dict[Key, dict[str, Any] | None]:
@@ -179,7 +180,7 @@ def _row(
     return {
         "name": point.name,
         "settings": dict(point.settings),
-        **(accuracy_row(list(own.values())) if own else {"accuracies": []}),
+        **(accuracy_row(list(own.values()), list(base.values())) if own else {"accuracies": []}),
         "alone": accuracy_row(list(base.values())) if base else None,
         "gains": gains,
         "gain_mean": sum(gains) / len(gains) if gains else None,
@@ -205,13 +206,17 @@ def write_tables(folder: Path, found: Mapping[str, Any]) -> None:
 
 def _cells(found: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
     names = short_names(found["keys"])
-    headers = [*names.values(), "test accuracy %", "alone %", "gain", "best epoch %", "agreement %", "KL, nats"]
+    validates = all(row["validation_mean"] is not None for row in found["rows"])
+    headers = [*names.values(), "test accuracy %", "alone %", "gain", "its 95 % interval"]
+    headers += ["validation %"] * validates + ["best epoch %", "agreement %", "KL, nats"]
     return headers, [
         [
             *map(str, row["settings"].values()),
             mean_std(row["accuracy_mean"], row["accuracy_std"]),
             mean_std(row["alone"]["accuracy_mean"], row["alone"]["accuracy_std"]) if row["alone"] else "-",
             mean_std(row["gain_mean"], signed=True),
+            interval_text(Interval(**row["interval"]) if row["interval"] else None, signed=True),
+            *[mean_std(row["validation_mean"])] * validates,
             f"{row['best_accuracy_mean']:.2f}",
             mean_std(row["agreement_mean"]),
             mean_std(row["teacher_kl_mean"], digits=3),
@@ -230,5 +235,6 @@ def print_sweep(recipe: str, folder: Path, found: Mapping[str, Any]) -> None:
     for name, number in found["num_diverged"].items():
         out.print(f"{name}: {number} of {num_seeds} seeds diverged.")
     settings = " ".join(f"--set {key}={value}" for key, value in rows[0]["settings"].items())
-    out.print(f"best on the test images: {settings}", soft_wrap=True)
+    images = "test" if rows[0]["validation_mean"] is None else "validation"
+    out.print(f"best on the {images} images: {settings}", soft_wrap=True)
     out.print(f"the table as CSV, Markdown, LaTeX and JSON: {folder / 'sweep'}", soft_wrap=True)

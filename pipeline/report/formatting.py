@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 
 from kdpipe.pipeline.terminal.output import printable
+from kdpipe.stages.evaluation.intervals import Interval
 
 
 def mean_std(mean: float | None, std: float | None = None, *, digits: int = 2, signed: bool = False) -> str:
@@ -12,6 +13,14 @@ def mean_std(mean: float | None, std: float | None = None, *, digits: int = 2, s
     if mean is None:
         return "-"
     return f"{mean:{'+' if signed else ''}.{digits}f}" + ("" if std is None else f" ± {std:.{digits}f}")
+
+
+def interval_text(interval: Interval | None, *, signed: bool = False) -> str:
+    """Return an interval such as "96.10 to 98.31 over images", or "-"."""
+    if interval is None:
+        return "-"
+    low, high = (mean_std(value, signed=signed) for value in (interval.low, interval.high))
+    return f"{low} to {high} over {interval.over}"
 
 
 def share(value: float | None) -> str:

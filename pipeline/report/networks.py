@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from kdpipe.stages.compress.names import network_name
 from kdpipe.store.format.schema import ATTRIBUTE
 from kdpipe.store.fs.checksums import read_intact_json
 
@@ -52,8 +53,10 @@ def network_entries(recipe: Mapping[str, Any], run: Path, root: Path | None = No
         entries.append(NetworkEntry("student given", "student", [root / "given"], "student"))
     if not recipe["student"].get("export", True):  # nothing is compressed then
         return entries
-    for name, kind, timed_as in _compressed(recipe["compress"]):
-        entries.append(NetworkEntry(name, kind, [root / f"{kind}-seed{seed}" for seed in seeds], timed_as))
+    prunes = "prune" in recipe["compress"]["steps"]
+    for kind, timed_as in _compressed(recipe["compress"]):
+        jobs = [root / f"{kind}-seed{seed}" for seed in seeds]
+        entries.append(NetworkEntry(network_name(kind, prunes=prunes), kind, jobs, timed_as))
     return entries
 
 
@@ -81,32 +84,24 @@ def _seeds(recipe: Mapping[str, Any]) -> list[int]:
     return seeds
 
 
-def _compressed(config: Mapping[str, Any]) -> Iterator[tuple[str, str, str]]:
-    """Yield name, kind and timed_as of each compressed network."""
+def _compressed(config: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    """Yield kind and timed_as of each compressed network."""
     steps, baselines = list(config["steps"]), config.get("baselines", False)
     scheme = config.get("quantize", {}).get("scheme", "int8")
     if scheme not in ("int8", "int4"):  # it becomes part of paths
         raise ValueError("compress.quantize.scheme is neither int8 nor int4")
-    prunes, integers = "prune" in steps, scheme.upper()
+    prunes = "prune" in steps
     if prunes:
-        yield "pruned", "pruned", "pruned"
+        yield "pruned", "pruned"
         if baselines:
-            yield "pruned, hard labels", "pruned-alone", "pruned"
+            yield "pruned-alone", "pruned"
     if "quantize" not in steps:
         return
-    if prunes and baselines:
-        yield from _quantized(integers, f"{scheme}-unpruned", f"{scheme}-ptq")
-    if prunes:
-        yield from _quantized(f"pruned + {integers}", scheme, alone=baselines)
-    else:
-        yield from _quantized(integers, scheme, f"{scheme}-ptq" if baselines else None, alone=baselines)
-
-
-def _quantized(
-    name: str, kind: str, calibrated: str | None = None, *, alone: bool = True
-) -> Iterator[tuple[str, str, str]]:
-    yield name, kind, kind
-    if calibrated is not None:
-        yield f"{name}, calibrated", calibrated, kind
-    if alone:
-        yield f"{name}, hard labels", f"{kind}-alone", kind
+    if baselines and prunes:
+        unpruned = f"{scheme}-unpruned"
+        yield from ((unpruned, unpruned), (f"{scheme}-ptq", unpruned), (f"{unpruned}-alone", unpruned))
+    yield scheme, scheme
+    if baselines and not prunes:
+        yield f"{scheme}-ptq", scheme
+    if baselines:
+        yield f"{scheme}-alone", scheme

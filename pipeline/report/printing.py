@@ -12,7 +12,6 @@ from rich.text import Text
 
 from kdpipe.pipeline.report.formatting import integer, kib, mean_std, size_ratio
 from kdpipe.pipeline.report.html.read import MAIN_KINDS, PageRun, read_run
-from kdpipe.pipeline.report.html.sections.summary import sentence
 from kdpipe.pipeline.report.report import read_report
 from kdpipe.pipeline.report.rows import Report, Row
 from kdpipe.pipeline.report.tables import report_tables
@@ -73,6 +72,7 @@ def print_report(report: Report) -> None:
     """Print all tables and the paths of the files to stdout."""
     screen = console()
     screen.print(report.recipe, style="bold")
+    screen.print(Text(_wrapped(report.verdict.text, screen.width)))
     for table in report_tables(report):
         print_table(screen, table)
     screen.print("Files:", style="bold")
@@ -91,20 +91,21 @@ def print_short(run: PageRun, page: Path | None) -> None:
     """Print the result to stdout; `page` is the HTML page that is written too."""
     screen = console()
     screen.print(Text(run.report.recipe, style="bold"))
-    screen.print(Text(_wrapped(sentence(run), screen.width)))
+    screen.print(Text(_wrapped(run.report.verdict.text, screen.width)))
     best = recommended(run)
     if rows := list(_main_rows(run, best)):
         cells = [
             [
                 row.name,
                 mean_std(row.accuracy_mean, row.accuracy_std),
+                f"{row.interval.low:.1f}–{row.interval.high:.1f}" if row.interval else "-",
                 integer(row.num_parameters),
                 kib(row.file_bytes),
                 size_ratio(row.of_teacher),
             ]
             for row in rows
         ]
-        headers = ["network", "test accuracy %", "parameters", "ONNX file", "size / teacher's"]
+        headers = ["network", "test accuracy %", "95 % interval", "parameters", "ONNX file", "size / teacher's"]
         print_table(screen, Table("", headers, cells))
     for name, text in _places(run, best, page):
         screen.print(Text(f"{name:<8} {text}"), soft_wrap=True)

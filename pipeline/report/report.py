@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from statistics import mean
 from typing import Any
 
+from kdpipe.pipeline.report.differences import Outcomes, between, differences_of, read_outcomes
 from kdpipe.pipeline.report.networks import MADE_IN_PYTHON, NetworkEntry, compressed_folder, network_entries
 from kdpipe.pipeline.report.rows import Report, Row, mean_and_std, read_quality, recovered_accuracy
+from kdpipe.pipeline.report.verdict import Accuracy, Setting, Verdict, setting_of, verdict
 from kdpipe.pipeline.terminal.output import printable
 from kdpipe.stages.compress.artifacts.latency_record import Latencies, latency_path, read_latencies
 from kdpipe.stages.errors import RunError
+from kdpipe.stages.evaluation.intervals import Outcome, accuracy_interval
+from kdpipe.stages.training.finalize import deciding_accuracy
 from kdpipe.stages.training.job_dir import JobDir, read_json_file
 
 MAX_NAME = 200
@@ -42,16 +47,39 @@ def read_report(run: Path, compressed: Path | None = None) -> Report:
     latency = read_latencies(latency_path(root, seeds[0]))
     rows: list[Row] = []
     missing: list[str] = []
+    outcomes: dict[str, list[Outcome | None]] = {}
+    setting, at_chance = setting_of(recipe, []), list[str]()
     in_python = (run / MADE_IN_PYTHON).exists()  # networks that were never begun are not missing there
     for entry in entries:
-        results = {job: result for job in entry.jobs if (result := JobDir(job).result()) is not None}
+        found = {job: JobDir(job).result() for job in entry.jobs}
+        results = {job: result for job, result in found.items() if result is not None}
         num_missing = len(entry.jobs) - len(results)
         if num_missing and (not in_python or any(job.exists() for job in entry.jobs)):
             missing.append(f"{entry.name} ({num_missing} of {len(entry.jobs)})")
-        rows += [_row(entry, results, rows, latency)] if results else []
+        outcomes[entry.kind] = read_outcomes(found)
+        rows += [_row(entry, results, rows, outcomes[entry.kind], latency)] if results else []
+        setting = setting_of(recipe, list(results.values())) if entry.kind == "student" else setting
+        at_chance += [entry.name] if any(result.get("at_chance") for result in results.values()) else []
     artifacts = [str(path.parent) for seed in seeds for path in root.glob(f"artifacts-seed{seed}/card.json")]
     pareto = str(root / "pareto.svg") if (root / "pareto.svg").exists() else None
-    return Report(str(run), name, latency, rows, recovered_accuracy(rows), pareto, artifacts, missing)
+    return Report(
+        run=str(run),
+        recipe=name,
+        verdict=_verdict(rows, outcomes, replace(setting, at_chance=at_chance)),
+        latency=latency,
+        rows=rows,
+        differences=differences_of(outcomes),
+        recovered=recovered_accuracy(rows, outcomes),
+        pareto=pareto,
+        artifacts=artifacts,
+        missing=missing,
+    )
+
+
+def _verdict(rows: Sequence[Row], outcomes: Outcomes, setting: Setting) -> Verdict:
+    accuracies = {row.kind: Accuracy(row.name, row.accuracy_mean, row.accuracy_std) for row in rows}
+    gain, gap = (between(outcomes, kind, "alone") for kind in ("student", "teacher"))
+    return verdict(accuracies, gain, gap, setting)
 
 
 def _name(recipe: Mapping[str, Any]) -> str:
@@ -62,10 +90,15 @@ def _name(recipe: Mapping[str, Any]) -> str:
 
 
 def _row(
-    entry: NetworkEntry, results: Mapping[Path, Mapping[str, Any]], before: Sequence[Row], latency: Latencies | None
+    entry: NetworkEntry,
+    results: Mapping[Path, Mapping[str, Any]],
+    before: Sequence[Row],
+    outcomes: Sequence[Outcome | None],
+    latency: Latencies | None,
 ) -> Row:
     accuracy_mean, accuracy_std = mean_and_std([100 * result["accuracy"] for result in results.values()])
     first = next(iter(results.values()))
+    interval = accuracy_interval([one for one in outcomes if one is not None])
     agreements = [result["onnx_agreement"] for result in results.values() if result["onnx_agreement"] is not None]
     # A network that differs only in how it was fine-tuned has no file of its own: it has the size of its twin.
     twin = next((row for row in before if row.kind == entry.timed_as), None)
@@ -78,7 +111,11 @@ def _row(
         num_seeds=len(results),
         accuracy_mean=accuracy_mean or 0.0,
         accuracy_std=accuracy_std,
+        interval=interval.in_percent if interval else None,
         best_accuracy_mean=mean(100 * result["best_accuracy"] for result in results.values()),
+        validation_mean=mean_and_std([100 * deciding_accuracy(result) for result in results.values()])[0]
+        if "validation" in first
+        else None,
         num_parameters=first["num_parameters"],
         num_macs=first.get("num_macs"),
         file_bytes=file_bytes,

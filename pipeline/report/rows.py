@@ -8,11 +8,11 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
+from kdpipe.pipeline.report.differences import NetworkDifference, Outcomes, between
+from kdpipe.pipeline.report.verdict import Verdict
 from kdpipe.stages.compress.artifacts.latency_record import Latencies
 from kdpipe.stages.errors import RunError
-
-MIN_LOSS = 0.1
-"""Percentage points of accuracy; no recovered share is given where fine-tuning with hard labels lost less."""
+from kdpipe.stages.evaluation.intervals import Interval
 
 PAIRS = tuple((kind, f"{kind}-alone") for kind in ("pruned", "int8-unpruned", "int8", "int4-unpruned", "int4"))
 """Kinds fine-tuned with the teacher's stores, each with its counterpart fine-tuned with hard labels alone."""
@@ -50,7 +50,10 @@ class Row(QualityMetrics):
     Attributes:
         timed_as: Kind of the network whose file takes the same time.
         accuracy_mean: Test accuracy in percent after the last epoch.
-        best_accuracy_mean: The same after the best epoch.
+        interval: Its 95 % confidence interval in percent: the wider one of Wilson's over images, and over several
+            seeds Student's. None for one seed without the number of test images.
+        best_accuracy_mean: The same after the best epoch, on the validation images if there are any.
+        validation_mean: Accuracy on the validation images in percent, None without any.
         of_teacher: How many times smaller the ONNX file is than the teacher's.
         of_student: The same against the distilled student's file.
         onnx_agreement: Lowest share over seeds, in percent, of test images with equal top-1 in ONNX and torch.
@@ -63,6 +66,7 @@ class Row(QualityMetrics):
     num_seeds: int
     accuracy_mean: float
     accuracy_std: float | None
+    interval: Interval | None
     best_accuracy_mean: float
     num_parameters: int
     num_macs: int | None
@@ -72,6 +76,7 @@ class Row(QualityMetrics):
     onnx_agreement: float | None
     latency_ms: dict[str, dict[str, float]] | None
     files: list[str]
+    validation_mean: float | None = None
 
 
 @dataclass(frozen=True)
@@ -81,7 +86,7 @@ class RecoveredAccuracy:
     Attributes:
         points_lost_alone: Lost when fine-tuned with hard labels alone.
         points_lost: Lost when fine-tuned with the teacher's stores.
-        share: Share of points_lost_alone that the stores recovered; None where that is below MIN_LOSS.
+        share: Share of points_lost_alone that the stores recovered; None where hard labels did not clearly lose any.
     """
 
     name: str
@@ -96,8 +101,10 @@ class Report:
 
     run: str
     recipe: str
+    verdict: Verdict
     latency: Latencies | None
     rows: list[Row]
+    differences: list[NetworkDifference]
     recovered: list[RecoveredAccuracy]
     pareto: str | None
     artifacts: list[str]
@@ -106,8 +113,14 @@ class Report:
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
 
+    def row(self, kind: str) -> Row | None:
+        return next((row for row in self.rows if row.kind == kind), None)
 
-def recovered_accuracy(rows: Sequence[Row]) -> list[RecoveredAccuracy]:
+    def difference(self, kind: str, against: str) -> NetworkDifference | None:
+        return next((one for one in self.differences if (one.kind, one.against) == (kind, against)), None)
+
+
+def recovered_accuracy(rows: Sequence[Row], outcomes: Outcomes) -> list[RecoveredAccuracy]:
     """Compare each compressed network with its hard-label baseline, where both have the same number of seeds."""
     by_kind = {row.kind: row for row in rows}
     student = by_kind.get("student")
@@ -118,7 +131,9 @@ def recovered_accuracy(rows: Sequence[Row]) -> list[RecoveredAccuracy]:
             continue
         lost_alone = student.accuracy_mean - alone.accuracy_mean
         lost = student.accuracy_mean - row.accuracy_mean
-        share = 1 - lost / lost_alone if lost_alone >= MIN_LOSS else None
+        change = between(outcomes, baseline, "student")
+        is_clear = change is not None and change.is_clear and lost_alone > 0
+        share = 1 - lost / lost_alone if is_clear else None
         found.append(RecoveredAccuracy(row.name, lost_alone, lost, share))
     return found
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-from kdpipe.pipeline.report.formatting import integer, kib, mean_std, share, size_ratio
+from kdpipe.pipeline.report.differences import NetworkDifference, p_text
+from kdpipe.pipeline.report.formatting import integer, interval_text, kib, mean_std, share, size_ratio
 from kdpipe.pipeline.report.rows import Report, Row
 from kdpipe.pipeline.terminal.output import printable
 from kdpipe.pipeline.terminal.tables import Table
@@ -18,6 +19,8 @@ def report_tables(report: Report) -> Iterator[Table]:
     if not report.rows:
         return
     yield _results(report.rows)
+    if report.differences:
+        yield _differences(report)
     yield _costs(report)
     if any(row.ece_mean is not None for row in report.rows):
         yield _agreement(report.rows)
@@ -26,11 +29,16 @@ def report_tables(report: Report) -> Iterator[Table]:
 
 
 def _results(rows: Sequence[Row]) -> Table:
-    headers = ["network", "test accuracy %", "best epoch %", "seeds", "parameters", "ONNX file", "ONNX = torch %"]
+    validates = any(row.validation_mean is not None for row in rows)
+    headers = ["network", "test accuracy %", "95 % interval"]
+    headers += ["validation %", "its best epoch %"] if validates else ["best epoch %"]
+    headers += ["seeds", "parameters", "ONNX file", "ONNX = torch %"]
     cells = [
         [
             row.name,
             mean_std(row.accuracy_mean, row.accuracy_std),
+            interval_text(row.interval),
+            *([mean_std(row.validation_mean)] if validates else []),
             mean_std(row.best_accuracy_mean),
             row.num_seeds,
             integer(row.num_parameters),
@@ -40,6 +48,32 @@ def _results(rows: Sequence[Row]) -> Table:
         for row in rows
     ]
     return Table("Results", headers, cells)
+
+
+def _differences(report: Report) -> Table:
+    names = {row.kind: row.name for row in report.rows}
+    headers = ["network", "against", "points", "95 % interval", "p"]
+    bases = {(one.num_images, one.num_seeds) for one in report.differences}
+    headers += [] if len(bases) == 1 else ["test images", "seeds"]
+    cells = [
+        [
+            names[one.kind],
+            names[one.against],
+            mean_std(one.points, signed=True),
+            _interval_of(one),
+            "-" if one.p is None else p_text(one.p).removeprefix("p ").removeprefix("= "),
+            *([] if len(bases) == 1 else [integer(one.num_images), one.num_seeds]),
+        ]
+        for one in report.differences
+    ]
+    basis = report.differences[0].basis if len(bases) == 1 else ""
+    caption = f"Differences of test accuracy, in percentage points{': ' * bool(basis)}{basis}"
+    return Table(caption, headers, cells, num_names=2)
+
+
+def _interval_of(difference: NetworkDifference) -> str:
+    text = interval_text(difference.interval, signed=True)
+    return text if difference.paired or "images" not in text else f"{text}, unpaired"
 
 
 def _costs(report: Report) -> Table:
@@ -90,7 +124,7 @@ def _recovered(report: Report) -> Table:
         [
             row.name,
             *(mean_std(lost, signed=True) for lost in (row.points_lost_alone, row.points_lost)),
-            share(row.share),
+            share(row.share) if row.share is not None else "the loss is not clear",
         ]
         for row in report.recovered
     ]

@@ -24,6 +24,9 @@ if TYPE_CHECKING:
     from rich.progress import Progress, TaskID
 
 LINE_EVERY_S = 10.0
+MAX_LOSSES = 3
+"""The losses that are named; the rest is "..."."""
+
 MAX_BARS = 4
 """With more jobs at once, the one that reported longest ago is printed as a line instead."""
 
@@ -65,7 +68,7 @@ def _line_reporter(text: Callable[[ProgressEvent, Rate, WholeRun | None], str], 
 
 
 def plain_line(event: ProgressEvent, rate: Rate, whole: WholeRun | None = None) -> str:
-    """Return a line such as "train-student: distilled student, seed 0: step 120/3000 (4 %), 85 steps/s, 34 s left".
+    """Return a line such as "train-student: student distilled, seed 0: step 120/3000 (4 %), 85 steps/s, 34 s left".
 
     That of a whole run ends with "(stage 3 of 4, seed 1 of 5, about 12 min left for all)".
     """
@@ -91,7 +94,7 @@ def json_event(event: ProgressEvent, rate: Rate, whole: WholeRun | None = None) 
 
 
 def _done_line(event: ProgressEvent, rate: Rate) -> str:
-    """Return a line such as "distilled student, seed 0: 3,000 steps in 35 s, test accuracy 98.12 %"."""
+    """Return a line such as "student distilled, seed 0: 3,000 steps in 35 s, test accuracy 98.12 %"."""
     took = count_text(event.total, event.unit)
     if rate.elapsed_s:
         took += f", the last {event.step - rate.first:,}" if rate.first > 1 else ""
@@ -108,11 +111,13 @@ def _speed(event: ProgressEvent, rate: Rate) -> list[str]:
 
 
 def _metrics(event: ProgressEvent) -> list[str]:
-    """Return the accuracy and the loss of an epoch, which come with its last step."""
+    """Return the accuracy of an epoch and its loss, with what that is the sum of; they come with its last step."""
     accuracy, losses = event.metrics.get("accuracy"), event.metrics.get("losses")
-    shown = [f"test accuracy {100 * accuracy:.2f} %"] if isinstance(accuracy, int | float) else []
+    split = event.metrics.get("split", "test")
+    shown = [f"{split} accuracy {100 * accuracy:.2f} %"] if isinstance(accuracy, int | float) else []
     if isinstance(losses, dict) and losses and all(isinstance(loss, int | float) for loss in losses.values()):
-        shown.append(f"loss {sum(losses.values()):.4g}")
+        names = " + ".join([*list(losses)[:MAX_LOSSES], *["..."] * (len(losses) > MAX_LOSSES)])
+        shown.append(f"loss {sum(losses.values()):.4g} ({names})")
     return shown
 
 

@@ -40,6 +40,7 @@ class PlannedJob:
 def planned_jobs(recipe: Recipe, stages: Sequence[str]) -> list[PlannedJob]:
     """Return the jobs of some stages of a recipe, in order."""
     from kdpipe.stages.compress.compress import fine_tunings
+    from kdpipe.stages.compress.names import network_name
     from kdpipe.stages.distillation.student_config import ALONE, DISTILLED
 
     teacher, student = recipe.teacher.train, recipe.student
@@ -48,11 +49,12 @@ def planned_jobs(recipe: Recipe, stages: Sequence[str]) -> list[PlannedJob]:
     jobs += [PlannedJob("cache-teacher", store, "store", FORWARD_SHARE * recipe.views.num_views)]
     for number, seed in enumerate(student.seeds, 1):
         for kind in [ALONE] * student.baseline + [DISTILLED]:
-            name = f"{kind} student, seed {seed}"
+            name = f"student {kind}, seed {seed}"
             jobs.append(PlannedJob("train-student", name, kind, student.train.epochs, number))
     for number, seed in enumerate(student.seeds, 1):
         for kind, (train, _) in fine_tunings(recipe.compress).items():
-            jobs.append(PlannedJob("compress", f"{kind} student, seed {seed}", kind, train.epochs, number))
+            name = f"{network_name(kind, prunes=recipe.compress.prunes)}, seed {seed}"
+            jobs.append(PlannedJob("compress", name, kind, train.epochs, number))
     return [job for job in jobs if job.stage in stages]
 
 

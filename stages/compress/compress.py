@@ -14,6 +14,7 @@ from pydantic import AfterValidator, Field
 
 from kdpipe.stages.compress.external_student import load_external, measure_external
 from kdpipe.stages.compress.fine_tune import FineTuneContext
+from kdpipe.stages.compress.names import network_name
 from kdpipe.stages.compress.prune_student import prune_fingerprint, prune_student
 from kdpipe.stages.compress.pruning.prune import PruneConfig, prune
 from kdpipe.stages.compress.quantization.qat import calibrate
@@ -239,7 +240,8 @@ def _quantize(config: CompressConfig, fine_tuning: FineTuneContext) -> dict[str,
 
     def quantized(kind: str, of: FineTuneContext, source: TrainedModel, train: TrainConfig = train) -> dict[str, Any]:
         sparse = config.prunes and config.prune.kind != "channels" and kind in (scheme, f"{scheme}-alone")
-        return quantize_student(config.quantize, train, of, source, kind, sparse=sparse)
+        name = network_name(kind, prunes=config.prunes)
+        return quantize_student(config.quantize, train, of, source, kind, name=name, sparse=sparse)
 
     figures: dict[str, dict[str, Any]] = {scheme: quantized(scheme, fine_tuning, float_source(config, fine_tuning))}
     if config.baselines:

@@ -61,7 +61,8 @@ def measure_external(fine_tuning: FineTuneContext, network: ModelBundle) -> dict
     if (done := folder.result()) is not None:
         return done
     network.model.to(fine_tuning.device)
-    return finalize(folder, network, [], fine_tuning.evaluation(network.normalize), with_onnx=fine_tuning.exports_onnx)
+    test, validation = fine_tuning.evaluation(network.normalize), fine_tuning.validation(network.normalize)
+    return finalize(folder, network, [], test, with_onnx=fine_tuning.exports_onnx, validation=validation)
 
 
 def low_precision_dtypes(path: Path, model: nn.Module) -> dict[str, torch.dtype]:

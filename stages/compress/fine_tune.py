@@ -42,6 +42,7 @@ class FineTuneContext:
         build_task: Builds a network's training task for stores and losses: adapters fit its current widths, and
             schedules are at their end.
         evaluation: Returns the test images for a model's normalization.
+        validation: Returns the validation images, None if there are none.
         inputs: The identities of data and views, which decide the results.
         run_dir: The run folder, with the student and the teacher.
         root: The folder of the compressed networks.
@@ -55,6 +56,7 @@ class FineTuneContext:
     build_student: Callable[[], ModelBundle]
     build_task: Callable[[ModelBundle, DistillationSpec | None], TrainingTask]
     evaluation: Callable[[Normalization], Evaluation]
+    validation: Callable[[Normalization], Evaluation | None]
     inputs: Mapping[str, Any]
     run_dir: Path
     root: Path
@@ -65,6 +67,10 @@ class FineTuneContext:
     def exports_onnx(self) -> bool:
         """Whether its networks are exported to ONNX; those of the hard-label baseline are not."""
         return self.spec is not None
+
+    def deciding(self, normalize: Normalization) -> Evaluation:
+        """Return the images that decide: the validation images, or without any the test images."""
+        return self.validation(normalize) or self.evaluation(normalize)
 
     def job_dir(self, kind: str) -> JobDir:
         """Return the folder of this seed's network of a kind, such as `pruned`."""
@@ -109,6 +115,7 @@ def build_fine_tuning(
             network, losses, seed, context, label_smoothing=smoothing, is_fine_tuning=True
         ),
         evaluation=context.evaluation,
+        validation=context.validation,
         inputs={
             "data": context.data_identity(),
             "test": context.test_identity(),
@@ -161,7 +168,7 @@ def fine_tune(job: FineTuneJob, fine_tuning: FineTuneContext) -> tuple[list[dict
         job.name,
         model,
         task,
-        fine_tuning.evaluation(job.network.normalize),
+        fine_tuning.deciding(job.network.normalize),
         job.config,
         fine_tuning.seed,
         job.job_dir,

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from kdpipe.stages.compress.fine_tune import FineTuneContext, FineTuneJob, fine_tune
+from kdpipe.stages.compress.names import network_name
 from kdpipe.stages.compress.pruning.kept_channels import kept_channels
 from kdpipe.stages.compress.pruning.prune import PruneConfig, Pruned, prune
 from kdpipe.stages.compress.pruning.sparsity import masks_of
@@ -80,7 +81,7 @@ def prune_student(
         remove_with_sum(pruned_path(folder))  # left by a kill just before the removal below
         return done
     pruner = _Pruner(config, train, fine_tuning, source, ratio)
-    name = f"{kind} student, seed {fine_tuning.seed}"
+    name = f"{network_name(kind, prunes=True)}, seed {fine_tuning.seed}"
     before = PrunedCheckpoint(source.load(), {"channel_ratio": 0.0}, source.adapters if fine_tuning.spec else {})
     for step in range(1, config.steps):
         before = _intermediate(pruner, folder, before, step, name=name)
@@ -88,7 +89,15 @@ def prune_student(
     history, losses = fine_tune(_fine_tuning(pruner, pruned, folder, train, name), fine_tuning)
     test = fine_tuning.evaluation(pruned.network.normalize)
     more = {**pruned.facts, **save_adapters(folder, losses)}
-    figures = finalize(folder, pruned.network, history, test, with_onnx=fine_tuning.exports_onnx, more=more)
+    figures = finalize(
+        folder,
+        pruned.network,
+        history,
+        test,
+        with_onnx=fine_tuning.exports_onnx,
+        more=more,
+        validation=fine_tuning.validation(pruned.network.normalize),
+    )
     remove_with_sum(pruned_path(folder))
     return figures
 
@@ -157,7 +166,7 @@ def _pruned(pruner: _Pruner, folder: JobDir, before: PrunedCheckpoint, step: int
         pruned = pruner(network, step)
         widths = {"widths": record_widths(pruned.model)} if pruner.config.kind == "channels" else {}
         cut = ModelBundle(pruned.model, {**network.architecture, **widths}, network.normalize)
-        measured = evaluate(cut.model.to(fine_tuning.device), fine_tuning.evaluation(cut.normalize), fine_tuning.device)
+        measured = evaluate(cut.model.to(fine_tuning.device), fine_tuning.deciding(cut.normalize), fine_tuning.device)
         facts = {
             "channel_ratio": max(pruned.ratio, before.facts["channel_ratio"]),
             "excluded": dict(pruned.excluded),

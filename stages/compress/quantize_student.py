@@ -86,12 +86,13 @@ def quantize_student(
     source: TrainedModel,
     kind: str,
     *,
+    name: str,
     sparse: bool = False,
 ) -> dict[str, Any]:
     """Quantize a finished network, fine-tune it, and return its figures; without epochs it is only calibrated.
 
-    A stopped job resumes; a finished one is left untouched. `kind` names its folder. With `sparse`, zero weights stay
-    zero.
+    A stopped job resumes; a finished one is left untouched. `kind` names its folder, `name` its progress. With
+    `sparse`, zero weights stay zero.
 
     Raises:
         ModelError: If it cannot be quantized.
@@ -116,12 +117,14 @@ def quantize_student(
             calibrate(model, (batch.images for batch in islice(batches, config.calibration_batches)))
 
     masks = masks_of(prepared) if sparse else {}
-    name = f"{kind} student, seed {fine_tuning.seed}"
     adapters = source.adapters if fine_tuning.spec else {}
     exact = replace(train, precision="float32")  # rounding before the quantizers would move codes
-    job = FineTuneJob(name, quantized, folder, exact, warm_up, before_epoch, masks, adapters)
+    job = FineTuneJob(
+        f"{name}, seed {fine_tuning.seed}", quantized, folder, exact, warm_up, before_epoch, masks, adapters
+    )
     history, _ = fine_tune(job, fine_tuning)
-    return finalize(folder, quantized, history, test, with_onnx=fine_tuning.exports_onnx)
+    validation = fine_tuning.validation(network.normalize)
+    return finalize(folder, quantized, history, test, with_onnx=fine_tuning.exports_onnx, validation=validation)
 
 
 def quantize_fingerprint(

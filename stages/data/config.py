@@ -30,6 +30,8 @@ class DataConfig:
         classes: Keep only samples of these classes.
         num_train: Keep a fixed stratified subset of the training split.
         test_share: Fraction split off for testing where the set has no test split.
+        validation_share: Fraction of the training images, of every class, that is not trained on or cached but decides
+            instead of the test images: accuracy of each epoch, weights of teachers by accuracy, the best of variants.
         cache_bytes: Keep the decoded images of a folder in memory if they take no more than this.
         unreadable: "stop" the job at an image that cannot be read, or "drop" the sample.
         num_workers: Processes that decode images not in memory; None means one for each core of this process.
@@ -44,6 +46,7 @@ class DataConfig:
     classes: Annotated[tuple[str, ...], Field(min_length=1)] | None = None
     num_train: Annotated[int, Field(ge=1, lt=2**63)] | None = None
     test_share: Annotated[float, Field(gt=0, lt=1)] = 0.2
+    validation_share: Annotated[float, Field(ge=0, lt=1)] = 0.0
     cache_bytes: Bytes = 8 * 2**30
     unreadable: Literal["stop", "drop"] = "stop"
     num_workers: Annotated[int, Field(ge=0, le=1024)] | None = None

@@ -20,21 +20,21 @@ from kdpipe.stages.data.sources.listing import Listing, absent_classes
 from kdpipe.stages.data.sources.npz import list_npz
 from kdpipe.stages.data.sources.torchvision import list_digits, list_torchvision
 from kdpipe.stages.data.sources.user_function import DATASETS, is_user_dataset, list_user_dataset
-from kdpipe.stages.data.splits import Indices, Split, stratified_split, stratified_subset
+from kdpipe.stages.data.splits import Indices, Part, Split, stratified_split, stratified_subset, validation_split
 from kdpipe.stages.errors import DataError, RecipeError, UnknownDataError, first_few
 from kdpipe.store.errors import did_you_mean
 
 
 def load_dataset(
     config: DataConfig,
-    split: Split,
+    split: Part,
     *,
     size: int | None = None,
     only: Indices | None = None,
     keep: bool = True,
     on_image: OnImage | None = None,
 ) -> ImageSet:
-    """Load one split of a data set: uint8 [N, C, H, W] in memory, or files.
+    """Load a part of a data set: uint8 [N, C, H, W] in memory, or files.
 
     Images of a folder stay files if they take more than `config.cache_bytes` or differ in size; everything else is in
     memory. Sample ids do not depend on `classes`, `num_train`, `channels` or sizes.
@@ -50,8 +50,8 @@ def load_dataset(
         DataError: The name is unknown, or the data is missing, damaged or invalid.
         RecipeError: `config` names unknown classes or an impossible crop.
     """
-    if split not in get_args(Split):
-        raise DataError(f"unknown split {split!r}: expected 'train' or 'test'.")
+    if split not in get_args(Part):
+        raise DataError(f"unknown split {split!r}: expected 'train', 'validation' or 'test'.")
     size = config.image_size if size is None else size
     listing = list_source(config, split, size)
     indices = _select(listing, config, split)
@@ -69,22 +69,23 @@ def load_dataset(
         sample_ids=torch.from_numpy(listing.sample_ids[indices]),
         class_names=names,
         dropped=found.dropped,
-        crop=config.test_crop if split == "test" else 1.0,
+        crop=1.0 if split == "train" else config.test_crop,
         notices=(*listing.notices, *absent) if only is None else (),
     )
 
 
-def list_source(config: DataConfig, split: Split, size: int | None) -> Listing:
-    """List the samples of the data set `config.name`; files are to be decoded to `size`.
+def list_source(config: DataConfig, part: Part, size: int | None) -> Listing:
+    """List the samples of the data set `config.name` that a part is taken from; files are to be decoded to `size`.
 
     Raises:
         UnknownDataError: There is no such source.
         RecipeError: `test_crop` is set where it does not apply.
     """
+    split: Split = "test" if part == "test" else "train"
     kind, colon, argument = config.name.partition(":")
     root = _path(config.root)
     if colon and argument and kind == "imagefolder":
-        return list_image_folder(_path(argument, config.root), split, _decode_spec(config, split, size))
+        return list_image_folder(_path(argument, config.root), split, _decode_spec(config, part, size))
     if config.test_crop != 1:
         raise RecipeError(
             f"data.test_crop applies only to imagefolder:PATH, but data.name is {config.name!r}: remove it."
@@ -104,9 +105,9 @@ def list_source(config: DataConfig, split: Split, size: int | None) -> Listing:
     )
 
 
-def _decode_spec(config: DataConfig, split: Split, size: int | None) -> DecodeSpec:
+def _decode_spec(config: DataConfig, part: Part, size: int | None) -> DecodeSpec:
     channels = config.channels or 3
-    if split == "train":
+    if part == "train":
         return DecodeSpec(channels, size)
     if config.test_crop != 1 and size is None:
         raise RecipeError("data.test_crop needs a size for the cropped images: set data.image_size.")
@@ -135,18 +136,24 @@ def _load_images(
     return ScanResult(pixels, np.arange(len(indices)), ())
 
 
-def _select(listing: Listing, config: DataConfig, split: Split) -> Indices:
-    """Return the listing's indices, ascending, selected by split, then classes, then `num_train`."""
+def _select(listing: Listing, config: DataConfig, part: Part) -> Indices:
+    """Return the listing's indices, ascending, selected by split, classes, `num_train` and `validation_share`."""
     indices = np.arange(len(listing.labels))
     if listing.unsplit:
         train, test = stratified_split(listing.labels, config.test_share)
-        indices = train if split == "train" else test
+        indices = test if part == "test" else train
     if config.classes is not None:
         indices = indices[np.isin(listing.labels[indices], _labels_of(config.classes, listing))]
         if not len(indices):
-            raise DataError(f"data set {listing.name} ({split}) has no samples of the classes in data.classes.")
-    if split == "train" and config.num_train is not None:
+            raise DataError(f"data set {listing.name} ({part}) has no samples of the classes in data.classes.")
+    if part != "test" and config.num_train is not None:
         indices = indices[stratified_subset(listing.labels[indices], config.num_train)]
+    if part != "test" and config.validation_share:
+        ids = listing.sample_ids[indices]
+        train, validation = validation_split(listing.labels[indices], ids, config.validation_share)
+        return indices[train if part == "train" else validation]
+    if part == "validation":
+        raise RecipeError("there are no validation images: set data.validation_share.")
     return indices
 
 

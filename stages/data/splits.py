@@ -1,4 +1,4 @@
-"""Fixed stratified split and subset: pure functions of the labels, the same on every machine and numpy version."""
+"""Fixed stratified splits and subset: pure functions, the same on every machine and numpy version."""
 
 from __future__ import annotations
 
@@ -9,11 +9,19 @@ import numpy as np
 import numpy.typing as npt
 
 from kdpipe.stages.errors import DataError
+from kdpipe.store import row_order
 
 Split = Literal["train", "test"]
+"""The splits that a source has."""
+
+Part = Literal["train", "validation", "test"]
+"""What is loaded: the validation images are cut from the training split."""
+
 Indices = npt.NDArray[np.int64]
 
 SPLIT_SEED = 0
+VALIDATION_SEED = 1
+VALIDATION: Literal["validation"] = "validation"
 
 
 def stratified_split(labels: npt.ArrayLike, share: float, seed: int = SPLIT_SEED) -> tuple[Indices, Indices]:
@@ -36,6 +44,27 @@ def stratified_split(labels: npt.ArrayLike, share: float, seed: int = SPLIT_SEED
             "add samples, or provide a test split."
         )
     return np.sort(train), np.sort(test)
+
+
+def validation_split(labels: npt.ArrayLike, ids: npt.ArrayLike, share: float) -> tuple[Indices, Indices]:
+    """Split the indices of samples, `labels` and unique `ids` [N], into (train, validation), both ascending.
+
+    The share of every class goes to validation: the samples that come first by a hash of their id, whatever their
+    order, so that few change sides where samples are added. A class of two or more samples is in both.
+
+    Raises:
+        DataError: The validation split would be empty.
+    """
+    labels, ids = np.asarray(labels), np.asarray(ids)
+    hashed = row_order(ids, VALIDATION_SEED)
+    by_class = [hashed[labels[hashed] == label] for label in np.unique(labels)]
+    validation = np.concatenate([rows[: _num_test(len(rows), share)] for rows in by_class])
+    if not len(validation):
+        raise DataError(
+            f"no class has more than one of the {len(labels)} training samples, which leaves none for "
+            "data.validation_share: set it to 0, or add samples."
+        )
+    return np.setdiff1d(np.arange(len(labels)), validation), np.sort(validation).astype(np.int64)
 
 
 def stratified_subset(labels: npt.ArrayLike, count: int, seed: int = SPLIT_SEED) -> Indices:

@@ -20,7 +20,7 @@ from kdpipe.stages.distillation.compatibility import (
 from kdpipe.stages.distillation.spec import DistillationSpec
 from kdpipe.stages.distillation.student_config import StudentConfig
 from kdpipe.stages.distillation.task_builder import student_shapes
-from kdpipe.stages.distillation.teacher_accuracy import test_accuracies
+from kdpipe.stages.distillation.teacher_accuracy import deciding_accuracies
 from kdpipe.stages.errors import RecipeError
 from kdpipe.stages.losses.base import Loss
 from kdpipe.stages.losses.features.simkd import SimKD
@@ -94,7 +94,7 @@ def open_distillation(
     )
     spec.to_json()  # raises if a store lacks an array
     if student.teachers.weights == "accuracy":
-        spec = replace(spec, accuracies=test_accuracies(places, student.teachers, context))
+        spec = replace(spec, accuracies=deciding_accuracies(places, student.teachers, context))
     for loss in losses:
         if isinstance(loss, SimKD):
             store = stores[loss.store or 0]

@@ -1,4 +1,4 @@
-"""Teacher logits and accuracies on the test images, from the test stores."""
+"""Teacher logits on the test images, and the accuracies that weigh teachers, from the stores of these images."""
 
 from __future__ import annotations
 
@@ -10,12 +10,13 @@ import torch
 from torch import Tensor
 
 from kdpipe.stages.context import StageContext, test_context
+from kdpipe.stages.data.splits import VALIDATION, Part
 from kdpipe.stages.errors import RecipeError
 from kdpipe.stages.evaluation.evaluate import BATCH_SIZE
 from kdpipe.stages.targets.class_map import ClassMapConfig
 from kdpipe.stages.targets.ensemble import TeacherEnsemble, TeachersConfig
 from kdpipe.stages.targets.join import JoinedStore, join
-from kdpipe.stages.targets.open import local_store_path, open_with_views, test_store_path
+from kdpipe.stages.targets.open import local_store_path, open_with_views, part_store_path
 from kdpipe.stages.targets.reader import TargetLoadingConfig, Targets
 from kdpipe.store import FingerprintMismatch, StoreError, read_store_manifest
 
@@ -57,12 +58,12 @@ def teacher_logits(stores: Sequence[Path | str], config: TeachersConfig, context
     Returns:
         The logits; None if a store has no finished test store beside it.
     """
-    sources = _sources(stores, config, context)
+    sources = _sources(stores, config, context, "test")
     if sources is None:
         return None
     # Learned weights belong to one student, and confidence weights need labels, which a test must not use.
     config = replace(config, weights="equal") if config.weights in ("learnable", "confidence") else config
-    accuracies = _accuracies(sources, context) if config.weights == "accuracy" else None
+    accuracies = deciding_accuracies(stores, config, context) if config.weights == "accuracy" else None
     targets, ensemble = _targets(sources), TeacherEnsemble(config, len(sources), accuracies)
     some = targets.target_masks(torch.arange(1))
     logits = TeacherLogits(targets, ensemble, context.test_set.labels, all(mask is not None for mask in some))
@@ -70,29 +71,42 @@ def teacher_logits(stores: Sequence[Path | str], config: TeachersConfig, context
     return logits
 
 
-def test_accuracies(stores: Sequence[Path | str], config: TeachersConfig, context: StageContext) -> list[float]:
-    """Return each teacher's accuracy on the test images. Raises RecipeError if a test store is missing."""
-    sources = _sources(stores, config, context)
+def deciding_accuracies(stores: Sequence[Path | str], config: TeachersConfig, context: StageContext) -> list[float]:
+    """Return each teacher's accuracy on the validation images, or without any, and with a warning, the test images.
+
+    Raises:
+        RecipeError: A store of these images is missing.
+    """
+    part: Part = "test" if context.validation_set is None else VALIDATION
+    if part == "test" and len(stores) > 1:
+        context.monitor.warn_once(
+            "train-student",
+            "student.teachers.weights = 'accuracy' weighs the teachers by their accuracy on the test images, which "
+            "then show a student too good: set data.validation_share where the stores are made, and here.",
+        )
+    sources = _sources(stores, config, context.deciding, part)
     if sources is None:
         raise RecipeError(
-            "student.teachers.weights = 'accuracy' needs each teacher's accuracy on these test images, but not every "
-            "store has a test store (store.test.zarr) of them beside it: run `kdpipe cache-teacher` again where the "
-            "stores were made, or give the weights as numbers."
+            f"student.teachers.weights = 'accuracy' needs each teacher's accuracy on these {part} images, but not "
+            f"every store has a {part} store (store.{part}.zarr) of them beside it: run `kdpipe cache-teacher` again "
+            "where the stores were made, or give the weights as numbers."
         )
-    return _accuracies(sources, context)
+    return _accuracies(sources, context.deciding)
 
 
-def _sources(stores: Sequence[Path | str], config: TeachersConfig, context: StageContext) -> list[JoinedStore] | None:
+def _sources(
+    stores: Sequence[Path | str], config: TeachersConfig, context: StageContext, part: Part
+) -> list[JoinedStore] | None:
     """Return the test stores, joined to the test images; None, with a warning, if one is not available."""
     try:
-        return [_source(path, config.class_map(number), context) for number, path in enumerate(stores)]
+        return [_source(path, config.class_map(number), context, part) for number, path in enumerate(stores)]
     except (StoreError, FingerprintMismatch) as error:
-        context.monitor.warn("test", f"the teacher's logits of the test images are not available: {error}")
+        context.monitor.warn("test", f"the teacher's logits of the {part} images are not available: {error}")
         return None
 
 
-def _source(training_path: Path | str, classes: ClassMapConfig, context: StageContext) -> JoinedStore:
-    path = local_store_path(test_store_path(training_path), context.monitor)
+def _source(training_path: Path | str, classes: ClassMapConfig, context: StageContext, part: Part) -> JoinedStore:
+    path = local_store_path(part_store_path(training_path, part), context.monitor)
     store = open_with_views(path, test_context(context).view_identity(), {})
     teacher = read_store_manifest(local_store_path(training_path, context.monitor)).identity.teacher
     if store.manifest.identity.teacher != teacher:

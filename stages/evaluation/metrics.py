@@ -14,6 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from kdpipe.stages.data.image_set import ImageSet
+from kdpipe.stages.evaluation.correct_images import CorrectImages, pack
 from kdpipe.stages.evaluation.evaluate import EvalAccumulator, Evaluation, LogitsAt, Predictions, predict
 from kdpipe.stages.numerics import kinds_of_outputs
 
@@ -63,6 +65,7 @@ class EvalReport:
         chance: The accuracy of guessing with the frequencies of these predictions; that of a network which returns the
             same class for every image is its accuracy.
         outputs: "logits", or what else the network's outputs are: "probabilities" or "log-probabilities".
+        correct: Which images were classified correctly.
     """
 
     top1: float
@@ -76,6 +79,7 @@ class EvalReport:
     confusions: list[list[int]]
     chance: float
     outputs: str
+    correct: CorrectImages
 
     @property
     def num_samples(self) -> int:
@@ -105,18 +109,18 @@ def evaluate_in_depth(model: nn.Module, test: Evaluation, device: torch.device) 
     metrics = _MetricAccumulator(image_set.num_samples, test.teacher_logits)
     for predictions in predict(model, test, device):
         metrics.add(predictions)
-    return metrics.report(image_set.class_names)
+    return metrics.report(image_set)
 
 
 class _MetricAccumulator(EvalAccumulator):
-    """Running sums, and the label, prediction and confidence of each sample so far.
+    """Running sums, and the position, label, prediction and confidence of each sample so far.
 
     The tensors are allocated at once: small ones between large temporary ones would fragment memory.
     """
 
     def __init__(self, num_samples: int, teacher_logits: LogitsAt | None) -> None:
         super().__init__()
-        self.labels, self.predicted = torch.zeros(2, num_samples, dtype=torch.int64)
+        self.positions, self.labels, self.predicted = torch.zeros(3, num_samples, dtype=torch.int64)
         self.confidences = torch.zeros(num_samples, dtype=torch.float64)
         self.teacher_logits = teacher_logits
         self.kinds: frozenset[str] | None = None
@@ -130,7 +134,8 @@ class _MetricAccumulator(EvalAccumulator):
         log_p = F.log_softmax(logits.double(), dim=1)
         kinds = kinds_of_outputs(logits)
         self.kinds = kinds if self.kinds is None else self.kinds & kinds
-        self.labels[new], self.predicted[new] = labels, predictions.logits.argmax(1)
+        self.positions[new], self.labels[new] = predictions.positions, labels
+        self.predicted[new] = predictions.logits.argmax(1)
         self.confidences[new] = log_p.amax(1).exp()
         if logits.shape[1] >= MIN_CLASSES_FOR_TOP5:
             self.num_in_top5 += int((logits.topk(5).indices == labels[:, None]).sum())
@@ -146,7 +151,8 @@ class _MetricAccumulator(EvalAccumulator):
         # Rounding makes the sum slightly negative for equal networks.
         self.kl_sum += float(F.kl_div(log_p[has_teacher], p_teacher, reduction="sum").clamp(min=0))
 
-    def report(self, class_names: tuple[str, ...]) -> EvalReport:
+    def report(self, image_set: ImageSet) -> EvalReport:
+        class_names = image_set.class_names
         seen, num_classes = slice(self.num_seen), len(class_names)
         labels, predicted = self.labels[seen], self.predicted[seen]
         # A confidence of 1 belongs to the last bin.
@@ -168,6 +174,7 @@ class _MetricAccumulator(EvalAccumulator):
             confusions=_confusions(labels[~correct], predicted[~correct], num_classes),
             chance=_chance(labels, predicted, num_classes),
             outputs=next(iter(self.kinds or ()), "logits"),
+            correct=pack(correct, image_set.sample_ids[self.positions[seen]], labels),
         )
 
 

@@ -67,7 +67,8 @@ def _label_loss(combined: TeacherTargets, batch: DistillationBatch) -> Tensor:
     rows = samples_with_targets(batch.target_masks)
     if rows is None:
         return local_share_of_mean(cross_entropy, batch.num_samples)
-    return local_share_of_mean(cross_entropy[rows.to(cross_entropy.device)], max(1, all_reduce_sum(len(rows))))
+    rows = rows.to(cross_entropy.device, non_blocking=True)
+    return local_share_of_mean(cross_entropy[rows], max(1, all_reduce_sum(len(rows))))
 
 
 def student_layers(configs: Sequence[Loss]) -> list[str]:

@@ -19,7 +19,7 @@ class CallbackState:
 
     Attributes:
         stage: The stage that trains, such as "train-student".
-        job: The name of the training, such as "distilled student, seed 0".
+        job: The name of the training, such as "student distilled, seed 0".
         seed: Its seed.
         folder: Its folder, with checkpoint, metrics and, when it is finished, results.
         run_dir: The run folder, which holds the folders of all trainings.
@@ -30,7 +30,7 @@ class CallbackState:
         global_step: The number of steps done, over all epochs.
         steps_per_epoch: The number of steps of an epoch.
         history: The metrics of each finished epoch: `epoch` (from 0), `accuracy` and `cross_entropy` on the test
-            images, `losses` by name, `lr` and `wall_s`.
+            images, or with `split` = "validation" on the validation images; `losses` by name, `lr` and `wall_s`.
         mean_losses: Returns the means of the current epoch's losses so far, by name; on a GPU it waits for the step.
         warn: Shows a sentence to the user.
         stop: Ends the training after the current epoch.

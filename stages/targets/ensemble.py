@@ -26,8 +26,9 @@ class TeachersConfig:
 
     Attributes:
         ensemble: the mean of "logits" or of "probabilities".
-        weights: "equal"; one number per teacher; by the teacher's "accuracy" on the test images; by its "confidence" in
-            each sample's label; or "learnable", by the cross entropy of the combined target with the labels.
+        weights: "equal"; one number per teacher; by the teacher's "accuracy" on the validation images (without
+            data.validation_share, the test images); by its "confidence" in each sample's label; or "learnable", by the
+            cross entropy of the combined target with the labels.
         temperatures: one per teacher, instead of the loss's.
         classes: for each teacher "same" (its classes are the student's), "names" (match classes by name), or a table
             from its class names to the student's.
@@ -147,10 +148,10 @@ class EnsembleTargets:
         logits = [teacher.logits_at(t) * (temperature / t) for teacher, t in zip(self.teachers, own, strict=True)]
         weights = self.weights.to(logits[0].device)
         if self.config.ensemble == "logits":
-            return torch.stack([weights[:, [number]] * values for number, values in enumerate(logits)]).sum(0)
+            return torch.stack([weights[:, number, None] * values for number, values in enumerate(logits)]).sum(0)
         logs = [F.log_softmax(values / temperature, 1) for values in logits]
         floor = torch.finfo(weights.dtype).tiny
-        weighted = [weights[:, [number]].clamp_min(floor).log() + values for number, values in enumerate(logs)]
+        weighted = [weights[:, number, None].clamp_min(floor).log() + values for number, values in enumerate(logs)]
         return temperature * torch.logsumexp(torch.stack(weighted), 0)
 
     def detached(self) -> EnsembleTargets:

@@ -7,6 +7,8 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from kdpipe.stages.data.splits import VALIDATION, Part
+from kdpipe.stages.errors import ANOTHER_RUN
 from kdpipe.stages.runtime.events import ProgressEvent, RunMonitor
 from kdpipe.stages.runtime.versions import library_versions
 from kdpipe.store import (
@@ -28,7 +30,7 @@ def open_with_views(path: Path, views: Mapping[str, Any], identity: Mapping[str,
         FingerprintMismatch: The store was made from other views, or differs from `identity`.
         StoreError: The store cannot be opened.
     """
-    advice = "Cache with this recipe into another run folder or store, or return to the recipe that made it."
+    advice = f"Choose {ANOTHER_RUN} or another store, or return to the recipe that made this one."
     advice += version_note(read_store_manifest(path).versions, library_versions())
     return open_store(path, {**identity, "views": dict(views)}, advice)
 
@@ -61,9 +63,9 @@ def open_store_anywhere(
 
 
 def trust_links(places: Iterable[str | Path]) -> None:
-    """Follow links that lead out of these stores, and out of their test stores, in this process."""
+    """Follow links that lead out of these stores, and out of their test and validation stores, in this process."""
     for place in places:
-        for one in (place, test_store_path(place)):
+        for one in (place, test_store_path(place), part_store_path(place, VALIDATION)):
             if not is_url(one):
                 safe_read.follow_links(Path(one))
 
@@ -81,7 +83,12 @@ def local_store_path(place: Path | str, monitor: RunMonitor) -> Path:
 
 def test_store_path(place: Path | str) -> Path | str:
     """Return the path of the test store: `store.test.zarr` beside `store.zarr`."""
+    return part_store_path(place, "test")
+
+
+def part_store_path(place: Path | str, part: Part) -> Path | str:
+    """Return the path of the store with the logits of the test or validation images, beside a training store."""
     folder, slash, name = str(place).rstrip("/").rpartition("/")
     stem, dot, suffix = name.rpartition(".")
-    beside = f"{folder}{slash}{stem}.test.{suffix}" if dot and stem else f"{folder}{slash}{name}.test"
+    beside = f"{folder}{slash}{stem}.{part}.{suffix}" if dot and stem else f"{folder}{slash}{name}.{part}"
     return beside if is_url(place) else Path(beside)

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from kdpipe.stages.errors import ModelError
-from kdpipe.stages.evaluation.evaluate import Evaluation
+from kdpipe.stages.evaluation.evaluate import Evaluation, evaluate
 from kdpipe.stages.evaluation.macs import count_macs
 from kdpipe.stages.evaluation.metrics import EvalReport, evaluate_in_depth
 from kdpipe.stages.export.onnx_check import check_onnx
@@ -53,6 +53,7 @@ def finalize(
     on_no_export: Callable[[str], None] | None = None,
     more: Mapping[str, Any] | None = None,
     require: Callable[[EvalReport], None] = lambda report: None,
+    validation: Evaluation | None = None,
 ) -> dict[str, Any]:
     """Evaluate a trained network, export it, and write its weights and results, which are returned.
 
@@ -68,6 +69,7 @@ def finalize(
         on_no_export: For a network that can do without this file: receives the reason why there is none.
         more: Further results.
         require: Called with the evaluation, before anything is written; may raise.
+        validation: What its epochs were evaluated on, if these are not the test images.
 
     Warns if the accuracy is that of chance.
 
@@ -82,11 +84,25 @@ def finalize(
         warn = test.warn or (lambda sentence: None)
         for warning in _warnings(report):
             warn(f"the network in {job_dir.path} {warning}.")
+        found = _validated(network, validation) | dict(more or {})
         return _write(
-            job_dir, network, history, test, report, with_onnx=with_onnx, on_no_export=on_no_export, more=more or {}
+            job_dir, network, history, test, report, with_onnx=with_onnx, on_no_export=on_no_export, more=found
         )
 
     return process_group.on_main(evaluate_and_write)
+
+
+def _validated(network: ModelBundle, validation: Evaluation | None) -> dict[str, Any]:
+    """Return the accuracy and the cross entropy on the validation images, and their number; nothing without any."""
+    if validation is None:
+        return {}
+    found = evaluate(network.model, validation, validation.device).to_json()
+    return {"validation": {**found, "num_images": validation.loader.dataset.num_samples}}
+
+
+def deciding_accuracy(result: Mapping[str, Any]) -> float:
+    """Return the accuracy in a job's results that choices look at: on the validation images, else the test images."""
+    return float((result.get("validation") or result)["accuracy"])
 
 
 def _warnings(report: EvalReport) -> Iterator[str]:
@@ -137,7 +153,8 @@ def _write(
                 raise
             remove_with_sum(job_dir.onnx)
             on_no_export(str(error))
-    best = max(history, key=lambda line: line["accuracy"], default={"accuracy": report.top1, "epoch": None})
+    accuracy = deciding_accuracy({"accuracy": report.top1, **more})
+    best = max(history, key=lambda line: line["accuracy"], default={"accuracy": accuracy, "epoch": None})
     result = {
         "accuracy": report.top1,
         "cross_entropy": report.cross_entropy,

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from kdpipe.stages.data.loader.sampling import num_steps
+from kdpipe.stages.data.splits import VALIDATION
 from kdpipe.stages.evaluation.evaluate import Evaluation
 from kdpipe.stages.runtime.distributed import SINGLE, ProcessGroup
 from kdpipe.stages.training.job_dir import JobDir
@@ -24,7 +25,8 @@ class TrainJob:
         name: Its name in progress reports.
         model: The network, which is trained in place.
         task: The images, labels, targets and losses.
-        test: The evaluation; None where only hints are trained and the network does not run to its end.
+        test: The evaluation of each epoch, on the validation images if there are any; None where only hints are trained
+            and the network does not run to its end.
         config: Epochs, batch size, optimizer and schedule.
         seed: Decides the order of the samples and dropout.
         job_dir: The folder of checkpoint, metrics and results.
@@ -46,6 +48,11 @@ class TrainJob:
     on_epoch: Callable[[nn.Module, int], None] = lambda model, epoch: None
     after_step: Callable[[nn.Module], None] = lambda model: None
     process_group: ProcessGroup = SINGLE
+
+    @property
+    def validates(self) -> bool:
+        """Whether its epochs are evaluated on validation images, not on the test images."""
+        return self.test is not None and self.test.loader.dataset.split == VALIDATION
 
 
 def num_steps_of(job: TrainJob) -> int:

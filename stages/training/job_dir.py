@@ -102,7 +102,8 @@ class JobDir:
             write_json_file(self.path / "job.json", inputs)
         elif found := differences(stored, inputs):
             advice = f"Choose {ANOTHER_RUN}, or delete that folder to restart the job."
-            raise FingerprintMismatch(f"the job in {self.path}", found, advice)
+            named = [(key.replace("distillation.losses.", "distill.", 1), *pair) for key, *pair in found]
+            raise FingerprintMismatch(f"the job in {self.path}", named, advice)
         if self.result() is not None:
             for folder in (self.path, *filter(Path.is_dir, self.path.iterdir())):  # also those of hints, pruning steps
                 for damage in damages(folder):

@@ -16,6 +16,7 @@ import torch
 from kdpipe.stages.compute.settings import EXACT
 from kdpipe.stages.compute.tf32 import tf32
 from kdpipe.stages.compute.threads import restored_threads
+from kdpipe.stages.data.splits import VALIDATION
 from kdpipe.stages.errors import NotFiniteError, RunError, StoppedEarly
 from kdpipe.stages.evaluation.evaluate import evaluate
 from kdpipe.stages.models.hooks import extract_features
@@ -70,7 +71,7 @@ def train(job: TrainJob, device: torch.device, monitor: RunMonitor) -> list[dict
             except StoppedEarly:  # during evaluation: all steps of the epoch, and its sums, are complete
                 _save(job, state, progress, hooks)
                 raise
-            _save_if_over(job, state, progress, hooks)
+            _save_if_over(job, state, progress, hooks, monitor)
             monitor.report(_event(job, progress, steps, progress.history[-1]))
         use_evaluated_weights(state.optimizer, state.average)
     state.optimizer.zero_grad()  # those of a CUDA graph lie in memory that the next one overwrites
@@ -97,11 +98,17 @@ def _is_over(job: TrainJob, progress: Progress) -> bool:
     return progress.epoch >= job.config.epochs or any("stopped_by" in line for line in progress.history[-1:])
 
 
-def _save_if_over(job: TrainJob, state: TrainState, progress: Progress, hooks: Hooks) -> None:
+def _save_if_over(job: TrainJob, state: TrainState, progress: Progress, hooks: Hooks, monitor: RunMonitor) -> None:
     """Write the checkpoint after the last epoch; its metrics say which callback ended the training, if one did."""
     if progress.stopped_by and progress.epoch < job.config.epochs:
         progress.history[-1]["stopped_by"] = progress.stopped_by
         job.process_group.on_main(lambda: job.job_dir.write_metrics(progress.history))
+        if not job.validates:
+            monitor.warn_once(
+                job.stage,
+                f"the callback {progress.stopped_by} ended a training early: if it looked at the accuracy, that was on "
+                "the test images, which then show the network too good; set data.validation_share.",
+            )
     if _is_over(job, progress):
         _save(job, state, progress, hooks)
 
@@ -201,6 +208,7 @@ def _end_epoch(job: TrainJob, progress: Progress, steps: int, device: torch.devi
         rate = learning_rate(job.config, progress.epoch * steps + steps - 1, steps)
         compute = {"compute": job.test.compute.to_json()} if job.test and job.test.compute != EXACT else {}
         line = {"epoch": progress.epoch, **result, "losses": losses, "lr": rate, "wall_s": round(wall_s, 3), **compute}
+        line |= {"split": VALIDATION} if job.validates else {}
         job.job_dir.write_metrics([*progress.history, line])
         return line
 

@@ -21,6 +21,7 @@ ROW = {"what": "speed", "measured": 1.0, "limit": "at least 1", "met": True}
 def script(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     """The script, whose checks are lines of Python that find `rows`, the name of their file."""
     monkeypatch.setattr(sys, "path", list(sys.path))
+    monkeypatch.delenv("KDPIPE_WORKSPACE")
     spec = importlib.util.spec_from_file_location("gpu_acceptance", SCRIPT)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
@@ -57,6 +58,12 @@ def test_limits_sum_to_eight_minutes(script: ModuleType) -> None:
 def test_every_check_exists(script: ModuleType) -> None:
     for name, check in script.CHECKS.items():
         assert f"\ndef {name}(settings: Settings)" in (SCRIPT.parent / "gpu_checks" / f"{check.module}.py").read_text()
+
+
+def test_runs_use_nothing_of_each_other(script: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Else those that are compared would be one and the same."""
+    run(script, monkeypatch, tmp_path, {"one": f"import os; os.environ['KDPIPE_WORKSPACE'] == 'none' and {GOOD}"})
+    assert json.loads((tmp_path / "acceptance.json").read_text())["one"]["rows"] == [ROW]
 
 
 def test_a_failure_leaves_the_others_and_its_rows(

@@ -100,7 +100,7 @@ def test_a_second_recipe_trains_its_student_only(
     assert [one for one in said if one.startswith("uses")] == [
         f"uses the teacher of {a}",
         f"uses the store {a / 'store.zarr'}",
-        f"uses the alone student, seed 0 of {a}",
+        f"uses the student alone, seed 0 of {a}",
     ]
     assert run.store == a / "store.zarr" == store_of_run(run.folder)
     alone, _ = run_here(tmp_path / "alone" / "b", other, workspace=NOWHERE)

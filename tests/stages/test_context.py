@@ -34,7 +34,7 @@ ROWS = ViewRequest(torch.arange(40), 2)
 
 
 def _by_pillow(images: Tensor) -> Tensor:
-    return torch.from_numpy(with_size(images.numpy(), 6, "test"))
+    return torch.from_numpy(with_size(images.cpu().numpy(), 6, "test"))
 
 
 @pytest.mark.parametrize(
@@ -49,9 +49,9 @@ def test_a_student_sees_the_very_views_resized(views: Views) -> None:
     context = tiny_context(Path(), views=views, num_workers=0)
     small = context.resized(6)
     assert small.image_shape == (1, 6, 6) and small.view_identity() == context.view_identity()
-    assert torch.equal(small.train_loader.get(ROWS).images, _by_pillow(context.train_loader.get(ROWS).images))
+    assert torch.equal(small.train_loader.get(ROWS).images.cpu(), _by_pillow(context.train_loader.get(ROWS).images))
     tests = ViewRequest(torch.arange(80))
-    assert torch.equal(small.test_loader.get(tests).images, _by_pillow(context.test_set.images))
+    assert torch.equal(small.test_loader.get(tests).images.cpu(), _by_pillow(context.test_set.images))
 
 
 def test_the_size_of_the_views_changes_nothing() -> None:
@@ -76,7 +76,7 @@ def test_test_images_are_loaded_in_the_size_of_the_student() -> None:
     images = torch.randint(256, (80, 1, 6, 6), dtype=torch.uint8)
     context = tiny_context(Path())
     small = dataclasses.replace(context, load_test=lambda size: dataclasses.replace(context.test_set, images=images))
-    assert torch.equal(small.resized(6).test_loader.get(ViewRequest(torch.arange(80))).images, images)
+    assert torch.equal(small.resized(6).test_loader.get(ViewRequest(torch.arange(80))).images.cpu(), images)
 
 
 @pytest.fixture(scope="module")

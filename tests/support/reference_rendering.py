@@ -75,7 +75,8 @@ def render_alone(image_set, views, at, view, partners=None):
 
 
 def expected(image_set, views, positions, view, partners=None):
-    return torch.stack([render_alone(image_set, views, at, view, partners) for at in positions.tolist()])
+    """Images rendered one by one, uint8 [B, C, H, W] on the device."""
+    return torch.stack([render_alone(image_set, views, at, view, partners) for at in positions.tolist()]).to(DEVICE)
 
 
 def shuffled(seed, num_samples=NUM_SAMPLES):
@@ -90,14 +91,14 @@ def check_labels(image_set, positions, view, batch):
     """Check a batch's own and partner labels, shares and loss against a direct computation."""
     mixture = mixture_of(image_set, MIXED_CROPS, positions, view)
     label_of = dict(zip(image_set.sample_ids.tolist(), image_set.labels.tolist(), strict=True))
-    assert torch.equal(batch.hard.labels, image_set.labels[positions])
+    assert torch.equal(batch.hard.labels.cpu(), image_set.labels[positions])
     assert batch.hard.partner_labels.tolist() == [label_of[sample_id] for sample_id in mixture.partner_ids.tolist()]
-    assert torch.equal(batch.hard.own_share, mixture.own_share)
+    assert torch.equal(batch.hard.own_share.cpu(), mixture.own_share)
     assert 0 < mixture.mixed.sum() < len(positions), "some are mixed and some are not"
-    logits = torch.randn(len(positions), 4, generator=torch.Generator().manual_seed(0))
+    logits = torch.randn(len(positions), 4, generator=torch.Generator().manual_seed(0)).to(DEVICE)
     log_p, rows = F.log_softmax(logits.double(), 1), torch.arange(len(positions))
     own, partners = -log_p[rows, batch.hard.labels], -log_p[rows, batch.hard.partner_labels]
-    share = mixture.own_share.double()
+    share = mixture.own_share.double().to(DEVICE)
     by_hand = (share * own + (1 - share) * partners).mean()
     losses = make_task(None, hard_label_weight=0.5).losses(ModelOutput(logits, {}), batch)
     assert list(losses) == ["hard_labels"]

@@ -19,7 +19,7 @@ from kdpipe.pipeline.shared_store import needs_teacher, offered_store
 from kdpipe.stages.cache_teacher.choice import require_available
 from kdpipe.stages.cache_teacher.estimate import first_logits, known_settings, plan_cache, probe
 from kdpipe.stages.cache_teacher.plan import top_k_of
-from kdpipe.stages.context import StageContext, test_context
+from kdpipe.stages.context import StageContext
 from kdpipe.stages.data.image_files import ImageFiles
 from kdpipe.stages.data.image_set import ImageSet
 from kdpipe.stages.errors import ModelError
@@ -28,7 +28,6 @@ from kdpipe.stages.given_teacher import findings, require_given
 from kdpipe.stages.models.bundle import ModelBundle
 from kdpipe.stages.runtime.events import ProgressEvent
 from kdpipe.stages.targets.feature_spec import FeatureSpec
-from kdpipe.stages.targets.open import test_store_path
 from kdpipe.stages.targets.tail_mass import TailMass, tail_of
 from kdpipe.stages.teacher import load_teacher, untrained_teacher
 from kdpipe.stages.workspace import shown
@@ -58,13 +57,12 @@ def run_plan(run: Run, with_probe: bool) -> dict[str, Any]:
     offered = offered_store(run, teacher, list(required)) if found is not None else None
     store, trained = offered or run.store, found is not None
     plan = plan_cache(config, store, teacher, list(required), run.context, trained=trained)
-    test_config, test_images = config.for_test, test_context(run.context)
-    test_store = Path(test_store_path(store))
-    test_plan = plan_cache(test_config, test_store, teacher, [], test_images, trained=trained)
-    plan |= {key: plan[key] + test_plan[key] for key in ("missing_bytes", "num_images")} | {"test_store": test_plan}
+    for part, (path, images) in run.evaluation_stores(store).items():
+        own = plan_cache(config.for_test, path, teacher, [], images, trained=trained)
+        plan |= {key: plan[key] + own[key] for key in ("missing_bytes", "num_images")} | {f"{part}_store": own}
     tails = [str(mass) for mass in _tail_masses(run, teacher, plan)] if config.top_k and trained else []
     plan |= {
-        "data": {split.split: _describe(split) for split in (run.context.train_set, run.context.test_set)},
+        "data": {image_set.split: _describe(image_set) for image_set in _image_sets(run)},
         "teacher": {"found": str(found) if found else None, "normalization": teacher.normalize.to_json()},
         "teacher_trained": trained,
         "layers_required_by": {feature.array: reasons for feature, reasons in required.items()},
@@ -94,7 +92,7 @@ def _costs(run: Run, teacher: ModelBundle, features: list[FeatureSpec], plan: di
         for cost in student_costs(times, find_students(run, store)):
             add(cost)
         notes = _try_given(run, teacher, sample)
-    images = sum(_kept_bytes(split) for split in (run.context.train_set, run.context.test_set))
+    images = sum(map(_kept_bytes, _image_sets(run)))
     return {
         "probe": measured,
         "stages": [cost.to_json() for cost in costs],
@@ -143,6 +141,11 @@ def _try_given(run: Run, teacher: ModelBundle, sample: StageContext) -> str:
     reached = f"it reaches {100 * report.top1:.1f} % of {report.num_samples:,} test images"
     more = findings(teacher, report, test)
     return f"{reached}. {more}" if more else reached
+
+
+def _image_sets(run: Run) -> list[ImageSet]:
+    sets = (run.context.train_set, run.context.validation_set, run.context.test_set)
+    return [image_set for image_set in sets if image_set is not None]
 
 
 def _describe(image_set: ImageSet) -> dict[str, Any]:

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 MIN_WIDTH, MAX_WIDTH = 20, 60
 """Width of the column of values, in characters; longer values are cut off."""
 
-NAME_WIDTH = 13
+NAME_WIDTH = 17
 
 SHOWN_CLASSES = 10
 """With more classes, the largest and the smallest are named."""
@@ -101,8 +101,9 @@ def _lines(plan: dict[str, Any]) -> Iterator[tuple[str, str]]:
             f"{name} {array['dtype']} {array['row_shape']}: {array['view_bytes']:,} bytes a view, "
             f"{array['store_bytes']:,} in total ({required_by})",
         )
-    test = plan["test_store"]
-    yield "test", f"{test['num_samples']:,} test images: {test['store_bytes']:,} bytes in {test['store']}"
+    for part in ("test", "validation"):
+        if (own := plan.get(f"{part}_store")) is not None:
+            yield part, f"{own['num_samples']:,} {part} images: {own['store_bytes']:,} bytes in {own['store']}"
     yield "compute", _compute_text(plan)
     yield "disk", f"{plan['missing_bytes']:,} bytes to write, {plan['free_bytes']:,} free"
     for line in plan["tail_mass"]:

@@ -82,7 +82,8 @@ def sample_context(run: Run) -> Iterator[StageContext]:
             context,
             run_dir=Path(folder),
             train_set=_sample(context.train_set, count),
-            test_set=_sample(context.test_set, MIN_SAMPLE),
+            test_set=_sample(context.deciding.test_set, MIN_SAMPLE),
+            validation_set=None,
             views=replace(context.views, num_views=1),
             mix_partners=None,
             monitor=RunMonitor(should_stop=context.monitor.should_stop),
@@ -182,14 +183,14 @@ class Probe:
         return (step.times(steps) + self._evaluation(network, context)).times(train.epochs)
 
     def _evaluation(self, network: ModelBundle, context: StageContext) -> Seconds:
-        """Return the time of an evaluation on all test images."""
+        """Return the time of an evaluation on all images that decide."""
         test = context.evaluation(network.normalize)
         network.model.to(context.device)
         evaluate(network.model, test, context.device)
         started = time.perf_counter()
         evaluate(network.model, test, context.device)
         per_image = (time.perf_counter() - started) / context.test_set.num_samples
-        return Seconds(per_image, SPREAD * per_image).times(self.run.context.test_set.num_samples)
+        return Seconds(per_image, SPREAD * per_image).times(self.run.context.deciding.test_set.num_samples)
 
 
 def _step_time(job: TrainJob, device: torch.device) -> Seconds:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
 import typer
 
@@ -31,26 +31,24 @@ def verify(path: Path, as_json: bool) -> VerifyReport:
 def recheck(path: Path, run: Run, num_rows: int, seed: int) -> RecheckReport:
     """Recompute some samples of a store, or of its test store, with the recipe's teacher, and compare."""
     from kdpipe.stages.cache_teacher.recheck import recompute
-    from kdpipe.stages.context import test_context
     from kdpipe.stages.teacher import load_teacher
 
     teacher = load_teacher(run.recipe.teacher, run.recipe.seed, run.context)
-    is_test_store = path.absolute() == run.test_store
-    return recompute(path, teacher, test_context(run.context) if is_test_store else run.context, num_rows, seed)
+    beside = dict(run.evaluation_stores(run.store).values())
+    return recompute(path, teacher, beside.get(path.absolute(), run.context), num_rows, seed)
 
 
 def repair(run: Run) -> Repaired:
-    """Repair the recipe's stores, of the training and the test images."""
+    """Repair the recipe's stores, of the training images and of those that networks are evaluated on."""
     from kdpipe.stages.cache_teacher.repair import repair as repair_store
-    from kdpipe.stages.context import test_context
     from kdpipe.stages.teacher import load_teacher
 
     teacher, config = load_teacher(run.recipe.teacher, run.recipe.seed, run.context), run.recipe.cache
     layers = list(run.required_features(teacher))
     repaired = {run.store: repair_store(config, run.store, teacher, layers, run.context)}
-    if run.test_store.exists():
-        test_config, test_images = config.for_test, test_context(run.context)
-        repaired[run.test_store] = repair_store(test_config, run.test_store, teacher, [], test_images)
+    for path, images in run.evaluation_stores(run.store).values():
+        if path.exists():
+            repaired[path] = repair_store(config.for_test, path, teacher, [], images)
     return repaired
 
 
@@ -75,8 +73,11 @@ def print_verdict(path: Path, verdict: VerifyReport, recomputed: RecheckReport |
 
 
 def repair_json(repaired: Repaired) -> dict[str, Any]:
-    """Return the results for the training store, and under `test_store` for that of the test images, if any."""
-    documents = [
+    """Return the results for the training store, and under `test_store` and so on for those beside it."""
+    from kdpipe.stages.data.splits import Part
+    from kdpipe.stages.targets.open import part_store_path
+
+    first, *others = [
         {
             "path": str(path),
             "found": [fault.to_json() for fault in found.damaged],
@@ -85,7 +86,9 @@ def repair_json(repaired: Repaired) -> dict[str, Any]:
         }
         for path, (found, left, num_computed) in repaired.items()
     ]
-    return documents[0] | ({"test_store": documents[1]} if len(documents) > 1 else {})
+    trained, *evaluated = repaired
+    parts = {part_store_path(trained, part): part for part in get_args(Part)}
+    return first | {f"{parts[path]}_store": other for path, other in zip(evaluated, others, strict=True)}
 
 
 def print_repair(repaired: Repaired) -> None:

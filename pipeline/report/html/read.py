@@ -12,6 +12,7 @@ from typing import Any
 from kdpipe.pipeline.report.networks import NetworkEntry, network_entries
 from kdpipe.pipeline.report.report import read_report
 from kdpipe.pipeline.report.rows import Report, Row
+from kdpipe.stages.data.splits import VALIDATION
 from kdpipe.stages.errors import RunError
 from kdpipe.stages.training.job_dir import JobDir, read_json_file
 from kdpipe.store.fs.checksums import require_intact
@@ -25,11 +26,12 @@ MAIN_KINDS = ("teacher", "alone", "student")
 
 @dataclass(frozen=True)
 class Epoch:
-    """A line of metrics.jsonl: number counted from 1, test accuracy in percent, weighted losses by name."""
+    """A line of metrics.jsonl: number counted from 1, accuracy in percent on a split, weighted losses by name."""
 
     number: int
     accuracy: float
     losses: Mapping[str, float]
+    split: str = "test"
 
 
 @dataclass(frozen=True)
@@ -98,7 +100,7 @@ class PageRun:
         return next((network for network in self.networks if network.kind == kind), None)
 
     def row(self, kind: str) -> Row | None:
-        return next((row for row in self.report.rows if row.kind == kind), None)
+        return self.report.row(kind)
 
     @property
     def main(self) -> list[Network]:
@@ -129,4 +131,5 @@ def _epoch(record: dict[str, Any]) -> Epoch:
     number, accuracy = int(record["epoch"]) + 1, 100 * float(record["accuracy"])
     if number < 1 or not 0 <= accuracy <= 100:
         raise ValueError(f"epoch {number} has an accuracy of {accuracy:g} %")
-    return Epoch(number, accuracy, {str(name): float(value) for name, value in record.get("losses", {}).items()})
+    losses = {str(name): float(value) for name, value in record.get("losses", {}).items()}
+    return Epoch(number, accuracy, losses, VALIDATION if record.get("split") == VALIDATION else "test")

@@ -164,6 +164,7 @@ def _figures(folder: JobDir, result: Mapping[str, Any]) -> dict[str, Any]:
     identity, examined = result["identity"], result.get("examined") or {}
     return {
         "accuracy": result["accuracy"],
+        **({"validation_accuracy": result["validation"]["accuracy"]} if "validation" in result else {}),
         "agreement": examined.get("agreement"),
         "num_parameters": result["num_parameters"],
         "num_macs": result.get("num_macs"),

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from kdpipe.stages.data.decode import Pixels
 from kdpipe.stages.data.image_files import ImageFileList
-from kdpipe.stages.data.splits import Indices, Split
+from kdpipe.stages.data.splits import Indices, Part
 from kdpipe.stages.errors import DataError, first_few
 
 MAX_NUMBERED_CLASSES = 1_000_000
@@ -75,13 +75,13 @@ def list_arrays(
 
 
 def absent_classes(
-    where: str, split: Split, labels: npt.NDArray[np.int64], class_names: tuple[str, ...], wanted: Container[str] | None
+    where: str, split: Part, labels: npt.NDArray[np.int64], class_names: tuple[str, ...], wanted: Container[str] | None
 ) -> tuple[str, ...]:
     """Return a notice if no sample of a split is of one of the classes; none otherwise.
 
     Args:
         where: The data set's name.
-        split: The split.
+        split: The part that was loaded.
         labels: Its labels, int64 [N].
         class_names: The names of all classes.
         wanted: The classes to look for; None means all.
@@ -93,7 +93,7 @@ def absent_classes(
         return ()
     some = first_few([repr(class_names[number]) for number in absent])
     found = f"data set {where} ({split}): {len(absent)} of {len(class_names)} classes have no sample: {some}."
-    if split == "test":
+    if split != "train":
         return (f"{found} Their accuracy is not measured.",)
     one_based = absent == [0] and class_names[0] == "0" and wanted is None
     advice = " Labels count from 0, and here they start at 1: subtract 1." if one_based else ""

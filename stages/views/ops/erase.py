@@ -63,7 +63,7 @@ class RandomErasing(KeepsSize):
                 f"RandomErasing with value = {list(self.value)} needs images of 3 channels, and these have "
                 f"{images.shape[1]}: give it a single value."
             )
-        return torch.tensor(self.value, dtype=torch.uint8, device=images.device).reshape(-1, 1, 1)
+        return torch.tensor(self.value, dtype=torch.uint8).to(images.device, non_blocking=True).reshape(-1, 1, 1)
 
 
 @section
@@ -90,7 +90,7 @@ class Cutout:
         height, width = images.shape[2:]
         side = torch.full((len(images),), self.size)
         boxes = boxes_around(rng.integers(height, _ROW), rng.integers(width, _COLUMN), side, side, (height, width))
-        return paste(images, torch.tensor(self.fill, dtype=torch.uint8, device=images.device), boxes)
+        return paste(images, images.new_full((), self.fill), boxes)
 
 
 def noise(keys: Tensor, shape: tuple[int, int, int]) -> Tensor:

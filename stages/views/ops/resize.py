@@ -27,7 +27,7 @@ def resize(images: Tensor, size: tuple[int, int]) -> Tensor:
     if tuple(images.shape[2:]) == size:
         return images
     rows, columns = _weights(images.shape[2], size[0]), _weights(images.shape[3], size[1])
-    rows, columns = rows.to(images.device), columns.to(images.device)
+    rows, columns = (weights.to(images.device, non_blocking=True) for weights in (rows, columns))
     widest = images.shape[1] * max(images.shape[2], size[0]) * max(images.shape[3], size[1])
     parts = [
         _rounded(rows @ _rounded(images[part].double() @ columns.T)).to(torch.uint8)

@@ -39,9 +39,9 @@ def event(stage, job, done, total=100):
 
 def test_the_jobs_of_a_run_are_known_before(now):
     jobs = planned_jobs(RECIPE, ALL)
-    first = ["teacher", "store.zarr", "alone student, seed 3", "distilled student, seed 3"]
+    first = ["teacher", "store.zarr", "student alone, seed 3", "student distilled, seed 3"]
     assert [job.name for job in jobs[:4]] == first
-    assert [job.name for job in jobs if job.seed == 2][-1] == "int8-alone student, seed 7"
+    assert [job.name for job in jobs if job.seed == 2][-1] == "int8-student alone, seed 7"
     assert len(planned_jobs(RECIPE, ["train-student"])) == 4
 
 
@@ -52,9 +52,9 @@ def test_the_time_left_is_that_of_all_jobs(now):
     now.now = 10.0
     run.update(event("train-teacher", "teacher", 100))
     assert run.left_s() == pytest.approx(41.0)  # a second an epoch: 40 of students, and the store's views
-    run.update(event("train-student", "alone student, seed 3", 0))
+    run.update(event("train-student", "student alone, seed 3", 0))
     now.now = 12.0
-    run.update(event("train-student", "alone student, seed 3", 50))
+    run.update(event("train-student", "student alone, seed 3", 50))
     assert run.position() == "stage 3 of 3, seed 1 of 2"
     assert run.left_s() == pytest.approx(14.0)  # those of its stage take as long
     now.now = 13.0
@@ -63,7 +63,7 @@ def test_the_time_left_is_that_of_all_jobs(now):
 
 def test_jobs_that_are_done_are_passed_over(now):
     run = WholeRun(planned_jobs(RECIPE, ALL))
-    run.update(event("train-student", "distilled student, seed 7", 40))  # resumed
+    run.update(event("train-student", "student distilled, seed 7", 40))  # resumed
     assert (run.position(), run.num_done, run.left_s()) == ("stage 3 of 4, seed 2 of 2", 5, None)
     run.update(event("train-teacher", "not needed", 1, 1))
     run.update(ProgressEvent("data", "scan", 1, 2, "image"))

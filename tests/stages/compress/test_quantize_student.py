@@ -32,4 +32,6 @@ def test_fine_tuning_while_quantized_is_in_float32(monkeypatch):
     )
     source = SimpleNamespace(load=lambda: ModelBundle(tiny_network().eval(), {}, NORMALIZE))
     with pytest.raises(Captured, match="float32"):
-        quantize_student(QuantizeConfig(), TrainConfig(precision="bfloat16"), fine_tuning, source, "quantized")
+        quantize_student(
+            QuantizeConfig(), TrainConfig(precision="bfloat16"), fine_tuning, source, "quantized", name="INT8"
+        )

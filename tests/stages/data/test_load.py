@@ -155,7 +155,7 @@ def test_unknown_name_error_has_the_nearest(name: str, suggestion: str) -> None:
 
 
 def test_an_unknown_split_is_refused() -> None:
-    with pytest.raises(DataError, match="unknown split 'val': expected 'train' or 'test'"):
+    with pytest.raises(DataError, match="unknown split 'val': expected 'train', 'validation' or 'test'"):
         load_dataset(DataConfig(), "val")  # type: ignore[arg-type]
 
 
@@ -202,3 +202,15 @@ def test_images_larger_than_memory_are_rejected(toy: dict[str, Any], monkeypatch
 def test_a_wrong_key_or_value_is_refused(keys: dict[str, Any]) -> None:
     with pytest.raises(RecipeError):
         DataConfig(**keys)
+
+
+def test_validation_share_is_cut_from_the_training_images(toy: dict[str, Any]) -> None:
+    whole = load_dataset(DataConfig(**toy, num_train=32), "train")
+    config = DataConfig(**toy, num_train=32, validation_share=0.25)
+    train, validation, test = (load_dataset(config, part) for part in ("train", "validation", "test"))
+    assert torch.bincount(validation.labels).tolist() == [2, 2, 2, 2]
+    assert sorted([*train.sample_ids.tolist(), *validation.sample_ids.tolist()]) == sorted(whole.sample_ids.tolist())
+    assert digest(test) == digest(load_dataset(DataConfig(**toy), "test"))
+    assert validation.split == "validation"
+    with pytest.raises(RecipeError, match="data.validation_share"):
+        load_dataset(DataConfig(**toy), "validation")

@@ -1,11 +1,13 @@
 from __future__ import annotations
 
+from random import Random
+
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kdpipe.stages.data.splits import stratified_split, stratified_subset
+from kdpipe.stages.data.splits import stratified_split, stratified_subset, validation_split
 from kdpipe.stages.errors import DataError
 
 LABELS = st.lists(st.integers(0, 4), min_size=1, max_size=60)
@@ -100,3 +102,39 @@ def test_a_subset_larger_than_the_split_is_refused(count: int) -> None:
 def test_labels_are_one_row(labels: np.ndarray) -> None:
     with pytest.raises(DataError, match="must be one-dimensional and not empty"):
         stratified_split(labels, 0.2)
+
+
+def _ids(count: int, seed: int) -> np.ndarray:
+    return np.random.default_rng(seed).choice(10**6, count, replace=False)
+
+
+@given(LABELS, SHARES, st.integers(0, 5))
+def test_validation_is_disjoint_complete_and_stratified(labels: list[int], share: float, seed: int) -> None:
+    column = _with_a_pair(labels)
+    train, validation = validation_split(column, _ids(len(column), seed), share)
+    assert sorted([*train, *validation]) == list(range(len(column)))
+    assert list(train) == sorted(train) and list(validation) == sorted(validation)
+    for label in np.unique(column):
+        left, taken = np.sum(column[train] == label), np.sum(column[validation] == label)
+        assert left >= 1 and taken >= (left + taken >= 2)
+        assert taken == min(max(int(share * (left + taken) + 0.5), left + taken >= 2), left + taken - 1)
+
+
+@given(LABELS, SHARES, st.randoms(use_true_random=False))
+def test_validation_depends_on_ids_and_not_on_their_order(labels: list[int], share: float, random: Random) -> None:
+    column, order = _with_a_pair(labels), list(range(len(labels) + 2))
+    random.shuffle(order)
+    ids = _ids(len(column), 0)
+    first, second = (ids[rows][validation_split(column[rows], ids[rows], share)[1]] for rows in (slice(None), order))
+    assert sorted(first) == sorted(second)
+
+
+def test_validation_mostly_stays_where_samples_are_added() -> None:
+    labels, ids = np.arange(2000) % 4, _ids(2000, 0)
+    few, more = (set(ids[:count][validation_split(labels[:count], ids[:count], 0.2)[1]]) for count in (1800, 2000))
+    assert len(few & more) > 0.9 * len(few)
+
+
+def test_validation_of_single_samples_is_refused() -> None:
+    with pytest.raises(DataError, match="data.validation_share"):
+        validation_split([0, 1, 2], [5, 6, 7], 0.5)

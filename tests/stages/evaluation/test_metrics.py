@@ -12,6 +12,7 @@ from torchmetrics.functional.classification import multiclass_accuracy, multicla
 
 from kdpipe.stages.data.image_set import ImageSet
 from kdpipe.stages.data.loader.image_loader import ImageLoader
+from kdpipe.stages.evaluation.correct_images import outcome_of
 from kdpipe.stages.evaluation.evaluate import Evaluation, evaluate
 from kdpipe.stages.evaluation.metrics import evaluate_in_depth
 from kdpipe.stages.models.bundle import ModelBundle
@@ -189,3 +190,10 @@ def test_finished_job_saves_the_report(tmp_path):
     assert result["accuracy"] == result["best_accuracy"] == result["examined"]["top1"]
     assert result["examined"] == evaluate_in_depth(network.model, context.evaluation(normalize), DEVICE).to_json()
     assert sum(one["num_samples"] for one in result["examined"]["per_class"]) == context.test_set.num_samples
+
+
+def test_report_says_which_images_are_correct():
+    logits = torch.tensor([[1.0, 0.0], [1.0, 0.0], [0.0, 1.0], [1.0, 0.0]])
+    found = report_of(logits, [0, 1, 1, 0])
+    outcome = outcome_of({"accuracy": found.top1, "examined": found.to_json()})
+    assert outcome.correct.tolist() == [True, False, True, True]

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from support.device import DEVICE, needs_gpu
+from support.device import DEVICE, needs_gpu, without_waits
 
 from kdpipe.stages.targets.class_map import ClassMap
 from kdpipe.stages.targets.ensemble import TeacherEnsemble, TeachersConfig
@@ -26,8 +26,5 @@ def top_k(logits):
 def test_logits_are_computed_without_a_wait(make):
     outputs = [TransformedTargets(make(torch.randn(8, 6)), CLASSES.map_logits) for _ in range(2)]
     labels, ensemble = torch.zeros(8, dtype=torch.int64, device=DEVICE), TeacherEnsemble(TeachersConfig(), 2)
-    torch.cuda.set_sync_debug_mode("error")
-    try:
+    with without_waits():
         ensemble(outputs, [None, torch.ones(8, dtype=torch.bool)], labels).logits_at(4.0)
-    finally:
-        torch.cuda.set_sync_debug_mode("default")

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from support.tiny_run import STUDENT, TEACHER, TRAIN, tiny_context
+from support.tiny_run import STUDENT, TEACHER, TRAIN, squares, tiny_context
 
 from kdpipe.pipeline.steps import compress_student, train_student, train_teacher
 from kdpipe.stages.compress.compress import CompressConfig
@@ -14,6 +15,7 @@ from kdpipe.stages.errors import ModelError, RecipeError
 from kdpipe.stages.export import onnx_export
 from kdpipe.stages.runtime.events import WARNING, ProgressEvent, RunMonitor
 from kdpipe.stages.training import preflight
+from kdpipe.stages.training.finalize import deciding_accuracy
 
 
 @pytest.fixture
@@ -57,3 +59,30 @@ def test_student_without_onnx_file_gets_it_later(tmp_path: Path) -> None:
     assert {**figures, "wall_s": 0} == {**train_student(config, 0, None, at_once), "wall_s": 0}
     file = Path("students", "alone-seed0", "model.onnx")
     assert (later.run_dir / file).read_bytes() == (at_once.run_dir / file).read_bytes()
+
+
+@pytest.mark.usefixtures("without_onnx")
+def test_validation_images_are_those_of_each_epoch(tmp_path: Path) -> None:
+    """The test images are evaluated at the end alone, and without validation images nothing else is recorded."""
+    plain = tiny_context(tmp_path / "plain")
+    config = replace(TEACHER, train=replace(TRAIN, epochs=2))
+    validation = replace(squares(60, 5), split="validation")
+    made = {
+        name: train_teacher(config, 0, context)
+        for name, context in (
+            ("plain", plain),
+            ("validated", replace(plain, run_dir=tmp_path / "validated", validation_set=validation)),
+        )
+    }
+    lines = {
+        name: [json.loads(line) for line in (tmp_path / name / "teacher/metrics.jsonl").read_text().splitlines()]
+        for name in made
+    }
+    assert not any("split" in line for line in lines["plain"]) and "validation" not in made["plain"]
+    assert [line["split"] for line in lines["validated"]] == ["validation"] * 2
+    assert made["validated"]["accuracy"] == made["plain"]["accuracy"] == lines["plain"][-1]["accuracy"]
+    found = made["validated"]["validation"]
+    assert (found["num_images"], found["accuracy"]) == (60, lines["validated"][-1]["accuracy"])
+    assert made["validated"]["best_accuracy"] == max(line["accuracy"] for line in lines["validated"])
+    assert deciding_accuracy(made["validated"]) == found["accuracy"]
+    assert deciding_accuracy(made["plain"]) == made["plain"]["accuracy"]

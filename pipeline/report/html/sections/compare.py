@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from kdpipe.pipeline.report.formatting import integer, kib, mean_std, share
+from kdpipe.pipeline.report.formatting import integer, interval_text, kib, mean_std, share
 from kdpipe.pipeline.report.html.read import MAIN_KINDS, PageRun
 from kdpipe.pipeline.report.html.sections.curves import curve_panel, curves_of, legend
-from kdpipe.pipeline.report.html.sections.summary import gain_of
 from kdpipe.pipeline.report.html.templating import link
 from kdpipe.pipeline.terminal.tables import Table
 
@@ -18,6 +17,7 @@ HEADERS = (
     "student alone %",
     "student distilled %",
     "points gained",
+    "95 % interval",
     "gap closed",
     "parameters",
     "ONNX file",
@@ -37,14 +37,15 @@ def comparison(runs: Sequence[PageRun]) -> dict[str, object]:
 
 
 def _row(run: PageRun) -> list[object]:
-    gain, student = gain_of(run), run.row("student")
+    gain, student = run.report.difference("student", "alone"), run.row("student")
     rows = [run.row(kind) for kind in MAIN_KINDS]
     return [
         link(f"{run.key}top", run.report.recipe),
         run.folder_name,
         *(mean_std(row.accuracy_mean, row.accuracy_std) if row else "-" for row in rows),
-        mean_std(gain.points, gain.std, signed=True) if gain else "-",
-        share(gain.share_closed if gain and not gain.is_within_spread else None),
+        mean_std(gain.points, signed=True) if gain else "-",
+        interval_text(gain.interval, signed=True) if gain else "-",
+        share(run.report.verdict.share_closed),
         integer(student.num_parameters if student else None),
         kib(student.file_bytes if student else None),
     ]

@@ -1,4 +1,4 @@
-"""Learning curves: test accuracy by epoch, one panel per network on equal axes."""
+"""Learning curves: test or validation accuracy by epoch, one panel per network on equal axes."""
 
 from __future__ import annotations
 
@@ -20,12 +20,13 @@ WIDTH, HEIGHT = 340, 236
 
 @dataclass(frozen=True)
 class Curve:
-    """A network's test accuracies in percent by epoch, a mapping per seed."""
+    """A network's accuracies on a split in percent by epoch, a mapping per seed."""
 
     name: str
     color: str
     line: str
     seeds: Sequence[Mapping[int, float]]
+    split: str = "test"
 
     @property
     def mean(self) -> dict[int, float]:
@@ -42,9 +43,10 @@ class Curve:
 def curves_of(networks: Iterable[Network]) -> list[Curve]:
     """Return the curves of networks of which an epoch is recorded."""
     return [
-        Curve(network.name, network.color, network.line, seeds)
+        Curve(network.name, network.color, network.line, seeds, trained[0].epochs[0].split)
         for network in networks
-        if (seeds := [{epoch.number: epoch.accuracy for epoch in job.epochs} for job in network.jobs if job.epochs])
+        if (trained := [job for job in network.jobs if job.epochs])
+        and (seeds := [{epoch.number: epoch.accuracy for epoch in job.epochs} for job in trained])
     ]
 
 
@@ -74,7 +76,7 @@ def curve_panel(title: str, strong: Sequence[Curve], together: Sequence[Curve], 
     figure = new_figure(WIDTH, HEIGHT)
     axes = add_axes(figure, 40, 30, WIDTH - 50, HEIGHT - 40)
     axes.set_title(shortened(title, 26), loc="left", fontsize=13)
-    axes.set_title("test accuracy, %", loc="right", fontsize=11, color=color("quiet"))
+    axes.set_title(f"{together[0].split} accuracy, %", loc="right", fontsize=11, color=color("quiet"))
     seeds = [seed for curve in together for seed in curve.seeds]
     epoch_axis(axes, max(max(seed) for seed in seeds))
     error_axis(axes, [accuracy for seed in seeds for accuracy in seed.values()])
@@ -93,4 +95,4 @@ def curve_panel(title: str, strong: Sequence[Curve], together: Sequence[Curve], 
             axes.plot([epoch], [average], "o", color=shade, markersize=5)
             label: Any = {"va": side, "color": shade, "fontweight": "bold", "textcoords": "offset points"}
             axes.annotate(f"{average:.2f}", (epoch, average), (7, 0), **label)
-    return svg(figure, f"{title}: test accuracy by epoch", ", ".join(ends))
+    return svg(figure, f"{title}: {together[0].split} accuracy by epoch", ", ".join(ends))

@@ -71,7 +71,7 @@ def test_transforms_of_images_in_memory_run_in_workers(equal):
 @pytest.mark.parametrize("num_workers", [0, 2])
 def test_original_images_are_loaded_without_a_view(equal, num_workers):
     indices = shuffled(1)
-    raw = in_memory(equal).images[indices]
+    raw = in_memory(equal).images[indices].to(DEVICE)
     for loader in (ImageLoader(equal, DEVICE, num_workers=num_workers), loader_of(equal, MIXED_CROPS, num_workers)):
         batch = loader.get(ViewRequest(indices))
         assert torch.equal(batch.images, raw)

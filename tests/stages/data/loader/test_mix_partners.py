@@ -5,8 +5,20 @@ import dataclasses
 import numpy as np
 import pytest
 import torch
+from support.device import DEVICE
 from support.made_store import folder_bytes
-from support.tiny_run import CACHE, LAYERS, LOSSES, STUDENT, TEACHER, VIEWS, make_tiny_store, squares, tiny_context
+from support.tiny_run import (
+    CACHE,
+    LAYERS,
+    LOSSES,
+    STUDENT,
+    TEACHER,
+    VIEWS,
+    make_tiny_store,
+    squares,
+    stored_rows,
+    tiny_context,
+)
 
 from kdpipe.pipeline.steps import cache_teacher
 from kdpipe.stages.data.loader.mix_partners import load_partner_pool, read_partner_pool
@@ -63,7 +75,7 @@ def render_mixed(ids, view, partner_pool):
 
 def predict(teacher, images):
     with torch.no_grad():
-        return teacher.model(teacher.normalize(images)).numpy()
+        return teacher.model.to(DEVICE)(teacher.normalize(images.to(DEVICE))).cpu().numpy()
 
 
 def make_task(path, context):
@@ -89,18 +101,19 @@ def test_student_gets_the_stored_mixture_and_both_labels(run):
         batch = next(task.stream(5, 50, epoch=epoch, step=0, epochs=epoch + 1))
         ids = ALL.sample_ids[task.order(5, epoch)[:50]]
         mixture = mixtures(ids, view, ALL.sample_ids)
-        assert torch.equal(batch.images, network.normalize(render_mixed(ids, view, ALL.sample_ids)))
+        assert torch.equal(batch.images.cpu(), network.normalize(render_mixed(ids, view, ALL.sample_ids)))
         assert batch.hard.labels.tolist() == [label_of[sample_id] for sample_id in ids.tolist()]
         assert batch.hard.partner_labels.tolist() == [label_of[sample_id] for sample_id in mixture.partner_ids.tolist()]
-        assert torch.equal(batch.hard.own_share, mixture.own_share)
-        stored = open_store(run / "store.zarr").gather("logits", view, ids.numpy())
-        assert torch.equal(batch.teachers[0].logits, torch.from_numpy(stored).float())
+        assert torch.equal(batch.hard.own_share.cpu(), mixture.own_share)
+        stored = stored_rows(open_store(run / "store.zarr"), "logits", view, ids)
+        assert torch.equal(batch.teachers[0].logits, stored)
 
 
 def test_the_hard_labels_of_a_mixture_count_by_their_shares(run):
     _, task = make_task(run / "store.zarr", mixed_context(run))
+    task.distillation.to(DEVICE)
     batch = next(task.stream(5, 50, epoch=0, step=0, epochs=1))
-    outputs = ModelOutput(torch.randn(50, 4), {"stage2": torch.randn(50, 8, 4, 4)})
+    outputs = ModelOutput(torch.randn(50, 4, device=DEVICE), {"stage2": torch.randn(50, 8, 4, 4, device=DEVICE)})
     logs, total = outputs.logits.log_softmax(1), 0.0
     for index in range(50):
         own, share = int(batch.hard.labels[index]), float(batch.hard.own_share[index])
@@ -156,7 +169,7 @@ def test_student_on_a_subset_gets_the_same_mixtures(run, part):
     size = part.num_samples
     batch = next(task.stream(1, size, epoch=2, step=0, epochs=3))
     ids = part.sample_ids[task.order(1, 2)]
-    assert torch.equal(batch.images, network.normalize(render_mixed(ids, 2, ALL.sample_ids)))
+    assert torch.equal(batch.images.cpu(), network.normalize(render_mixed(ids, 2, ALL.sample_ids)))
     mixture = mixtures(ids, 2, ALL.sample_ids)
     label_of = dict(zip(ALL.sample_ids.tolist(), ALL.labels.tolist(), strict=True))
     assert batch.hard.partner_labels.tolist() == [label_of[sample_id] for sample_id in mixture.partner_ids.tolist()]
