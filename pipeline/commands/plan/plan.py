@@ -123,7 +123,7 @@ def _teacher_cost(times: Probe, found: str | None) -> StageCost:
 
 
 def _caching_cost(run: Run, plan: dict[str, Any], measured: dict[str, float] | None) -> StageCost:
-    wall_s = measured["wall_s"] if measured else 0.0
+    wall_s = plan["num_images"] / measured["images_per_s"] if measured else 0.0
     store = Path(plan["store"])
     note = "" if store in (run.own_store, run.store) else shown(store)
     done = int(not plan["num_images"])
