@@ -229,8 +229,9 @@ def _with_progress(run: Run, command: str, options: JobOptions) -> Iterator[Run]
 
 def _whole_run(recipe: Recipe, command: str) -> WholeRun | None:
     """Return the jobs that a command does, for its progress; None of a command that does a single one, or others."""
+    from kdpipe.pipeline.planned_jobs import planned_jobs
     from kdpipe.pipeline.steps import STAGES
-    from kdpipe.pipeline.terminal.whole_run import WholeRun, planned_jobs
+    from kdpipe.pipeline.terminal.whole_run import WholeRun
 
     stages = list(STAGES) if command == "run" else [command] if command in STAGES else []
     jobs = planned_jobs(recipe, stages)

@@ -10,13 +10,14 @@ from rich.cells import cell_len
 from rich.console import Console
 from support.tiny_run import TEACHER
 
+from kdpipe.pipeline.planned_jobs import planned_jobs
 from kdpipe.pipeline.recipe.load import Recipe
 from kdpipe.pipeline.terminal import output, progress, rate, reporter, whole_run
 from kdpipe.pipeline.terminal.output import Verbosity
 from kdpipe.pipeline.terminal.progress import MAX_BARS, Bars
 from kdpipe.pipeline.terminal.progress import reporter as open_reporter
 from kdpipe.pipeline.terminal.rate import Rate, duration_text, rate_text
-from kdpipe.pipeline.terminal.whole_run import WholeRun, planned_jobs
+from kdpipe.pipeline.terminal.whole_run import WholeRun
 from kdpipe.stages.distillation.student_config import StudentConfig
 from kdpipe.stages.runtime.events import WARNING, ProgressEvent
 from kdpipe.stages.views.config import Views
