@@ -90,10 +90,15 @@ def test_a_plan_finds_what_the_workspace_offers(tmp_path: Path) -> None:
     assert [(stage["count"], stage["num_done"]) for stage in plan["stages"]] == [(1, 1), (1, 1), (2, 2), (2, 1)]
     assert [stage["wall_s"][1] > 0 for stage in plan["stages"]] == [False, False, False, True]
     assert not (tmp_path / "b").exists()
+    weights = str(tmp_path / "a" / "teacher" / "model.safetensors")
+    given = replace(TEACHER, model=replace(TEACHER.model, weights=weights), train=None, mean=(0.3,), std=(0.4,))
+    plan = planned(tmp_path / "b", replace(RECIPE, teacher=given, compress=CompressConfig(steps=())))
+    assert plan["teacher"]["normalization"] == {"mean": [0.3], "std": [0.4]}
+    assert plan["teacher"]["notes"].startswith("it reaches ")
     assert find_teacher(Run(RECIPE, tmp_path / "b", RunMonitor())) is None
     other = replace(RECIPE, distill=(KD(loss="kd", temperature=2.0),))
     run = Run(other, tmp_path / "b", RunMonitor(), workspace=Workspace(tmp_path))
-    assert list(find_students(run, Path(plan["store"]))) == [("alone", 0), ("alone", 1)]
+    assert list(find_students(run, tmp_path / "a" / "store.zarr")) == [("alone", 0), ("alone", 1)]
 
 
 def test_the_number_of_fine_tunings_follows_the_recipe() -> None:
