@@ -107,7 +107,7 @@ def run_job(
         part: Part of the units to compute, as "I/N", in `cache-teacher`.
         count: Number of generations, in `generations`.
         only: The single step to do, in `compress`.
-        page: Whether to write the HTML page too, in `run`.
+        page: Whether to write the HTML page even with --json, in `run`.
     """
     # Signals first: a job stopped while torch loads must exit with 75 too.
     with guarded(), handle_signals(options.max_duration) as should_stop, ExitStack() as advice:
@@ -297,7 +297,7 @@ def _print_results(command: str, run: Run, results: dict[str, Any], as_json: boo
     if command in ("run", "compress"):
         write_pareto_plot(run.folder)
     if command == "run":
-        path = run.folder / "report.html" if page else None
+        path = run.folder / "report.html" if page or not as_json else None
         if path is not None:
             from kdpipe.pipeline.report.html.write import write_page
 
