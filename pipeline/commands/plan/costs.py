@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -61,53 +62,66 @@ def total(costs: Sequence[StageCost]) -> list[float] | None:
 def student_costs(probe: Probe, students: dict[tuple[str, int], Path]) -> Iterator[StageCost]:
     """Yield the costs of the students, alone and distilled, and of their compression."""
     recipe, run = probe.run.recipe, probe.run
-    compressions = list(unfinished_compressions(run)) if recipe.student.export and recipe.distill else []
-    spec, why = None, ""
-    kinds = [ALONE] * recipe.student.baseline + [DISTILLED] * bool(recipe.distill)
-    if recipe.distill and (compressions or any((DISTILLED, seed) not in students for seed in recipe.student.seeds)):
-        spec, why = _opened(probe)
-    for kind in kinds:
-        done = [where for (each, _), where in students.items() if each == kind]
-        count, seconds = len(recipe.student.seeds), None
-        if kind == ALONE or spec is not None or len(done) == count:
-            each = NOTHING if len(done) == count else probe.student_training(spec if kind == DISTILLED else None)
-            seconds = each.times(count - len(done))
-        note = _places(run, done) if seconds else why
-        yield StageCost("train-student", f"students, {kind}", count, len(done), seconds, note)
-    if recipe.student.export and recipe.distill and recipe.compress.steps:
-        yield _compression(probe, compressions, spec, why)
+    compresses = recipe.student.export and recipe.distill and recipe.compress.steps
+    compressions = list(unfinished_compressions(run)) if compresses else []
+    num_done = {kind: sum(each == kind for each, _ in students) for kind in (ALONE, DISTILLED)}
+    count = len(recipe.student.seeds)
+    needs_spec = recipe.distill and (compressions or num_done[DISTILLED] < count)
+    spec, why = _opened(probe) if needs_spec else (None, "")
+    for kind in [ALONE] * recipe.student.baseline + [DISTILLED] * bool(recipe.distill):
+        seconds: Seconds | None = NOTHING
+        note = _places(run, [where for (each, _), where in students.items() if each == kind])
+        if num_left := count - num_done[kind]:
+            seconds, note = _measured(partial(_student_time, probe, kind, spec, num_left), why * (kind != ALONE), note)
+        yield StageCost("train-student", f"students, {kind}", count, num_done[kind], seconds, note)
+    if compresses:
+        what, count = f"networks ({', '.join(recipe.compress.steps)})", count * len(fine_tunings(recipe.compress))
+        measure = partial(_compression_time, probe, compressions, spec)
+        seconds, note = _measured(measure, why, "without exports and latencies")
+        yield StageCost("compress", what, count, count - len(compressions), seconds, note)
 
 
-def _opened(probe: Probe) -> tuple[DistillationSpec | None, str]:
-    """Return the losses on targets of the sample, and why that is not possible."""
+def teacher_cost(probe: Probe, found: Path | None) -> StageCost:
+    """Return the cost of the teacher, which is none if it is finished in the run folder `found`."""
+    places = _places(probe.run, [found] if found else [])
+    seconds, note = (NOTHING, places) if found else _measured(probe.teacher_training)
+    return StageCost("train-teacher", "teacher", 1, int(found is not None), seconds, note)
+
+
+def _measured(measure: Callable[[], Seconds], missing: str = "", note: str = "") -> tuple[Seconds | None, str]:
+    """Return the time, and a note; without a time, what is `missing` to measure it, or why that failed."""
     try:
-        return probe.open_distillation(), "the stores of the students are not on this machine"
+        return (None, missing) if missing else (measure(), note)
     except KdpipeError as error:
         return None, str(error)
 
 
-def _compression(
-    probe: Probe, compressions: Sequence[tuple[str, int]], spec: DistillationSpec | None, why: str
-) -> StageCost:
-    config = probe.run.recipe.compress
-    jobs = fine_tunings(config)
-    count = len(jobs) * len(probe.run.recipe.student.seeds)
-    seconds = NOTHING if not compressions or spec is not None else None
-    if seconds is not None:
-        times: dict[tuple[bool, bool], Seconds] = {}
-        for kind, _ in compressions:
-            train, distilled = jobs[kind]
-            ways = (distilled, not kind.startswith("pruned"))
-            if train.epochs and ways not in times:
-                losses = spec if distilled else None
-                times[ways] = probe.fine_tuning(train, losses, quantized=ways[1]).times(1 / train.epochs)
-            seconds += times[ways].times(train.epochs) if train.epochs else NOTHING
-        kept = 1 - config.prune.ratio if config.prunes and config.prune.kind == "channels" else 1
-        seconds = Seconds(seconds.low * kept, seconds.high)
-    note = "without exports and latencies" if seconds else why
-    return StageCost(
-        "compress", f"networks ({', '.join(config.steps)})", count, count - len(compressions), seconds, note
-    )
+def _opened(probe: Probe) -> tuple[DistillationSpec | None, str]:
+    """Return the losses on targets of the sample, or why that is not possible."""
+    try:
+        spec = probe.open_distillation()
+    except KdpipeError as error:
+        return None, str(error)
+    return spec, "" if spec else "the stores of the students are not complete, or not on this machine"
+
+
+def _student_time(probe: Probe, kind: str, spec: DistillationSpec | None, count: int) -> Seconds:
+    return probe.student_training(spec if kind == DISTILLED else None).times(count)
+
+
+def _compression_time(probe: Probe, compressions: Sequence[tuple[str, int]], spec: DistillationSpec | None) -> Seconds:
+    """Return the time of fine-tunings: measured on the unpruned student, of which pruned ones take a part."""
+    config, seconds = probe.run.recipe.compress, NOTHING
+    jobs, of_an_epoch = fine_tunings(config), dict[tuple[bool, bool], Seconds]()
+    for kind, _ in compressions:
+        train, distilled = jobs[kind]
+        way = distilled, not kind.startswith("pruned")
+        if train.epochs and way not in of_an_epoch:
+            whole = probe.fine_tuning(train, spec if distilled else None, quantized=way[1])
+            of_an_epoch[way] = whole.times(1 / train.epochs)
+        seconds += of_an_epoch[way].times(train.epochs) if train.epochs else NOTHING
+    kept = 1 - config.prune.ratio if config.prunes and config.prune.kind == "channels" else 1.0
+    return Seconds(seconds.low * kept, seconds.high)
 
 
 def _places(run: Run, done: Sequence[Path]) -> str:

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from kdpipe.pipeline.commands.plan.costs import NOTHING, StageCost, student_costs, total
+from kdpipe.pipeline.commands.plan.costs import StageCost, student_costs, teacher_cost, total
 from kdpipe.pipeline.commands.plan.existing import find_students, find_teacher
 from kdpipe.pipeline.commands.plan.probe import SPREAD, Probe, Seconds, sample_context
 from kdpipe.pipeline.preflight import preflight
@@ -87,7 +87,7 @@ def _costs(run: Run, teacher: ModelBundle, features: list[FeatureSpec], plan: di
         measured = _probe_caching(run, teacher, features, plan, sample)
         times = Probe(run, sample, teacher, features, store)
         if needed:
-            add(_teacher_cost(times, found))
+            add(teacher_cost(times, Path(found) if found else None))
             add(_caching_cost(run, plan, measured))
         for cost in student_costs(times, find_students(run, store)):
             add(cost)
@@ -113,13 +113,6 @@ def _probe_caching(
         return None
     timed = replace(teacher, compute=known_settings(plan["compute"]))
     return probe(_known(run, plan), timed, features, sample, plan["num_images"])
-
-
-def _teacher_cost(times: Probe, found: str | None) -> StageCost:
-    seconds = NOTHING if found else times.teacher_training()
-    elsewhere = found is not None and Path(found) != times.run.folder
-    note = f"of {shown(Path(str(found)))}" if elsewhere else ""
-    return StageCost("train-teacher", "teacher", 1, int(found is not None), seconds, note)
 
 
 def _caching_cost(run: Run, plan: dict[str, Any], measured: dict[str, float] | None) -> StageCost:
