@@ -177,7 +177,8 @@ def _accuracies(networks: list[NetworkEntry], folder: Path, budget: Budget) -> I
     for network in (by_kind.get("alone"), by_kind.get("student"), smallest):
         if network and (known := _known_accuracies(network.jobs)):
             yield network.name.removeprefix("student "), mean(known)
-    means, deciding = {}, {}
+    means: dict[str, float] = {}
+    deciding: dict[str, float] = {}
     for variant in budget.entries(folder / "compare", MAX_SEEDS):
         jobs = [Path(job.path) for job in budget.entries(variant.path, MAX_SEEDS)]
         if known := _known_accuracies(jobs):
