@@ -18,12 +18,13 @@ import typer
 from kdpipe.pipeline.session.guard import guarded
 from kdpipe.pipeline.session.options import CommonOptions, JobOptions
 from kdpipe.pipeline.session.signals import handle_signals
-from kdpipe.pipeline.terminal.output import print_debug, print_json, print_warning
+from kdpipe.pipeline.terminal.output import print_debug, print_info, print_json, print_warning
 from kdpipe.store.redact import redacted, redacted_options
 
 if TYPE_CHECKING:
     from kdpipe.pipeline.recipe.load import Recipe
     from kdpipe.pipeline.run import Run
+    from kdpipe.pipeline.terminal.whole_run import WholeRun
     from kdpipe.stages.compress.compress import Step
     from kdpipe.stages.runtime.distributed import ProcessGroup
     from kdpipe.stages.runtime.events import ProgressEvent, RunMonitor
@@ -32,6 +33,12 @@ if TYPE_CHECKING:
 
 DISTRIBUTED = ("train-teacher", "train-student", "compare")
 """Commands whose processes train on shares of one batch."""
+
+
+def _say_at_once(recipe: Path, options: CommonOptions) -> None:
+    """Print a first line on a terminal: loading torch takes seconds."""
+    if not options.as_json and sys.stderr is not None and sys.stderr.isatty():
+        print_info(f"reads {recipe} ...")
 
 
 def _load(recipe: Path, options: CommonOptions, *, sweeps: bool = False) -> tuple[Recipe, Path]:
@@ -45,30 +52,31 @@ def _load(recipe: Path, options: CommonOptions, *, sweeps: bool = False) -> tupl
 
 
 def _workspace(folder: Path, options: CommonOptions) -> Workspace:
-    """Return the workspace of a run: the folder of runs that it is in, unless the options name another one."""
-    from kdpipe.stages.errors import RunError
-    from kdpipe.stages.workspace import Workspace
+    from kdpipe.stages.workspace import workspace_of
 
-    named = options.workspace
-    if named == Path("none"):
-        return Workspace()
-    if named is not None and not named.is_dir():
-        raise RunError(f"--workspace {named}: this is not a folder; name one that contains run folders, or none.")
-    return Workspace((named or folder.absolute().parent).absolute())
+    return workspace_of(folder, None if options.workspace is None else str(options.workspace))
 
 
 @contextmanager
-def open_run(recipe: Path, options: CommonOptions) -> Iterator[Run]:
+def open_run(recipe: Path, options: CommonOptions, *, keeps_images: bool = True) -> Iterator[Run]:
     """Yield the run of a recipe for work that only reads its run folder: with signals and progress, without a lock."""
     with handle_signals(options.max_duration) as should_stop:
+        _say_at_once(recipe, options)
         from kdpipe.pipeline.run import Run
         from kdpipe.pipeline.terminal.progress import reporter
         from kdpipe.stages.runtime.events import RunMonitor
 
         loaded, folder = _load(recipe, options)
+        workspace = _workspace(folder, options)
         with reporter(options.as_json) as report:
-            workspace = _workspace(folder, options)
-            run = Run(loaded, folder, RunMonitor(report, should_stop), share=options.share, workspace=workspace)
+            run = Run(
+                loaded,
+                folder,
+                RunMonitor(report, should_stop),
+                share=options.share,
+                workspace=workspace,
+                keeps_images=keeps_images,
+            )
             run.set_up_machine()
             yield run
 
@@ -94,11 +102,13 @@ def run_job(
     """
     # Signals first: a job stopped while torch loads must exit with 75 too.
     with guarded(), handle_signals(options.max_duration) as should_stop, ExitStack() as advice:
+        _say_at_once(recipe, options)
         from kdpipe.pipeline.run import Run
         from kdpipe.stages.runtime.gpu.device import select_device
         from kdpipe.store import exclusive, shared
 
         loaded, folder = _load(recipe, options, sweeps=command == "sweep")
+        workspace = _workspace(folder, options)
         advice.enter_context(_new_run_advised(command, recipe, options, folder))
         monitor = _monitor(loaded, folder, options, should_stop)
         work, work_shard = _work(command, count, only), _work_shard(part) if command == "cache-teacher" else None
@@ -116,13 +126,13 @@ def run_job(
                 work_shard or process_group.work_shard,
                 share=options.share,
                 process_group=process_group,
-                workspace=_workspace(folder, options),
+                workspace=workspace,
             )
             run.begin()
             if process_group.is_main:
                 _tidy(folder, is_alone=lock is exclusive)
             with _recorded(run, command) as run:
-                with _with_progress(run, options) as shown:
+                with _with_progress(run, command, options) as shown:
                     process_group.check_stop(shown.monitor)
                     # What callbacks and trackers print is not part of the results.
                     with shown.phase(command), redirect_stdout(sys.stderr):
@@ -195,7 +205,7 @@ def _recorded(run: Run, command: str) -> Iterator[Run]:
 
 
 @contextmanager
-def _with_progress(run: Run, options: JobOptions) -> Iterator[Run]:
+def _with_progress(run: Run, command: str, options: JobOptions) -> Iterator[Run]:
     """Yield the run with progress on stderr."""
     from kdpipe.pipeline.terminal.progress import reporter
     from kdpipe.pipeline.terminal.reporter import to_all
@@ -203,8 +213,19 @@ def _with_progress(run: Run, options: JobOptions) -> Iterator[Run]:
     if not run.process_group.is_main:
         yield replace(run, monitor=replace(run.monitor, report=to_all(_print_data_warning, run.monitor.report)))
         return
-    with reporter(options.as_json) as show:
+    with reporter(options.as_json, _whole_run(run.recipe, command)) as show:
         yield replace(run, monitor=replace(run.monitor, report=to_all(show, run.monitor.report)))
+
+
+def _whole_run(recipe: Recipe, command: str) -> WholeRun | None:
+    """Return the jobs that a command does, for its progress; None of a command that does a single one, or others."""
+    from kdpipe.pipeline.planned_jobs import planned_jobs
+    from kdpipe.pipeline.steps import STAGES
+    from kdpipe.pipeline.terminal.whole_run import WholeRun
+
+    stages = list(STAGES) if command == "run" else [command] if command in STAGES else []
+    jobs = planned_jobs(recipe, stages)
+    return WholeRun(jobs) if len(jobs) > 1 else None
 
 
 @contextmanager

@@ -47,17 +47,9 @@ from kdpipe.stages.targets.resolve import smallest_feature
 from kdpipe.stages.targets.tail_mass import TailMass, measure_tails
 from kdpipe.stages.teacher import require_same_training, teacher_identity, untrained_teacher
 from kdpipe.stages.train_student.preflight import dry_run_losses
-from kdpipe.stages.workspace import NOWHERE, RECIPE, Workspace
+from kdpipe.stages.workspace import NOWHERE, RECIPE, Workspace, store_of_run
 from kdpipe.store import StoreError, TopK, is_url, make_folders, read_store_manifest
 from kdpipe.store.fs.checksums import read_intact_json
-
-
-def store_of_run(folder: Path) -> Path:
-    """Return the store that a run uses, as its recipe says: by default that in its folder."""
-    record = read_intact_json(folder / RECIPE) or {}
-    cache = record.get("cache")
-    named = cache.get("store") if isinstance(cache, dict) else None
-    return (Path(named) if isinstance(named, str) and not is_url(named) else folder / "store.zarr").absolute()
 
 
 @dataclass(frozen=True)
@@ -70,6 +62,7 @@ class Run:
         share: Whether a GPU that other processes use may be used.
         process_group: The processes that train together; the first one writes.
         workspace: The other runs whose teachers, stores and students are used.
+        keeps_images: Whether the images of a folder are kept in memory where they fit.
         phase: Returns a context that records the wall time of its block under a name.
     """
 
@@ -80,6 +73,7 @@ class Run:
     share: bool = False
     process_group: ProcessGroup = SINGLE
     workspace: Workspace = NOWHERE
+    keeps_images: bool = True
     phase: Callable[[str], AbstractContextManager[Any]] = nullcontext
 
     def __post_init__(self) -> None:
@@ -164,7 +158,7 @@ class Run:
     ) -> ImageSet:
         """Load a split of the data set, or only the samples with the ids `only`; warn of all that is left out."""
         counter = self.monitor.counter("data", f"scan the images of the {split} split", "image")
-        image_set = load_dataset(data, split, size=size, only=only, on_image=counter)
+        image_set = load_dataset(data, split, size=size, only=only, keep=self.keeps_images, on_image=counter)
         for notice in image_set.notices:
             self.monitor.warn("data", notice)
         for dropped in image_set.dropped:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from kdpipe.pipeline.recipe.sweep import short_names
+from kdpipe.pipeline.report.differences import p_text
 from kdpipe.pipeline.report.formatting import interval_text, mean_std, num_seeds
 from kdpipe.pipeline.terminal.tables import Table
 from kdpipe.stages.errors import RunError
@@ -38,7 +39,7 @@ def compare_table(recipe: str, results: Mapping[str, Any]) -> Table:
                 mean_std(row["accuracy_mean"], row["accuracy_std"]),
                 f"{row['accuracy_mean'] - first['accuracy_mean']:+.2f}",
                 interval_text(interval, signed=True),
-                "-" if row["p"] is None else f"{row['p']:.3f}",
+                p_text(row["p"]),
                 *[mean_std(row["validation_mean"])] * validates,
                 f"{row['best_accuracy_mean']:.2f}",
                 mean_std(row["agreement_mean"]),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import uuid
@@ -15,8 +16,12 @@ from kdpipe.stages.runtime.events import ProgressEvent
 from kdpipe.stages.training.job_dir import JobDir, read_json_file
 from kdpipe.stages.workspace import shown
 from kdpipe.store import KdpipeError, differences, make_folders
-from kdpipe.store.fs.atomic_write import PARTIAL_SUFFIX, fsync_path
-from kdpipe.store.fs.checksums import SUMS, damages, read_sums
+from kdpipe.store.fs.atomic_write import PARTIAL_SUFFIX
+from kdpipe.store.fs.checksums import SUMS, damages, move_with_sums, read_sums
+from kdpipe.store.redact import redacted_json
+
+STUDENTS = ("students/*", "sweep/*/*", "compare/*/*")
+"""Where the students of a run are."""
 
 Accept = Callable[[Path, Mapping[str, Any]], bool]
 """Whether the results of a job in another run folder do for this run."""
@@ -46,7 +51,8 @@ def begun_job(
             job_dir.begin(fingerprint)
             if (done := job_dir.result()) is not None or context.workspace.folder is None:
                 return done
-            turn.enter_context(context.workspace.turn(stage, name, fingerprint, context.monitor))
+            if context.process_group.count == 1:  # the first of several must not wait, and stop, alone
+                turn.enter_context(context.workspace.turn(stage, name, fingerprint, context.monitor))
             if source := _adopt(job_dir, context, accept):
                 used = f"uses the {name} of {shown(source)}"
                 context.monitor.report(ProgressEvent(stage, used, 1, 1, "network"))
@@ -57,16 +63,45 @@ def begun_job(
 
 
 def _adopt(job_dir: JobDir, context: StageContext, accept: Accept) -> Path | None:
-    """Replace the folder of a begun job by a finished one with the same inputs; return its run folder, None if none."""
-    with suppress(ValueError):
-        place = job_dir.path.absolute().relative_to(context.run_dir.absolute())
-        wanted = read_json_file(job_dir.path / "job.json")
-        for run in context.workspace.runs(context.run_dir):
-            with suppress(KdpipeError, OSError):  # damaged, or being removed
-                if _same(run / place, wanted) and accept(run, JobDir(run / place).result() or {}):
-                    _link(run / place, job_dir.path)
-                    return run
+    """Give a begun job the files of a finished one with the same inputs; return the run that has it, None if none."""
+    wanted = read_json_file(job_dir.path / "job.json")
+    for run, found in _finished(job_dir, wanted, context, accept):
+        with suppress(KdpipeError, OSError):  # damaged, or being removed
+            _link(found, job_dir.path)
+            return run
     return None
+
+
+def offered(
+    job_dir: JobDir, fingerprint: Mapping[str, Any], context: StageContext, accept: Accept = lambda run, result: True
+) -> Path | None:
+    """Return a run folder of the workspace where the job with this fingerprint is finished; None if none."""
+    inputs = redacted_json(json.loads(json.dumps(fingerprint)))
+    return next((run for run, _ in _finished(job_dir, inputs, context, accept)), None)
+
+
+def _finished(
+    job_dir: JobDir, wanted: Mapping[str, Any] | None, context: StageContext, accept: Accept
+) -> Iterator[tuple[Path, Path]]:
+    """Yield the run folders where a job with the same inputs is finished, and its folder there."""
+    try:
+        place = job_dir.path.absolute().relative_to(context.run_dir.absolute())
+    except ValueError:
+        return
+    for run in (context.run_dir, *context.workspace.runs(context.run_dir)):
+        for folder in _jobs_like(run, place):
+            is_one = False
+            with suppress(KdpipeError, OSError):  # damaged, or being removed
+                is_one = _same(folder, wanted) and accept(run, JobDir(folder).result() or {})
+            if is_one:
+                yield run, folder
+
+
+def _jobs_like(run: Path, place: Path) -> Iterator[Path]:
+    """Yield the folders of a run in which a job may be: the same place, and for a student those of all students."""
+    yield run / place
+    for pattern in STUDENTS if len(place.parts) > 1 else ():
+        yield from sorted(run.glob(pattern))
 
 
 def _same(folder: Path, wanted: Mapping[str, Any] | None) -> bool:
@@ -76,24 +111,25 @@ def _same(folder: Path, wanted: Mapping[str, Any] | None) -> bool:
 
 
 def _link(source: Path, target: Path) -> None:
-    """Replace the folder of a job by hard links to the files of a finished one, or copies; their sums are checked.
+    """Add hard links to the files of a finished job to the folder of a begun one, or copies; their sums are checked.
 
     Raises:
         DamagedFileError: A file is not as it was written.
     """
     temporary = target.with_name(f".{target.name}.{uuid.uuid4().hex[:8]}{PARTIAL_SUFFIX}")
+    folders = [path for path in sorted(source.iterdir()) if path.is_dir() and (path / SUMS).exists()]
     try:
-        for folder in (source, *(path for path in source.iterdir() if path.is_dir() and (path / SUMS).exists())):
+        for folder in (source, *folders):
             own = temporary / folder.relative_to(source)
             make_folders([own])
             for name in (*read_sums(folder), SUMS):
                 _link_or_copy(folder / name, own / name)
             for damage in damages(own):
                 raise damage
-            fsync_path(own)
-        shutil.rmtree(target)
-        temporary.replace(target)
-        fsync_path(target.parent)
+        for folder in (*folders, source):
+            own = target / folder.relative_to(source)
+            make_folders([own])
+            move_with_sums(temporary / folder.relative_to(source), own, "result.json")
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 

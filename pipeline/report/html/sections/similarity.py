@@ -193,7 +193,7 @@ def _pairs(found: Similarity) -> Table:
 
 def _neighbors(found: Similarity) -> Table:
     """Return for compared classes, those with the least share of their own, the three others with the largest."""
-    known: NDArray[np.bool_] = np.isfinite(found.shares).all(axis=1)
+    known = np.asarray(np.isfinite(found.shares).all(axis=1))
     own = np.where(known, found.shares[np.arange(len(known)), found.classes], np.inf)
     listed = np.sort(np.argsort(own, kind="stable")[: min(known.sum(), MAX_NEIGHBORS)]).tolist()
     cells = []
