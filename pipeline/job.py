@@ -18,12 +18,13 @@ import typer
 from kdpipe.pipeline.session.guard import guarded
 from kdpipe.pipeline.session.options import CommonOptions, JobOptions
 from kdpipe.pipeline.session.signals import handle_signals
-from kdpipe.pipeline.terminal.output import print_debug, print_json, print_warning
+from kdpipe.pipeline.terminal.output import print_debug, print_info, print_json, print_warning
 from kdpipe.store.redact import redacted, redacted_options
 
 if TYPE_CHECKING:
     from kdpipe.pipeline.recipe.load import Recipe
     from kdpipe.pipeline.run import Run
+    from kdpipe.pipeline.terminal.whole_run import WholeRun
     from kdpipe.stages.compress.compress import Step
     from kdpipe.stages.runtime.distributed import ProcessGroup
     from kdpipe.stages.runtime.events import ProgressEvent, RunMonitor
@@ -32,6 +33,12 @@ if TYPE_CHECKING:
 
 DISTRIBUTED = ("train-teacher", "train-student", "compare")
 """Commands whose processes train on shares of one batch."""
+
+
+def _say_at_once(recipe: Path, options: CommonOptions) -> None:
+    """Print a first line on a terminal: loading torch takes seconds."""
+    if not options.as_json and sys.stderr is not None and sys.stderr.isatty():
+        print_info(f"reads {recipe} ...")
 
 
 def _load(recipe: Path, options: CommonOptions, *, sweeps: bool = False) -> tuple[Recipe, Path]:
@@ -51,9 +58,10 @@ def _workspace(folder: Path, options: CommonOptions) -> Workspace:
 
 
 @contextmanager
-def open_run(recipe: Path, options: CommonOptions) -> Iterator[Run]:
+def open_run(recipe: Path, options: CommonOptions, *, keeps_images: bool = True) -> Iterator[Run]:
     """Yield the run of a recipe for work that only reads its run folder: with signals and progress, without a lock."""
     with handle_signals(options.max_duration) as should_stop:
+        _say_at_once(recipe, options)
         from kdpipe.pipeline.run import Run
         from kdpipe.pipeline.terminal.progress import reporter
         from kdpipe.stages.runtime.events import RunMonitor
@@ -61,7 +69,14 @@ def open_run(recipe: Path, options: CommonOptions) -> Iterator[Run]:
         loaded, folder = _load(recipe, options)
         workspace = _workspace(folder, options)
         with reporter(options.as_json) as report:
-            run = Run(loaded, folder, RunMonitor(report, should_stop), share=options.share, workspace=workspace)
+            run = Run(
+                loaded,
+                folder,
+                RunMonitor(report, should_stop),
+                share=options.share,
+                workspace=workspace,
+                keeps_images=keeps_images,
+            )
             run.set_up_machine()
             yield run
 
@@ -74,7 +89,6 @@ def run_job(
     part: str | None = None,
     count: int = 1,
     only: Step | None = None,
-    page: bool = False,
 ) -> None:
     """Run a command under signals, lock and progress, then print its results to stdout.
 
@@ -85,10 +99,10 @@ def run_job(
         part: Part of the units to compute, as "I/N", in `cache-teacher`.
         count: Number of generations, in `generations`.
         only: The single step to do, in `compress`.
-        page: Whether to write the HTML page too, in `run`.
     """
     # Signals first: a job stopped while torch loads must exit with 75 too.
     with guarded(), handle_signals(options.max_duration) as should_stop, ExitStack() as advice:
+        _say_at_once(recipe, options)
         from kdpipe.pipeline.run import Run
         from kdpipe.stages.runtime.gpu.device import select_device
         from kdpipe.store import exclusive, shared
@@ -118,15 +132,13 @@ def run_job(
             if process_group.is_main:
                 _tidy(folder, is_alone=lock is exclusive)
             with _recorded(run, command) as run:
-                with _with_progress(run, options) as shown:
+                with _with_progress(run, command, options) as shown:
                     process_group.check_stop(shown.monitor)
                     # What callbacks and trackers print is not part of the results.
                     with shown.phase(command), redirect_stdout(sys.stderr):
                         results = work(shown)
                     shown.write_recipe()
-                if process_group.is_main and (
-                    code := _print_results(command, run, results, options.as_json, page=page)
-                ):
+                if process_group.is_main and (code := _print_results(command, run, results, options.as_json)):
                     raise typer.Exit(code)
 
 
@@ -193,7 +205,7 @@ def _recorded(run: Run, command: str) -> Iterator[Run]:
 
 
 @contextmanager
-def _with_progress(run: Run, options: JobOptions) -> Iterator[Run]:
+def _with_progress(run: Run, command: str, options: JobOptions) -> Iterator[Run]:
     """Yield the run with progress on stderr."""
     from kdpipe.pipeline.terminal.progress import reporter
     from kdpipe.pipeline.terminal.reporter import to_all
@@ -201,8 +213,19 @@ def _with_progress(run: Run, options: JobOptions) -> Iterator[Run]:
     if not run.process_group.is_main:
         yield replace(run, monitor=replace(run.monitor, report=to_all(_print_data_warning, run.monitor.report)))
         return
-    with reporter(options.as_json) as show:
+    with reporter(options.as_json, _whole_run(run.recipe, command)) as show:
         yield replace(run, monitor=replace(run.monitor, report=to_all(show, run.monitor.report)))
+
+
+def _whole_run(recipe: Recipe, command: str) -> WholeRun | None:
+    """Return the jobs that a command does, for its progress; None of a command that does a single one, or others."""
+    from kdpipe.pipeline.planned_jobs import planned_jobs
+    from kdpipe.pipeline.steps import STAGES
+    from kdpipe.pipeline.terminal.whole_run import WholeRun
+
+    stages = list(STAGES) if command == "run" else [command] if command in STAGES else []
+    jobs = planned_jobs(recipe, stages)
+    return WholeRun(jobs) if len(jobs) > 1 else None
 
 
 @contextmanager
@@ -251,8 +274,22 @@ def _work(command: str, count: int, only: Step | None) -> Callable[[Run], dict[s
     return functions[command]
 
 
-def _print_results(command: str, run: Run, results: dict[str, Any], as_json: bool, *, page: bool = False) -> int:
-    """Print the results to stdout; return the exit status."""
+def _write_page(folder: Path) -> Path | None:
+    """Write the page of a run and return its path; None, with a warning, if that fails: the results are there."""
+    from kdpipe.pipeline.report.html.write import write_page
+    from kdpipe.store import KdpipeError
+
+    path = folder / "report.html"
+    try:
+        write_page([folder], path, print_debug)
+    except (KdpipeError, OSError) as error:
+        print_warning(f"the page was not written: {error}")
+        return None
+    return path
+
+
+def _print_results(command: str, run: Run, results: dict[str, Any], as_json: bool) -> int:
+    """Print the results to stdout, and write the page of a whole run; return the exit status."""
     from kdpipe.pipeline.commands.compare import print_compare
     from kdpipe.pipeline.commands.generations import print_generations
     from kdpipe.pipeline.commands.summary import print_summary
@@ -264,12 +301,7 @@ def _print_results(command: str, run: Run, results: dict[str, Any], as_json: boo
     if command in ("run", "compress"):
         write_pareto_plot(run.folder)
     if command == "run":
-        path = run.folder / "report.html" if page else None
-        if path is not None:
-            from kdpipe.pipeline.report.html.write import write_page
-
-            write_page([run.folder], path, print_debug)
-        return print_reports([run.folder], as_json, page=path)
+        return print_reports([run.folder], as_json, page=None if as_json else _write_page(run.folder))
     if as_json:
         print_json({"command": command, "run": str(run.folder), **results})
     elif command == "compare":

@@ -98,7 +98,7 @@ def demo(options: JobOptions) -> None:
     """Run all stages on the digits data set (~3.5 minutes). No download; prints the result, and writes a page of it."""
     if not options.as_json:
         print_info(DEMO)
-    run_job("run", _builtin_recipe("digits.toml"), options, page=True)
+    run_job("run", _builtin_recipe("digits.toml"), options)
 
 
 _add_job("train-teacher", "Train the teacher, or load its weights. The recipe decides.")
@@ -119,7 +119,7 @@ def cache_teacher(recipe: RecipePath, options: JobOptions, *, part: PartOption =
 @app.command()
 @with_options
 def plan(recipe: RecipePath, options: CommonOptions) -> None:
-    """Estimate the size and time of cache-teacher. Writes nothing."""
+    """Estimate the time, disk and memory of all stages. Says what exists already; writes nothing."""
     _plan(recipe, options, with_probe=True)
 
 
@@ -339,6 +339,20 @@ def losses(
 
 
 @app.command()
+@with_options
+def modules(recipe: RecipePath, options: CommonOptions) -> None:
+    """List the modules of teacher and student. With the shapes of their outputs; losses on features name them."""
+    options = replace(options, set_=[*(options.set_ or ()), 'device="cpu"'])  # none is trained
+    with guarded(), open_run(recipe, options, keeps_images=False) as run:
+        from kdpipe.pipeline.commands.modules import modules_json, print_modules, run_modules
+
+        found = run_modules(run)
+        names = {"teacher": run.recipe.teacher.model.name, "student": run.recipe.student.model.name}
+        document = {"command": "modules", "names": names, **modules_json(found)}
+        print_result(options.as_json, document, lambda: print_modules(names, found))
+
+
+@app.command()
 def bench(
     models: Annotated[
         list[Path], typer.Argument(metavar="MODEL.onnx", help="ONNX files; the first one is the baseline.")
@@ -368,9 +382,10 @@ def _with_baseline(options: JobOptions, baseline: bool | None) -> JobOptions:
 
 
 def _plan(recipe: Path, options: CommonOptions, *, with_probe: bool) -> None:
-    """Print what `cache-teacher` would do; fail if the disk is too small, as it would."""
-    with guarded(), open_run(recipe, options) as run:
-        from kdpipe.pipeline.commands.plan import print_plan, run_plan, settings_json
+    """Print what a run would do; fail if the disk is too small, as `cache-teacher` would."""
+    with guarded(), open_run(recipe, options, keeps_images=False) as run:
+        from kdpipe.pipeline.commands.plan.plan import run_plan
+        from kdpipe.pipeline.commands.plan.printing import print_plan, settings_json
         from kdpipe.pipeline.recipe.load import load_recipe_with_origins
         from kdpipe.stages.cache_teacher.plan import require_room
 
@@ -378,7 +393,7 @@ def _plan(recipe: Path, options: CommonOptions, *, with_probe: bool) -> None:
         planned = run_plan(run, with_probe)
         document = {"command": "plan", **planned, "settings": settings_json(settings)}
         print_result(options.as_json, document, lambda: print_plan(planned, settings))
-        require_room(run.store, planned["missing_bytes"])
+        require_room(Path(planned["store"]), planned["missing_bytes"])
 
 
 def _builtin_recipe(name: str) -> Path:

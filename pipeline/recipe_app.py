@@ -15,6 +15,14 @@ from kdpipe.pipeline.session.guard import guarded
 from kdpipe.pipeline.session.options import AsJson, SetOption
 from kdpipe.pipeline.terminal.output import print_json, print_line, printable
 
+NEXT = {
+    "recipe check": "everything that can be checked without the data",
+    "plan": "time, disk and memory of all stages",
+    "views": "the augmented images, as a picture",
+    "run": "all stages",
+}
+"""The commands after `kdpipe recipe new`, in order."""
+
 recipe_app = typer.Typer(help="Write and check recipes, and print their JSON Schema.", no_args_is_help=True)
 
 
@@ -28,6 +36,9 @@ def recipe_new(
     image_size: Annotated[str | None, typer.Option(help="Size to resize photos to, in pixels.")] = None,
     teacher: Annotated[str | None, typer.Option(help="Model of the teacher.")] = None,
     teacher_weights: Annotated[str | None, typer.Option(help="train, published, or the path of a file.")] = None,
+    normalization: Annotated[
+        str | None, typer.Option(help="imagenet, cifar10, cifar100, mnist, or MEAN/STD: of a teacher from a file.")
+    ] = None,
     student: Annotated[str | None, typer.Option(help="Model of the student.")] = None,
     loss: Annotated[list[str] | None, typer.Option(help="A distillation loss; repeatable.")] = None,
     layers: Annotated[str | None, typer.Option(help="STUDENT,TEACHER: the modules to compare.")] = None,
@@ -42,7 +53,9 @@ def recipe_new(
         from kdpipe.pipeline.recipe.new import new_recipe
 
         path = new_recipe(file, answers | {"losses": ",".join(loss) if loss else None}, yes=yes)
-    print(printable(f"wrote {path}; next: kdpipe run {shlex.quote(str(path))}"))  # noqa: T201
+    print(printable(f"wrote {path}; next:"))  # noqa: T201
+    for command, what in NEXT.items():
+        print(printable(f"  kdpipe {command:<12} {shlex.quote(str(path))}  # {what}"))  # noqa: T201
 
 
 @contextmanager

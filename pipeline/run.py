@@ -62,6 +62,7 @@ class Run:
         share: Whether a GPU that other processes use may be used.
         process_group: The processes that train together; the first one writes.
         workspace: The other runs whose teachers, stores and students are used.
+        keeps_images: Whether the images of a folder are kept in memory where they fit.
         phase: Returns a context that records the wall time of its block under a name.
     """
 
@@ -72,6 +73,7 @@ class Run:
     share: bool = False
     process_group: ProcessGroup = SINGLE
     workspace: Workspace = NOWHERE
+    keeps_images: bool = True
     phase: Callable[[str], AbstractContextManager[Any]] = nullcontext
 
     def __post_init__(self) -> None:
@@ -156,7 +158,7 @@ class Run:
     ) -> ImageSet:
         """Load a split of the data set, or only the samples with the ids `only`; warn of all that is left out."""
         counter = self.monitor.counter("data", f"scan the images of the {split} split", "image")
-        image_set = load_dataset(data, split, size=size, only=only, on_image=counter)
+        image_set = load_dataset(data, split, size=size, only=only, keep=self.keeps_images, on_image=counter)
         for notice in image_set.notices:
             self.monitor.warn("data", notice)
         for dropped in image_set.dropped:

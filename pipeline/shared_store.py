@@ -109,6 +109,14 @@ def _choose(run: Run, teacher: ModelBundle, planned: Manifest, samples: Samples)
         return path
 
 
+def offered_store(run: Run, teacher: ModelBundle, features: Sequence[FeatureSpec]) -> Path | None:
+    """Return the store of another run that this run would use in place of its own; None if there is none."""
+    if run.recipe.cache.store or run.own_store.exists() or run.workspace.folder is None:
+        return None
+    samples = samples_in_row_order(run.context)
+    return _find(run, teacher, plan_store(run.recipe.cache, teacher, features, samples, run.context), samples)
+
+
 def _find(run: Run, teacher: ModelBundle, planned: Manifest, samples: Samples) -> Path | None:
     """Return a finished store of another run with all that is planned, beside those of the evaluated images."""
     beside = {}

@@ -233,7 +233,7 @@ def test_image_size(context: StageContext) -> int | None:
 
 
 def require_fitting_test_images(context: StageContext) -> None:
-    """Raise RecipeError for impossible views, DataError if test images differ from views in size, or in classes.
+    """Raise RecipeError for impossible views, DataError for one class, or test images of other sizes or classes.
 
     So for validation images, if there are any.
     """
@@ -242,6 +242,11 @@ def require_fitting_test_images(context: StageContext) -> None:
     size, found = context.image_shape[1:], context.test_set.image_size
     which = "validation" if context.test_set.split == VALIDATION else "test"
     classes, others = context.train_set.class_names, context.test_set.class_names
+    if len(classes) < 2:
+        raise DataError(
+            f"the images of {context.train_set.name} are all of one class, {classes[0]!r}: there is nothing to tell "
+            "apart. If the classes are folders below that one, name it as the folder of the data."
+        )
     if others != classes:
         raise DataError(
             f"the {which} images of {context.test_set.name} are of {len(others)} classes "

@@ -105,7 +105,7 @@ def require_accuracy(config: TeacherConfig, teacher: ModelBundle, report: EvalRe
         if config.expected_accuracy is not None:
             raise RecipeError(f"{reached}: train it for longer, or expect less. The training is kept.")
         return
-    found = _findings(teacher, report, test)
+    found = findings(teacher, report, test)
     if not found and config.expected_accuracy is None and not report.is_at_chance(1.0):
         return
     chance = f"; guessing would reach {100 * report.chance:.2f} %" if report.is_at_chance() else ""
@@ -137,7 +137,7 @@ def _reaches(accuracy: float, percent: float, num_samples: int) -> bool:
     return accuracy >= expected - 3 * sigma - ROUNDING
 
 
-def _findings(teacher: ModelBundle, report: EvalReport, test: Evaluation) -> str:
+def findings(teacher: ModelBundle, report: EvalReport, test: Evaluation) -> str:
     """Return what other input scalings and class orders would reach, in sentences; empty if no more."""
     if report.top1 > ENOUGH_TO_TRY:
         return ""

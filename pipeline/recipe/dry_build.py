@@ -15,7 +15,8 @@ from kdpipe.stages.cache_teacher.plan import top_k_of
 from kdpipe.stages.compress.compress import dry_run
 from kdpipe.stages.context import IMAGENET, StageContext
 from kdpipe.stages.data.image_set import ImageSet
-from kdpipe.stages.data.load import KNOWN_NAMES, list_source
+from kdpipe.stages.data.load import list_source
+from kdpipe.stages.data.names import KINDS, NUM_CLASSES, SHAPES
 from kdpipe.stages.data.sources.user_function import is_user_dataset
 from kdpipe.stages.distillation.student_config import StudentConfig
 from kdpipe.stages.distillation.task_builder import build_student
@@ -36,20 +37,6 @@ from kdpipe.stages.training.preflight import try_network
 
 Config = TypeVar("Config", TeacherConfig, StudentConfig)
 
-SHAPES: dict[str, tuple[int, int | None, int | None]] = {
-    "digits": (10, 1, 8),
-    "MNIST": (10, 1, 28),
-    "FashionMNIST": (10, 1, 28),
-    "CIFAR10": (10, 3, 32),
-    "CIFAR100": (100, 3, 32),
-}
-"""Classes, channels and side of the named data sets."""
-
-KINDS = {name.partition(":")[0] for name in KNOWN_NAMES}
-
-NUM_CLASSES = 10
-"""Assumed where only the data has the number; no network or loss is refused because of it."""
-
 SIDES = (256, 320)
 """Assumed sides of photographs: views that give both the same size give all photographs that size."""
 
@@ -63,10 +50,10 @@ def dry_build(recipe: Recipe) -> tuple[list[str], list[str]]:
         What stops a run, and notes on what could not be tried.
     """
     given = recipe.teacher
-    recipe = replace(recipe, teacher=_without_weights(recipe.teacher), student=_without_weights(recipe.student))
+    recipe = replace(recipe, teacher=without_weights(recipe.teacher), student=without_weights(recipe.student))
     recipe = replace(recipe, compress=replace(recipe.compress, student=None))
     try:
-        context = _blank_context(recipe)
+        context = blank_context(recipe)
     except (RecipeError, DataError) as error:
         return [str(error)], []
     if context is None:
@@ -94,7 +81,7 @@ def faults_of_given(recipe: Recipe) -> tuple[list[str], list[str]]:
         if teacher.mean is None and model.weights and not is_published and not weights_path(model.weights).is_file():
             return [], [f"the teacher's input scaling is not checked: {model.weights} is not on this machine."]
         channels = recipe.data.channels or SHAPES.get(recipe.data.name, (0, 3, 0))[1] or 3
-        context = _blank_context(recipe) or _blank(recipe, NUM_CLASSES, channels, SIDES[0])
+        context = blank_context(recipe) or _blank(recipe, NUM_CLASSES, channels, SIDES[0])
         network = context.build_model(replace(model, weights=None), recipe.seed) if is_own else nn.Identity()
         scaling = Normalization(teacher.mean, teacher.std) if teacher.mean and teacher.std else IMAGENET
         fault = fault_of(require_given, teacher, ModelBundle(network, {}, scaling), context)
@@ -103,7 +90,7 @@ def faults_of_given(recipe: Recipe) -> tuple[list[str], list[str]]:
     return [fault] if fault else [], []
 
 
-def _blank_context(recipe: Recipe) -> StageContext | None:
+def blank_context(recipe: Recipe) -> StageContext | None:
     """Return blank images in the shape of the recipe's data and views; None if only the data has their size.
 
     Raises:
@@ -207,7 +194,7 @@ def _faults_of_names(recipe: Recipe) -> Iterator[str]:
             continue
 
 
-def _without_weights(section: Config) -> Config:
+def without_weights(section: Config) -> Config:
     """Return the section without weights; a small network keeps `published`, which it does not have, to be refused."""
     model = section.model
     if model.weights == PUBLISHED and model.name in SMALL_IMAGE_NETWORKS:

@@ -9,13 +9,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from kdpipe.pipeline.recipe.dry_build import dry_build
-from kdpipe.pipeline.recipe.load import validate
-from kdpipe.pipeline.recipe.messages import first_and_more
-from kdpipe.pipeline.recipe.overrides import Overrides
 from kdpipe.pipeline.recipe.questions import QUESTIONS, Question
 from kdpipe.pipeline.recipe.template import Answers, recipe_text
-from kdpipe.pipeline.terminal.output import print_line
+from kdpipe.pipeline.terminal.output import print_line, printable
 from kdpipe.stages.errors import RecipeError
 from kdpipe.store.fs.atomic_write import write_atomically
 
@@ -84,6 +80,8 @@ def _answer(question: Question, option: str | None, answers: Answers, yes: bool)
 def _ask(question: Question, default: str | None, answers: Answers) -> Any:
     """Ask at the terminal until the answer is valid."""
     shown = f" [{default}]" if default is not None else ""
+    for line in question.hints(answers):
+        print(printable(line))  # noqa: T201
     while True:
         try:
             text = input(f"{question.text}{shown}: ").strip() or default or ""
@@ -97,6 +95,12 @@ def _ask(question: Question, default: str | None, answers: Answers) -> Any:
 
 def _require_valid(path: Path, text: str) -> None:
     """Raise RecipeError if the answers do not fit together."""
+    # These import torch, which the first questions do not need.
+    from kdpipe.pipeline.recipe.dry_build import dry_build
+    from kdpipe.pipeline.recipe.load import validate
+    from kdpipe.pipeline.recipe.messages import first_and_more
+    from kdpipe.pipeline.recipe.overrides import Overrides
+
     recipe, faults = validate(Overrides(str(path), tomllib.loads(text)))
     if recipe is not None and not faults:
         faults, _ = dry_build(recipe)

@@ -1,23 +1,43 @@
-"""The questions of `kdpipe recipe new`, with their defaults and the parsing of their answers."""
+"""The questions of `kdpipe recipe new`, with their defaults and the parsing of their answers.
+
+What needs torch is imported where an answer needs it: the first question comes at once.
+"""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
 from pydantic import Field, TypeAdapter, ValidationError
 
-from kdpipe.pipeline.recipe.dry_build import KINDS, NUM_CLASSES, SHAPES
-from kdpipe.pipeline.recipe.template import FEATURE_LOSSES, OFFERED_LOSSES, TRAINED_HERE, Answers, is_small_network
+from kdpipe.pipeline.recipe.present import (
+    is_stated,
+    modules_of,
+    require_data,
+    require_factory,
+    require_module,
+    require_weights_file,
+    scaling_named,
+)
+from kdpipe.pipeline.recipe.template import (
+    FEATURE_LOSSES,
+    OFFERED_LOSSES,
+    PUBLISHED,
+    STATED,
+    TRAINED_HERE,
+    Answers,
+    is_small_network,
+)
 from kdpipe.stages.config import PathStr
-from kdpipe.stages.data.load import KNOWN_NAMES
-from kdpipe.stages.data.sources.user_function import is_user_dataset
-from kdpipe.stages.errors import ModelError, RecipeError
-from kdpipe.stages.models.build import PUBLISHED, TORCHVISION, ModelConfig, build_model, list_models
+from kdpipe.stages.data.names import KINDS, KNOWN_NAMES
+from kdpipe.stages.errors import RecipeError
 from kdpipe.store.errors import did_you_mean
+
+FEW_MODULES = 4
+"""With fewer modules at the top of a network, those below are shown too."""
 
 Parser = Callable[[str, Answers], Any]
 """Returns the value of an answer, given the answers before it, or raises RecipeError."""
@@ -31,6 +51,7 @@ class Question:
         key: The field of `Answers`.
         default: Returns the answer that Enter accepts; None if there is no default.
         applies: Returns whether the question makes a difference.
+        hints: Returns lines to print before the question.
     """
 
     key: str
@@ -38,6 +59,7 @@ class Question:
     default: Callable[[Answers], str | None]
     parse: Parser
     applies: Callable[[Answers], bool] = lambda answers: True
+    hints: Callable[[Answers], Sequence[str]] = lambda answers: ()
 
     @property
     def option(self) -> str:
@@ -66,15 +88,33 @@ def _data(text: str, answers: Answers) -> str:
     kind, colon, path = text.partition(":")
     kind = {name.lower(): name for name in KINDS}.get(kind.lower(), kind)
     needs_path = kind in ("imagefolder", "npz", "python")
-    if is_user_dataset(text) and not needs_path:
+    if kind in KINDS and needs_path == bool(colon and path):
+        require_factory(text, "data.name")
+        return str(_path(kind + colon + path, answers))
+    from kdpipe.stages.data.sources.user_function import is_user_dataset
+
+    if not needs_path and is_user_dataset(text):
         return text
-    if kind not in KINDS or needs_path != bool(colon and path):
-        raise RecipeError(f"unknown data set {text[:80]!r}; choose from {', '.join(KNOWN_NAMES)}.")
-    return str(_path(kind + colon + path, answers))
+    raise RecipeError(f"unknown data set {text[:80]!r}; choose from {', '.join(KNOWN_NAMES)}.")
+
+
+def _root(text: str, answers: Answers) -> str:
+    root = str(_path(text, answers))
+    require_data(answers, root)
+    return root
+
+
+def _weights(text: str, answers: Answers) -> str:
+    weights = str(_path(text, answers))
+    require_weights_file(weights)
+    return weights
 
 
 def _model(text: str, answers: Answers) -> str:
+    from kdpipe.stages.models.build import TORCHVISION, list_models
+
     if is_small_network(text):
+        require_factory(text, "model.name")
         return str(_path(text, answers))
     known = list_models()
     if text in known or (text.startswith(TORCHVISION) and text.removeprefix(TORCHVISION) in known):
@@ -95,7 +135,10 @@ def _layers(text: str, answers: Answers) -> tuple[str, str]:
     pair = [word.strip() for word in text.split(",")]
     if len(pair) != 2 or not all(pair):
         raise RecipeError(f"{text[:80]!r} is not a pair of modules STUDENT,TEACHER, such as layer3,layer3.")
-    return str(_path(pair[0], answers)), str(_path(pair[1], answers))
+    student, teacher = (str(_path(word, answers)) for word in pair)
+    require_module("student", answers.student, student, answers)
+    require_module("teacher", answers.teacher, teacher, answers)
+    return student, teacher
 
 
 def _default_name(answers: Answers) -> str:
@@ -113,16 +156,24 @@ def _default_layers(answers: Answers) -> str | None:
 
 def _last_map(name: str, answers: Answers) -> str | None:
     """Return the path of the last module that outputs a feature map, by the usual names of stages."""
-    _, channels, side = SHAPES.get(answers.data, (NUM_CLASSES, 3, None))
-    side = answers.image_size or side or 64
-    channels = answers.channels or channels or 3
-    config = ModelConfig(name=name)
-    try:
-        model = build_model(config, num_classes=NUM_CLASSES, in_channels=channels, image_size=(side, side), seed=0)
-    except (ModelError, RecipeError):
-        return None
-    stages = [path for path, _ in model.named_children() if re.match(r"stage|layer|block|features", path)]
-    return stages[-1] if stages else None
+    paths = [one.path for one in modules_of(name, answers)]
+    return next((path for path in paths[::-1] if re.fullmatch(r"(stage|layer|block|features)\w*", path)), None)
+
+
+def _module_lines(answers: Answers) -> Sequence[str]:
+    """Return the outer modules of student and teacher with the shapes of their outputs."""
+    lines = []
+    for role, name in (("student", answers.student), ("teacher", answers.teacher)):
+        found = modules_of(name, answers)
+        top = [one for one in found if "." not in one.path]
+        outer = top if len(top) >= FEW_MODULES else [one for one in found if one.path.count(".") < 2]
+        shown = ", ".join(f"{one.path} ({' x '.join(map(str, one.shape))})" for one in outer)
+        lines.append(f"modules of the {role}: {shown or 'not known before the data is read'}")
+    return [*lines, "(`kdpipe modules RECIPE` lists those inside too)"]
+
+
+def _is_given(answers: Answers) -> bool:
+    return answers.teacher_weights not in (TRAINED_HERE, PUBLISHED)
 
 
 QUESTIONS = (
@@ -133,7 +184,7 @@ QUESTIONS = (
         _typed(Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,199}$")]),
     ),
     Question("data", f"Data set ({', '.join(KNOWN_NAMES)})", lambda _: "digits", _data),
-    Question("root", "Folder of the data", lambda _: "data", _path, lambda answers: answers.data != "digits"),
+    Question("root", "Folder of the data", lambda _: "data", _root, lambda answers: answers.data != "digits"),
     Question(
         "image_size",
         "Side of the images in pixels, to which they are cropped and resized",
@@ -146,7 +197,15 @@ QUESTIONS = (
         "teacher_weights",
         "Weights of the teacher (train: train it here; published: torchvision's; or a .safetensors or state dict file)",
         _default_weights,
-        _path,
+        _weights,
+    ),
+    Question(
+        "normalization",
+        "Input scaling that the teacher was trained with (imagenet, cifar10, cifar100, mnist, or MEAN/STD, of pixels "
+        "in [0, 1])",
+        lambda answers: STATED if is_stated(answers) else None,
+        scaling_named,
+        _is_given,
     ),
     Question("student", "Network of the student", lambda answers: answers.defaults.student, _model),
     Question("losses", f"Losses, one or several ({', '.join(OFFERED_LOSSES)})", lambda _: "kd", _losses),
@@ -156,6 +215,7 @@ QUESTIONS = (
         _default_layers,
         _layers,
         lambda answers: any(loss in FEATURE_LOSSES for loss in answers.losses),
+        _module_lines,
     ),
     Question(
         "seeds",

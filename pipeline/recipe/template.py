@@ -8,13 +8,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from kdpipe.pipeline.recipe.dry_build import SHAPES
-from kdpipe.stages.losses.describe import find_loss
-from kdpipe.stages.models.registry import SMALL_IMAGE_NETWORKS
-from kdpipe.stages.models.user_models import is_user_model
+from kdpipe.stages.data.names import SHAPES
 
-TRAINED_HERE = "train"
-"""The answer for a teacher that is trained by the recipe."""
+TRAINED_HERE, PUBLISHED = "train", "published"
+"""The answers for a teacher that is trained by the recipe, and for torchvision's weights."""
+
+STATED = "stated"
+"""The answer for a teacher whose weights state their input scaling."""
 
 FEATURE_LOSSES = ("hint", "at", "rkd")
 OFFERED_LOSSES = ("kd", "dkd", "dist", "nkd", *FEATURE_LOSSES)
@@ -60,6 +60,9 @@ DEFAULTS = {
 
 def is_small_network(name: str) -> bool:
     """Return whether a network takes images of any size and channels, and has no published weights."""
+    from kdpipe.stages.models.registry import SMALL_IMAGE_NETWORKS  # imports torch
+    from kdpipe.stages.models.user_models import is_user_model
+
     return name in SMALL_IMAGE_NETWORKS or is_user_model(name)
 
 
@@ -70,6 +73,7 @@ class Answers:
     Attributes:
         file: Path of the recipe.
         teacher_weights: "train", "published" or a file.
+        normalization: Mean and std of the input of a teacher whose weights are a file; None if they state it.
         layers: The student's and the teacher's module, for losses on features.
         prune_ratio: 0 for no pruning.
     """
@@ -81,6 +85,7 @@ class Answers:
     image_size: int | None = None
     teacher: str = "cnn"
     teacher_weights: str = TRAINED_HERE
+    normalization: tuple[Sequence[float], Sequence[float]] | None = None
     student: str = "cnn"
     losses: tuple[str, ...] = ()
     layers: tuple[str, str] | None = None
@@ -130,7 +135,7 @@ def _head(answers: Answers) -> Iterator[str]:
     yield "#"
     yield f"# Command:   kdpipe run {file}"
     yield "# Hardware:  not measured yet: write down what it ran on"
-    yield f"# Time:      not measured yet: `kdpipe plan {file}` estimates the caching"
+    yield f"# Time:      not measured yet: `kdpipe plan {file}` estimates it"
     yield "# Expect:    not measured yet: `kdpipe report` prints the results of a run"
     yield ""
     yield _line("name", answers.name, "also the run folder: runs/NAME")
@@ -179,12 +184,12 @@ def _networks(answers: Answers) -> Iterator[str]:
     yield _line("model", teacher, "runs once; its outputs are cached")
     if weights == TRAINED_HERE:
         yield _line("train", _training(defaults, defaults.epochs[0]), "a longer training gives a better teacher")
-    elif weights == "published":
+    elif weights == PUBLISHED:
         yield _line("train", _tuning(defaults, 5, 0.005), "published weights are for other classes: new last layer")
-    else:
-        yield "# without `train` the weights are used as they are; unless they state their scaling, give it:"
-        yield "# mean = [0.485, 0.456, 0.406]"
-        yield "# std = [0.229, 0.224, 0.225]"
+    elif answers.normalization is not None:
+        mean, std = answers.normalization
+        yield _line("mean", list(mean), "of the teacher's training, for pixels in [0, 1]")
+        yield _line("std", list(std), "a wrong scaling lowers the accuracy")
     yield ""
     yield "[student]"
     yield _line("model", student, "trained, compressed and exported")
@@ -201,6 +206,8 @@ def _distill(answers: Answers) -> Iterator[str]:
 
 
 def _loss(loss: str, answers: Answers, defaults: DatasetDefaults) -> Iterator[str]:
+    from kdpipe.stages.losses.describe import find_loss
+
     description = find_loss(loss)
     yield _line("loss", loss, f"{description.paper}; `kdpipe losses {loss}` explains its keys")
     if loss in FEATURE_LOSSES and answers.layers is not None:

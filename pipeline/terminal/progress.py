@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from kdpipe.pipeline.terminal.output import Verbosity, console, printable, verbosity
 from kdpipe.pipeline.terminal.rate import Rate, RateTracker, count_text, duration_text, rate_text
 from kdpipe.pipeline.terminal.reporter import Reporter, Throttle, is_last, json_text, utc_now
+from kdpipe.pipeline.terminal.whole_run import WholeRun
 from kdpipe.stages.runtime.events import WARNING, ProgressEvent
 
 if TYPE_CHECKING:
@@ -31,14 +32,14 @@ MAX_BARS = 4
 
 
 @contextmanager
-def reporter(as_json: bool) -> Iterator[Reporter]:
-    """Yield the reporter that suits stderr and the verbosity."""
+def reporter(as_json: bool, whole: WholeRun | None = None) -> Iterator[Reporter]:
+    """Yield the reporter that suits stderr and the verbosity; it shows the progress of a `whole` run too."""
     if as_json:
-        yield _line_reporter(json_event)
+        yield _line_reporter(json_event, whole)
     elif verbosity() == Verbosity.QUIET or not _is_interactive():
-        yield _line_reporter(plain_line)
+        yield _line_reporter(plain_line, whole)
     else:
-        with _bar_reporter() as report:
+        with _bar_reporter(whole) as report:
             yield report
 
 
@@ -50,36 +51,45 @@ def _is_interactive() -> bool:
         return False
 
 
-def _line_reporter(text: Callable[[ProgressEvent, Rate], str]) -> Reporter:
+def _line_reporter(text: Callable[[ProgressEvent, Rate, WholeRun | None], str], whole: WholeRun | None) -> Reporter:
     throttle, rates = Throttle(LINE_EVERY_S), RateTracker()
 
     def report(event: ProgressEvent) -> None:
+        if whole is not None:
+            whole.update(event)
         if event.unit != WARNING and verbosity() == Verbosity.QUIET:
             return
         rate = Rate.start(1, 1, time.monotonic()) if event.unit == WARNING else rates.update(event)
         if sys.stderr is not None and throttle.allow(event):  # without stderr, print would write to stdout
             with suppress(OSError, ValueError):
-                print(printable(text(event, rate)), file=sys.stderr, flush=True)  # noqa: T201
+                print(printable(text(event, rate, whole)), file=sys.stderr, flush=True)  # noqa: T201
 
     return report
 
 
-def plain_line(event: ProgressEvent, rate: Rate) -> str:
-    """Return a line such as "train-student: student distilled, seed 0: step 120/3000 (4 %), 85 steps/s, 34 s left"."""
+def plain_line(event: ProgressEvent, rate: Rate, whole: WholeRun | None = None) -> str:
+    """Return a line such as "train-student: student distilled, seed 0: step 120/3000 (4 %), 85 steps/s, 34 s left".
+
+    That of a whole run ends with "(stage 3 of 4, seed 1 of 5, about 12 min left for all)".
+    """
     if event.unit == WARNING:
         return f"kdpipe: warning: {event.job}"
     percent = 100 * event.step // max(1, event.total)
     position = f"{event.stage}: {event.job}: {event.unit} {event.step}/{event.total} ({percent} %)"
-    return ", ".join([position, *_speed(event, rate), *_metrics(event)])
+    line = ", ".join([position, *_speed(event, rate), *_metrics(event)])
+    return f"{line} ({', '.join(filter(None, [whole.position(), whole.time_left()]))})" if whole else line
 
 
-def json_event(event: ProgressEvent, rate: Rate) -> str:
-    """Return the event as one line of JSON, with the time, the rate and the remaining time."""
+def json_event(event: ProgressEvent, rate: Rate, whole: WholeRun | None = None) -> str:
+    """Return the event as one line of JSON, with the time, the rate and the remaining time, also of a whole run."""
     per_s, left_s = rate.per_s(), rate.eta_s(rate.updated_at)
     timing: dict[str, Any] = {
         "rate_per_s": None if per_s is None else float(f"{per_s:.6g}"),
         "eta_s": None if left_s is None else round(left_s, 1),
     }
+    if whole is not None:
+        left_s = whole.left_s()
+        timing |= {"run_position": whole.position(), "run_eta_s": None if left_s is None else round(left_s, 1)}
     return json_text({"time": utc_now(), **asdict(event), **timing})
 
 
@@ -112,9 +122,9 @@ def _metrics(event: ProgressEvent) -> list[str]:
 
 
 class Bars:
-    """A rich progress bar for each running job; a finished job becomes a printed line."""
+    """A rich progress bar for each running job, below that of the whole run; a finished job becomes a printed line."""
 
-    def __init__(self, console: Console) -> None:
+    def __init__(self, console: Console, whole: WholeRun | None = None) -> None:
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
         from rich.table import Column
 
@@ -133,11 +143,13 @@ class Bars:
             transient=True,
             refresh_per_second=5,
         )
-        self._rates = RateTracker()
+        self._rates, self._whole = RateTracker(), whole
+        self._all = self.progress.add_task("", total=len(whole.jobs), speed="", metrics="") if whole else None
         self._jobs: dict[tuple[str, str], tuple[TaskID, ProgressEvent, Rate]] = {}
 
     def report(self, event: ProgressEvent) -> None:
         """Draw, print or finish the job of the event."""
+        self._follow(event)
         if event.unit == WARNING:
             self._print(plain_line(event, Rate.start(1, 1, time.monotonic())))
             return
@@ -156,6 +168,13 @@ class Bars:
         if len(self._jobs) > MAX_BARS:
             self._settle(next(iter(self._jobs)))
 
+    def _follow(self, event: ProgressEvent) -> None:
+        """Move the bar of the whole run."""
+        if self._whole is not None and self._all is not None:
+            self._whole.update(event)
+            position, left = self._whole.position(), self._whole.time_left()
+            self.progress.update(self._all, description=position, completed=self._whole.num_done, speed=left)
+
     def settle_all(self) -> None:
         """Print all running jobs as lines, and remove their bars."""
         for key in list(self._jobs):
@@ -171,8 +190,8 @@ class Bars:
 
 
 @contextmanager
-def _bar_reporter() -> Iterator[Reporter]:
-    bars = Bars(console(sys.stderr))
+def _bar_reporter(whole: WholeRun | None) -> Iterator[Reporter]:
+    bars = Bars(console(sys.stderr), whole)
 
     def report(event: ProgressEvent) -> None:
         with suppress(OSError, ValueError):

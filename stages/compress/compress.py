@@ -110,6 +110,22 @@ def compress(
     return figures
 
 
+def fine_tunings(config: CompressConfig) -> dict[str, tuple[TrainConfig, bool]]:
+    """Return the training of each network that `compress` makes of a seed, and whether it is distilled, in order."""
+    prune, train, scheme = config.prune, config.quantize_train, config.quantize.scheme
+    gradual = replace(config.prune_train, epochs=config.prune_train.epochs + (prune.steps - 1) * prune.epochs_per_step)
+    both = {"": True, **({"-alone": False} if config.baselines else {})}
+    made = {f"pruned{ending}": (gradual, distilled) for ending, distilled in both.items() if config.prunes}
+    if config.quantizes:
+        made[scheme] = train, True
+    if config.quantizes and config.baselines:
+        made[f"{scheme}-ptq"] = replace(train, epochs=0), False
+        if config.prunes:
+            made |= {f"{scheme}-unpruned{ending}": (train, distilled) for ending, distilled in both.items()}
+        made[f"{scheme}-alone"] = train, False
+    return made
+
+
 def student_source(config: CompressConfig, fine_tuning: FineTuneContext) -> TrainedModel:
     """Return the student to compress.
 

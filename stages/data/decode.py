@@ -158,13 +158,13 @@ class PixelCache:
         self._num_images, self._max_bytes, self._what = num_images, max_bytes, what
         self._lock = threading.Lock()
         self._pixels: Pixels | None = None
+        self._shape: tuple[int, ...] | None = None
         self.active = True
 
     def fits(self, shape: tuple[int, ...]) -> bool:
         """Return whether images of this shape, [C, H, W], can be cached; if not, deactivate the cache."""
         num_bytes = self._num_images * math.prod(shape)
-        same = self._pixels is None or self._pixels.shape[1:] == shape
-        if not same or num_bytes > self._max_bytes:
+        if self._shape not in (None, shape) or num_bytes > self._max_bytes:
             self.deactivate()
         return self.active
 
@@ -178,7 +178,7 @@ class PixelCache:
             if not self.active or not self.fits(image.shape):
                 return
             if self._pixels is None:
-                self._pixels = new_pixels((self._num_images, *image.shape), self._what)
+                self._pixels, self._shape = new_pixels((self._num_images, *image.shape), self._what), image.shape
             pixels = self._pixels
         pixels[index] = image
 
@@ -189,6 +189,26 @@ class PixelCache:
             for target, index in enumerate(kept.tolist()):  # in place: a second copy may not fit
                 self._pixels[target] = self._pixels[index]
         return self._pixels[: len(kept)]
+
+
+class LevelCounts(PixelCache):
+    """The gray levels of the images that a `PixelCache` would hold, counted instead of kept.
+
+    Attributes:
+        counts: How often each level occurs in each channel, int64 [C, 256].
+    """
+
+    def __init__(self, num_images: int, max_bytes: int, what: str) -> None:
+        super().__init__(num_images, max_bytes, what)
+        self.counts: npt.NDArray[np.int64] | None = None
+
+    def put(self, index: int, image: Pixels) -> None:
+        """Count the levels of `image`, [C, H, W], if it would be kept."""
+        levels = np.stack([np.bincount(channel.reshape(-1), minlength=256) for channel in image])
+        with self._lock:
+            if self.active and self.fits(image.shape):
+                self._shape = image.shape
+                self.counts = levels if self.counts is None else self.counts + levels
 
 
 def _check_size(file: Image.Image) -> None:

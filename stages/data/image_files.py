@@ -56,12 +56,15 @@ class ImageFiles:
     Attributes:
         checksums: crc32c of each decoded image's [C, H, W] bytes when the data set was scanned: uint32 [N].
         shapes: (H, W) of each decoded image: int32 [N, 2].
+        levels: How often each gray level occurs in each channel, int64 [C, 256], where a run would keep the images in
+            memory; None for those that stay files.
     """
 
     paths: Paths
     spec: DecodeSpec
     checksums: npt.NDArray[np.uint32]
     shapes: npt.NDArray[np.int32]
+    levels: npt.NDArray[np.int64] | None = None
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -99,7 +102,7 @@ class ImageFiles:
         """Return the files at `indices`, int64 [M], in that order."""
         rows = indices.numpy()
         return dataclasses.replace(
-            self, paths=self.paths[rows], checksums=self.checksums[rows], shapes=self.shapes[rows]
+            self, paths=self.paths[rows], checksums=self.checksums[rows], shapes=self.shapes[rows], levels=None
         )
 
 

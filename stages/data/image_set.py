@@ -170,16 +170,23 @@ def normalization(image_set: ImageSet) -> tuple[tuple[float, ...], tuple[float, 
     decoded for it: they get FILES_NORMALIZATION.
     """
     images = image_set.images
-    if isinstance(images, ImageFiles):
+    if isinstance(images, Tensor):
+        moments = [_moments(_levels(images[:, channel])) for channel in range(image_set.in_channels)]
+    elif images.levels is not None:  # a run keeps them in memory
+        moments = [_moments(torch.from_numpy(counts)) for counts in images.levels]
+    else:
         return FILES_NORMALIZATION[images.spec.channels]
-    moments = [_moments(images[:, channel]) for channel in range(image_set.in_channels)]
     return tuple(mean for mean, _ in moments), tuple(std for _, std in moments)
 
 
-def _moments(channel: Tensor) -> tuple[float, float]:
+def _levels(channel: Tensor) -> Tensor:
     counts = torch.zeros(256, dtype=torch.int64)
     for chunk in torch.split(channel, _CHUNK):
         counts += torch.bincount(chunk.reshape(-1), minlength=256).cpu()
+    return counts
+
+
+def _moments(counts: Tensor) -> tuple[float, float]:
     levels = [(level, int(count)) for level, count in enumerate(counts)]
     total = sum(count for _, count in levels)
     first = sum(level * count for level, count in levels)

@@ -13,18 +13,16 @@ from kdpipe.stages.data.config import DataConfig
 from kdpipe.stages.data.decode import DecodeSpec, with_channels, with_size
 from kdpipe.stages.data.image_files import ImageFileList
 from kdpipe.stages.data.image_set import ImageSet
+from kdpipe.stages.data.names import KNOWN_NAMES, TORCHVISION_NAMES
 from kdpipe.stages.data.scan import OnImage, ScanResult, scan_images
 from kdpipe.stages.data.sources.image_folder import list_image_folder
 from kdpipe.stages.data.sources.listing import Listing, absent_classes
 from kdpipe.stages.data.sources.npz import list_npz
-from kdpipe.stages.data.sources.torchvision import NAMES as TORCHVISION_NAMES
 from kdpipe.stages.data.sources.torchvision import list_digits, list_torchvision
 from kdpipe.stages.data.sources.user_function import DATASETS, is_user_dataset, list_user_dataset
 from kdpipe.stages.data.splits import Indices, Part, Split, stratified_split, stratified_subset, validation_split
 from kdpipe.stages.errors import DataError, RecipeError, UnknownDataError, first_few
 from kdpipe.store.errors import did_you_mean
-
-KNOWN_NAMES = ("digits", *TORCHVISION_NAMES, "imagefolder:PATH", "npz:PATH", "python:MODULE:FUNCTION")
 
 
 def load_dataset(
@@ -33,6 +31,7 @@ def load_dataset(
     *,
     size: int | None = None,
     only: Indices | None = None,
+    keep: bool = True,
     on_image: OnImage | None = None,
 ) -> ImageSet:
     """Load a part of a data set: uint8 [N, C, H, W] in memory, or files.
@@ -43,6 +42,7 @@ def load_dataset(
     Args:
         size: Replaces `config.image_size`.
         only: Ids of the samples to load; None loads all.
+        keep: Whether to keep the images of a folder in memory where they fit; otherwise they stay files.
         on_image: Called with (done, total) from time to time while files are scanned; may raise to abort, which keeps
             most of the scan.
 
@@ -57,7 +57,7 @@ def load_dataset(
     indices = _select(listing, config, split)
     if only is not None:
         indices = indices[np.isin(listing.sample_ids[indices], only)]
-    found = _load_images(listing, indices, config, size, on_image)
+    found = _load_images(listing, indices, config, size, on_image, keep=keep)
     indices = indices[found.kept]
     labels, names = listing.labels[indices], listing.class_names
     absent = absent_classes(listing.name, split, labels, names, config.classes) if only is None else ()
@@ -121,13 +121,14 @@ def _path(text: str, below: str = "") -> Path:
 
 
 def _load_images(
-    listing: Listing, indices: Indices, config: DataConfig, size: int | None, on_image: OnImage | None
+    listing: Listing, indices: Indices, config: DataConfig, size: int | None, on_image: OnImage | None, *, keep: bool
 ) -> ScanResult:
     if isinstance(listing.images, ImageFileList):
         return scan_images(
             listing.images,
             indices,
             cache_bytes=config.cache_bytes,
+            keep=keep,
             drop_unreadable=config.unreadable == "drop",
             on_image=on_image,
         )

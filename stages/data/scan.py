@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from kdpipe.stages.data.decode import PixelCache, Pixels, UnreadableImage, decode_image, quiet_pillow
+from kdpipe.stages.data.decode import LevelCounts, PixelCache, Pixels, UnreadableImage, decode_image, quiet_pillow
 from kdpipe.stages.data.image_files import ImageFileList, ImageFiles, path_at, pixel_checksum
 from kdpipe.stages.data.image_set import DroppedImage
 from kdpipe.stages.data.scan_cache import CHUNK, NO_STAMP, ScanState, Stamp, is_settled, scan_threads, stamp
@@ -38,6 +38,7 @@ def scan_images(
     indices: Indices,
     *,
     cache_bytes: int,
+    keep: bool = True,
     drop_unreadable: bool = False,
     on_image: OnImage | None = None,
 ) -> ScanResult:
@@ -45,6 +46,7 @@ def scan_images(
 
     Args:
         cache_bytes: Keep the pixels in memory if all images have one size and take no more than this.
+        keep: Whether to do so; otherwise their gray levels are counted.
         drop_unreadable: Leave unreadable images out, instead of raising an error.
         on_image: Called with (done, N) from time to time; may raise to abort.
 
@@ -52,7 +54,7 @@ def scan_images(
         DataError: An image cannot be read and none may be dropped, or more than half cannot be read.
     """
     chosen = files.take(indices)
-    pixel_cache = PixelCache(len(chosen), cache_bytes, f"data set {files.name}")
+    pixel_cache = (PixelCache if keep else LevelCounts)(len(chosen), cache_bytes, f"data set {files.name}")
     state, spec = ScanState(files, chosen), files.spec
     if spec.size is None or not pixel_cache.fits((spec.channels, spec.size, spec.size)):
         shapes = state.restore(chosen)
@@ -72,10 +74,11 @@ def scan_images(
         if not pixel_cache.active:
             state.save()
     kept = np.flatnonzero(state.readable)
-    if pixel_cache.active:
+    counts = pixel_cache.counts if isinstance(pixel_cache, LevelCounts) and pixel_cache.active else None
+    if pixel_cache.active and counts is None:
         return ScanResult(pixel_cache.take(kept), kept, tuple(dropped))
     readable, entries = chosen.take(kept) if dropped else chosen, state.entries[kept]
-    images = ImageFiles(readable.paths, spec, entries["checksum"].copy(), entries["shape"].copy())
+    images = ImageFiles(readable.paths, spec, entries["checksum"].copy(), entries["shape"].copy(), counts)
     return ScanResult(images, kept, tuple(dropped))
 
 

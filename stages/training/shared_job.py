@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import uuid
@@ -17,6 +18,7 @@ from kdpipe.stages.workspace import shown
 from kdpipe.store import KdpipeError, differences, make_folders
 from kdpipe.store.fs.atomic_write import PARTIAL_SUFFIX
 from kdpipe.store.fs.checksums import SUMS, damages, move_with_sums, read_sums
+from kdpipe.store.redact import redacted_json
 
 STUDENTS = ("students/*", "sweep/*/*", "compare/*/*")
 """Where the students of a run are."""
@@ -62,16 +64,37 @@ def begun_job(
 
 def _adopt(job_dir: JobDir, context: StageContext, accept: Accept) -> Path | None:
     """Give a begun job the files of a finished one with the same inputs; return the run that has it, None if none."""
-    with suppress(ValueError):
-        place = job_dir.path.absolute().relative_to(context.run_dir.absolute())
-        wanted = read_json_file(job_dir.path / "job.json")
-        for run in (context.run_dir, *context.workspace.runs(context.run_dir)):
-            for folder in _jobs_like(run, place):
-                with suppress(KdpipeError, OSError):  # damaged, or being removed
-                    if _same(folder, wanted) and accept(run, JobDir(folder).result() or {}):
-                        _link(folder, job_dir.path)
-                        return run
+    wanted = read_json_file(job_dir.path / "job.json")
+    for run, found in _finished(job_dir, wanted, context, accept):
+        with suppress(KdpipeError, OSError):  # damaged, or being removed
+            _link(found, job_dir.path)
+            return run
     return None
+
+
+def offered(
+    job_dir: JobDir, fingerprint: Mapping[str, Any], context: StageContext, accept: Accept = lambda run, result: True
+) -> Path | None:
+    """Return a run folder of the workspace where the job with this fingerprint is finished; None if none."""
+    inputs = redacted_json(json.loads(json.dumps(fingerprint)))
+    return next((run for run, _ in _finished(job_dir, inputs, context, accept)), None)
+
+
+def _finished(
+    job_dir: JobDir, wanted: Mapping[str, Any] | None, context: StageContext, accept: Accept
+) -> Iterator[tuple[Path, Path]]:
+    """Yield the run folders where a job with the same inputs is finished, and its folder there."""
+    try:
+        place = job_dir.path.absolute().relative_to(context.run_dir.absolute())
+    except ValueError:
+        return
+    for run in (context.run_dir, *context.workspace.runs(context.run_dir)):
+        for folder in _jobs_like(run, place):
+            is_one = False
+            with suppress(KdpipeError, OSError):  # damaged, or being removed
+                is_one = _same(folder, wanted) and accept(run, JobDir(folder).result() or {})
+            if is_one:
+                yield run, folder
 
 
 def _jobs_like(run: Path, place: Path) -> Iterator[Path]:

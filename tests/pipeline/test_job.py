@@ -1,29 +1,29 @@
-"""What a command adds to the messages of its stages."""
+"""Tests of what surrounds a command."""
 
 from __future__ import annotations
 
-from pathlib import Path
+import os
+import subprocess
+import sys
 
-import pytest
+from support.paths import PYTHONPATH
 
-from kdpipe.pipeline.job import _new_run_advised
+FIRST_LINE = """
+import sys
+from kdpipe.pipeline import job
 from kdpipe.pipeline.session.options import JobOptions
-from kdpipe.stages.training.job_dir import JobDir
-from kdpipe.store import FingerprintMismatch
+def said(line):
+    print(line, "torch" in sys.modules)
+    raise SystemExit
+job.print_info = said
+sys.stderr.isatty = lambda: True
+job.run_job("run", "my.toml", JobOptions())
+"""
 
 
-def test_a_refused_setting_comes_with_a_command_to_paste(tmp_path: Path) -> None:
-    run, job = tmp_path / "a", JobDir(tmp_path / "a" / "students" / "alone-seed0")
-    (tmp_path / "a-2").mkdir()
-    job.begin({"train": {"lr": 0.1}})
-    options = JobOptions(set_=["student.train.lr=0.2", "data.args.token=word", "cache.store=x"])
-    with (
-        pytest.raises(FingerprintMismatch) as caught,
-        _new_run_advised("train-student", Path("my a.toml"), options, run),
-    ):
-        job.begin({"train": {"lr": 0.2}})
-    assert str(caught.value) == (
-        f"the job in {job.path} was made from other inputs - train.lr: stored 0.1, wanted 0.2. Choose a new run, which "
-        f"uses all that fits of this one (`kdpipe run 'my a.toml' --set student.train.lr=0.2 --set "
-        f"data.args.token=... --run {tmp_path / 'a-3'}`), or delete that folder to restart the job."
+def test_a_job_says_something_before_torch_is_loaded() -> None:
+    environment = {**os.environ, "PYTHONPATH": PYTHONPATH}
+    ended = subprocess.run(
+        [sys.executable, "-c", FIRST_LINE], check=False, env=environment, capture_output=True, text=True
     )
+    assert ended.stdout == "reads my.toml ... False\n", ended.stderr

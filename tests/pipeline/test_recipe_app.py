@@ -1,6 +1,9 @@
 """Output, files and refusals of `kdpipe recipe new`, `check` and `schema`."""
 
 import json
+import os
+import subprocess
+import sys
 import tomllib
 from pathlib import Path
 
@@ -9,9 +12,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
-from support.paths import ROOT
+from support.paths import PYTHONPATH, ROOT
 from typer.testing import CliRunner
 
+from kdpipe.pipeline.recipe import dry_build
 from kdpipe.pipeline.recipe import new as recipe_new
 from kdpipe.pipeline.recipe.load import load_recipe
 from kdpipe.pipeline.recipe.template import DEFAULTS, OFFERED_LOSSES, toml_value
@@ -194,7 +198,13 @@ def test_schema_is_printed_as_json():
 
 def test_new_writes_a_valid_recipe_from_defaults(here):
     shown = called("new", "blank.toml", "--yes").stdout
-    assert "wrote blank.toml; next: kdpipe run blank.toml" in shown
+    assert [line.split("#")[0].strip() for line in shown.splitlines()] == [
+        "wrote blank.toml; next:",
+        "kdpipe recipe check blank.toml",
+        "kdpipe plan         blank.toml",
+        "kdpipe views        blank.toml",
+        "kdpipe run          blank.toml",
+    ]
     text = Path("blank.toml").read_text()
     for word in ("Command:   kdpipe run blank.toml", "Hardware:", "Time:", "Expect:", "not measured yet"):
         assert word in text
@@ -212,7 +222,9 @@ def test_new_writes_a_valid_recipe_from_defaults(here):
 def test_new_writes_recipes_for_every_kind_of_data(data, losses, monkeypatch):
     if data == "imagefolder":  # skip building large networks, which takes seconds
         data, losses = 'imagefolder:my "photos" \\ ü', "kd"
-        monkeypatch.setattr(recipe_new, "dry_build", lambda recipe: ([], []))
+        monkeypatch.setattr(dry_build, "dry_build", lambda recipe: ([], []))
+    if ":" in data:
+        Path("data", data.partition(":")[2]).mkdir(parents=True)
     layers = ["--layers", "stage2,stage2"] if data.startswith("npz") and losses != "kd" else []
     called("new", "r.toml", "--yes", "--data", data, "--loss", losses, *layers, "--seeds", "2")
     recipe = load_recipe(Path("r.toml"))
@@ -221,13 +233,15 @@ def test_new_writes_recipes_for_every_kind_of_data(data, losses, monkeypatch):
     assert recipe.student.seeds == (0, 1)
 
 
-def test_new_takes_every_answer_as_an_option():
+def test_new_takes_every_answer_as_an_option(here):
+    save_file({"bias": torch.zeros(1)}, here / "my weights.pt")
     options = {
         "name": "n-1",
         "data": "mnist",
         "root": 'a "b" \\ c',
         "teacher": "mlp",
-        "teacher-weights": "../my weights.pt",
+        "teacher-weights": "my weights.pt",
+        "normalization": "0.1/0.4",
         "student": "mlp",
         "loss": "rkd",
         "layers": "layer1,layer1",
@@ -237,7 +251,8 @@ def test_new_takes_every_answer_as_an_option():
     called("new", *(part for key, text in options.items() for part in (f"--{key}", text)))
     recipe = load_recipe(Path("n-1.toml"))
     assert (recipe.data.name, recipe.data.root) == ("MNIST", 'a "b" \\ c')
-    assert (recipe.teacher.model.weights, recipe.teacher.train) == ("../my weights.pt", None)
+    assert (recipe.teacher.model.weights, recipe.teacher.train) == ("my weights.pt", None)
+    assert (recipe.teacher.mean, recipe.teacher.std) == ((0.1,), (0.4,))
     assert recipe.distill[0].layers == (("layer1", "layer1"),)
     assert recipe.student.hard_label_weight == 1.0
     assert recipe.compress.steps == ()
@@ -256,7 +271,13 @@ def test_new_takes_every_answer_as_an_option():
         (["--yes", "--loss", "magic"], "--loss: choose losses from kd, dkd, dist, nkd, hint, at, rkd, not magic"),
         (["--yes", "--layers", "a,b"], "--layers does not apply"),
         (["--yes", "--loss", "hint", "--layers", "stage2"], "is not a pair of modules"),
-        (["--yes", "--loss", "hint", "--layers", "stage2,stage9"], "do not fit together"),
+        (["--yes", "--loss", "hint", "--layers", "stage2,stage9"], "the teacher has no module 'stage9'; it has stage1"),
+        (["--yes", "--data", "imagefolder:absent"], "--root: there is no "),
+        (["--yes", "--data", "npz:absent.npz"], "name the folder that holds absent.npz"),
+        (["--yes", "--data", "python:absent_module:load"], "--data: data.name='python:absent_module:load'"),
+        (["--yes", "--teacher", "python:absent_module:net"], "--teacher: model.name='python:absent_module:net'"),
+        (["--yes", "--teacher-weights", "absent.pt"], "--teacher-weights: there is no file "),
+        (["--yes", "--normalization", "imagenet"], "--normalization does not apply"),
         (["--yes", "--seeds", "0"], "--seeds: invalid value '0': input should be greater than or equal to 1"),
         (["--yes", "--seeds", "²"], "should be a valid integer"),
         (["--yes", "--compress", "maybe"], "should be a valid boolean"),
@@ -296,6 +317,7 @@ def test_new_asks_again_after_an_invalid_answer(terminal):
     assert "not magic; others: later" in ended.stderr
     assert "invalid value '99999'" in ended.stderr
     assert "invalid value '2': input should be less than 1" in ended.stderr
+    assert "modules of the teacher: stage1 (" in ended.stdout
     assert "[stage2,stage2]" in ended.stdout
     recipe = load_recipe(Path("asked.toml"))
     assert [loss.loss for loss in recipe.distill] == ["kd", "hint"]
@@ -327,3 +349,49 @@ def test_new_writes_nothing_when_interrupted(here, terminal, monkeypatch):
 def test_any_text_round_trips_as_a_toml_string(text):
     assert tomllib.loads(f"value = {toml_value(text)}") == {"value": text}
     assert "\n" not in toml_value(text)
+
+
+@pytest.mark.parametrize(
+    ("answer", "mean", "std"), [("mnist", 0.1307, 0.3081), ("0.5/0.25", 0.5, 0.25), ("mean", None, None)]
+)
+def test_new_asks_for_the_scaling_of_given_weights(here, answer, mean, std):
+    save_file({"bias": torch.zeros(1)}, "t.safetensors")
+    options = ["new", "r.toml", "--yes", "--teacher-weights", "t.safetensors"]
+    assert "--normalization has no default here" in called(*options, code=2).stderr
+    if mean is None:
+        assert "'mean' is none of mnist, and not MEAN/STD" in called(*options, "--normalization", answer, code=2).stderr
+        Path("config.json").write_text('{"mean": 0.5, "std": 0.5}')
+        called(*options)
+        assert load_recipe(Path("r.toml")).teacher.mean is None
+        return
+    called(*options, "--normalization", answer)
+    assert (load_recipe(Path("r.toml")).teacher.mean, load_recipe(Path("r.toml")).teacher.std) == ((mean,), (std,))
+
+
+FIRST_QUESTION = """
+import sys
+from kdpipe.pipeline.recipe import new
+def asked(question):
+    print(question, [name for name in ("torch", "torchvision", "numpy", "rich") if name in sys.modules])
+    raise EOFError
+new.is_terminal = lambda: True
+new.input = asked
+try:
+    new.new_recipe(None, {"name": NAME}, yes=False)
+except EOFError:
+    pass
+"""
+
+
+@pytest.mark.parametrize(("name", "question"), [("None", "Name of the experiment [first]:"), ("'x'", "Data set (")])
+def test_new_asks_its_first_questions_without_torch(name, question):
+    code = FIRST_QUESTION.replace("NAME", name)
+    ended = subprocess.run(
+        [sys.executable, "-c", code],
+        check=True,
+        env={**os.environ, "PYTHONPATH": PYTHONPATH},
+        capture_output=True,
+        text=True,
+    )
+    assert ended.stdout.startswith(question), ended.stderr
+    assert ended.stdout.rstrip().endswith("[]")

@@ -7,20 +7,20 @@ from pathlib import Path
 
 import pytest
 import torch
-from support.tiny_run import LOSSES, STUDENT, TEACHER, VIEWS, make_tiny_store, tiny_context
+from support.tiny_run import LOSSES, STUDENT, TEACHER, VIEWS, make_tiny_store, squares, tiny_context
 from torch import Tensor
 
 from kdpipe.pipeline.steps import compress_student, train_student
 from kdpipe.stages.compress.artifacts.load import rebuild
 from kdpipe.stages.compress.compress import CompressConfig
 from kdpipe.stages.compress.pruning.prune import PruneConfig
-from kdpipe.stages.context import StageContext
+from kdpipe.stages.context import StageContext, require_fitting_test_images
 from kdpipe.stages.data.decode import with_size
 from kdpipe.stages.data.loader.image_loader import ViewRequest
 from kdpipe.stages.distillation.stores import open_distillation
 from kdpipe.stages.distillation.student_config import student_folder
 from kdpipe.stages.distillation.task_builder import build_student
-from kdpipe.stages.errors import RecipeError
+from kdpipe.stages.errors import DataError, RecipeError
 from kdpipe.stages.losses.features.at import ATGradient
 from kdpipe.stages.teacher import untrained_teacher
 from kdpipe.stages.train_student.preflight import dry_run_losses
@@ -110,6 +110,13 @@ def test_layers_of_other_sizes_are_refused_before_training() -> None:
     dry_run_losses(LOSSES, STUDENT, teacher, context)
     with pytest.raises(RecipeError, match=r"feature of shape \[8, 3, 3\] to a teacher's of shape \[16, 4, 4\]"):
         dry_run_losses(LOSSES, SMALL, teacher, context)
+
+
+def test_images_of_one_class_are_refused() -> None:
+    of_one = dataclasses.replace(squares(9, 0), labels=torch.zeros(9, dtype=torch.int64), class_names=("cat",))
+    context = tiny_context(Path(), train_set=of_one, test_set=of_one)
+    with pytest.raises(DataError, match="are all of one class, 'cat': there is nothing to tell apart"):
+        require_fitting_test_images(context)
 
 
 def test_a_loss_on_pixels_is_refused(stored: tuple[Path, StageContext]) -> None:

@@ -12,10 +12,9 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-import torch_pruning
 from torch import Tensor, nn
 
 from kdpipe.stages.compress.pruning.exclusions import (
@@ -29,6 +28,9 @@ from kdpipe.stages.compress.pruning.widths import SIZES
 from kdpipe.stages.errors import ModelError, cause
 from kdpipe.stages.models.clone import preserve_modes
 from kdpipe.stages.models.hooks import capture, model_errors, nearest
+
+if TYPE_CHECKING:
+    import torch_pruning
 
 MAX_GROWTH = 16
 """Tracing stops if a group has this many times the channels of the widest layer, as in Swin's windows."""
@@ -119,6 +121,8 @@ def find_channels(
     size is not in the record of widths (attention, positional embeddings), and, for `with_batch_norm`, those without
     one. `full_widths` are those of the unpruned network.
     """
+    import torch_pruning  # imports timm where it is installed, which takes seconds
+
     outputs = output_layers(model, example)
     groups = []
     excluded: dict[nn.Module, str] = {}

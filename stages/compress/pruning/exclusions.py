@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch_pruning
 from torch import nn
 
 from kdpipe.stages.compress.pruning.importance import batch_norms_of
 from kdpipe.stages.compress.pruning.widths import has_sizes
+
+if TYPE_CHECKING:
+    import torch_pruning
 
 WEIGHT_LAYERS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)
 

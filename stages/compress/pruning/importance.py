@@ -6,7 +6,6 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
 import torch
-import torch_pruning
 from torch import Tensor, nn
 
 from kdpipe.stages.errors import ModelError
@@ -31,6 +30,8 @@ def measure_of(kind: Importance) -> Callable[[Any], Tensor]:
     "bn_scale": an entry is |gamma| of a batch norm, and nothing else counts (network slimming, Liu et al. 2017,
         arXiv:1708.06519). The group must have one (`batch_norms_of`).
     """
+    import torch_pruning  # imports timm where it is installed, which takes seconds
+
     measure: Any
     if kind == "taylor":
         measure = torch_pruning.importance.GroupTaylorImportance(normalizer=None)

@@ -19,6 +19,10 @@ MAX_NUMBERED_CLASSES = 1_000_000
 """Limit for the number of classes inferred from the largest label, against typos."""
 
 
+CHUNK = 256
+"""Images that are copied at once."""
+
+
 @dataclass(frozen=True, eq=False)
 class Listing:
     """The samples of one split, or of a whole set without splits (`unsplit`).
@@ -68,7 +72,7 @@ def list_arrays(
         labels=label_column,
         sample_ids=integer_column(name, "ids", id_column, len(pixels)),
         class_names=numbered_classes(name, label_column) if class_names is None else class_names,
-        images=lambda indices: np.ascontiguousarray(pixels[indices]),
+        images=lambda indices: _taken(pixels, indices),
         unsplit=unsplit,
         notices=notices,
     )
@@ -124,6 +128,14 @@ def integer_column(name: str, what: str, values: Any, num_samples: int | None = 
     if column.dtype.kind == "u" and int(column.max()) > np.iinfo(np.int64).max:
         raise DataError(f"data set {name}: {what} must fit int64, found {int(column.max())}.")
     return column.astype(np.int64)
+
+
+def _taken(pixels: Pixels, indices: Indices) -> Pixels:
+    """Return the pixels at `indices` in one new array; not all at once, which would take its memory twice."""
+    taken = np.empty((len(indices), *pixels.shape[1:]), dtype=np.uint8)
+    for start in range(0, len(indices), CHUNK):
+        taken[start : start + CHUNK] = pixels[indices[start : start + CHUNK]]
+    return taken
 
 
 def _pixels(name: str, images: Any) -> Pixels:

@@ -18,8 +18,6 @@ from kdpipe.stages.data.sources.listing import Listing, list_arrays
 from kdpipe.stages.data.splits import Split
 from kdpipe.stages.errors import DataError, cause
 
-NAMES = ("MNIST", "FashionMNIST", "CIFAR10", "CIFAR100")
-
 
 def list_digits() -> Listing:
     """List scikit-learn's digits: 1,797 gray images of 8 x 8, ids in its order; levels 0..16 become 0..255.

@@ -15,11 +15,12 @@ from typing import Any
 
 import numpy as np
 
+from kdpipe.stages.data.names import TORCHVISION_NAMES
 from kdpipe.stages.data.sources.image_folder import list_image_folder
 from kdpipe.stages.data.sources.listing import Listing, integer_column, list_arrays, numbered_classes
 from kdpipe.stages.data.sources.npz import list_npz
 from kdpipe.stages.data.sources.torch_dataset import is_torch_dataset, list_torch_dataset
-from kdpipe.stages.data.sources.torchvision import NAMES, list_digits, list_torchvision
+from kdpipe.stages.data.sources.torchvision import list_digits, list_torchvision
 from kdpipe.stages.data.splits import Split
 from kdpipe.stages.errors import DataError, UnknownDataError, cause
 from kdpipe.stages.plugins.registry import Registry
@@ -28,7 +29,7 @@ from kdpipe.store.errors import KdpipeError
 
 _BUILTIN: dict[str, Callable[..., Any]] = {
     "digits": list_digits,
-    **{name: partial(list_torchvision, name) for name in NAMES},
+    **{name: partial(list_torchvision, name) for name in TORCHVISION_NAMES},
     "imagefolder": list_image_folder,
     "npz": list_npz,
 }

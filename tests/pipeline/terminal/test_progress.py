@@ -8,13 +8,23 @@ from types import SimpleNamespace
 import pytest
 from rich.cells import cell_len
 from rich.console import Console
+from support.tiny_run import TEACHER
 
-from kdpipe.pipeline.terminal import output, progress, rate, reporter
+from kdpipe.pipeline.planned_jobs import planned_jobs
+from kdpipe.pipeline.recipe.load import Recipe
+from kdpipe.pipeline.terminal import output, progress, rate, reporter, whole_run
 from kdpipe.pipeline.terminal.output import Verbosity
 from kdpipe.pipeline.terminal.progress import MAX_BARS, Bars
 from kdpipe.pipeline.terminal.progress import reporter as open_reporter
 from kdpipe.pipeline.terminal.rate import Rate, duration_text, rate_text
+from kdpipe.pipeline.terminal.whole_run import WholeRun
+from kdpipe.stages.distillation.student_config import StudentConfig
 from kdpipe.stages.runtime.events import WARNING, ProgressEvent
+from kdpipe.stages.views.config import Views
+
+RECIPE = Recipe(
+    name="tiny", teacher=TEACHER, student=StudentConfig(model=TEACHER.model, seeds=(0, 1)), views=Views(num_views=4)
+)
 
 
 class Clock:
@@ -28,12 +38,12 @@ class Clock:
 @pytest.fixture
 def clock(monkeypatch):
     fake = Clock()
-    for module in (rate, progress, reporter):
+    for module in (rate, progress, reporter, whole_run):
         monkeypatch.setattr(module, "time", fake)
     return fake
 
 
-def step(number, total=3000, job="distilled student, seed 0", **metrics):
+def step(number, total=3000, job="student distilled, seed 0", **metrics):
     return ProgressEvent("train-student", job, number, total, "step", metrics)
 
 
@@ -116,8 +126,8 @@ def test_a_log_has_the_first_and_last_line_and_one_every_10_s(monkeypatch, clock
             clock.now += 1 / 64
         report(step(3000, accuracy=0.9812, losses={"kd": 0.3, "hard_labels": 0.1}))
     lines = log.getvalue().splitlines()
-    assert lines[0] == "train-student: distilled student, seed 0: step 1/3000 (0 %)"
-    assert lines[1] == "train-student: distilled student, seed 0: step 641/3000 (21 %), 64 steps/s, 37 s left"
+    assert lines[0] == "train-student: student distilled, seed 0: step 1/3000 (0 %)"
+    assert lines[1] == "train-student: student distilled, seed 0: step 641/3000 (21 %), 64 steps/s, 37 s left"
     assert lines[-1].endswith(
         "step 3000/3000 (100 %), in 47 s at 64 steps/s, test accuracy 98.12 %, loss 0.4 (kd + hard_labels)"
     )
@@ -170,7 +180,7 @@ def test_a_terminal_that_cannot_redraw_gets_lines(monkeypatch):
     log = stderr_of(monkeypatch, tty=True, term="dumb")
     with open_reporter(as_json=False) as report:
         report(step(1))
-    assert log.getvalue() == "train-student: distilled student, seed 0: step 1/3000 (0 %)\n"
+    assert log.getvalue() == "train-student: student distilled, seed 0: step 1/3000 (0 %)\n"
 
 
 @pytest.mark.parametrize("width", [20, 45, 80, 200])
@@ -185,13 +195,26 @@ def test_a_bar_fits_a_terminal_of_any_width(clock, width, job):
     assert line.isprintable()
 
 
+def test_a_whole_run_is_above_its_network(clock):
+    whole = WholeRun(planned_jobs(RECIPE, ("train-teacher", "cache-teacher", "train-student")))
+    bars = Bars(terminal(), whole)
+    for number in (1, 1501):
+        bars.report(step(number, 3000, "student alone, seed 1"))
+        clock.now += 15
+    first, second = drawn(bars)
+    assert "stage 3 of 3, seed 2 of 2" in first and "4/6" in first and "left for all" in first
+    assert "student alone, seed 1" in second
+    line = progress.plain_line(step(1501, 3000, "student alone, seed 1"), Rate.start(1, 2, clock.now), whole)
+    assert line.endswith("(stage 3 of 3, seed 2 of 2, about 30 s left for all)")
+
+
 def test_a_bar_on_80_columns_has_name_steps_rate_and_time_left(clock):
     bars = Bars(terminal())
     for number in (1000, 1850):
         bars.report(step(number))
         clock.now += 10
     (line,) = drawn(bars)
-    for part in ("distilled student, seed 0", "1850/3000", "85 steps/s", "14 s left"):
+    for part in ("student distilled, seed 0", "1850/3000", "85 steps/s", "14 s left"):
         assert part in line
 
 
@@ -221,7 +244,7 @@ def test_running_jobs_are_kept_as_lines_at_the_end(monkeypatch):
     monkeypatch.setattr(progress, "console", lambda file: Console(file=file, force_terminal=True, width=80))
     with open_reporter(as_json=False) as report:
         report(step(7))
-    assert screen.getvalue().endswith("train-student: distilled student, seed 0: step 7/3000 (0 %)\n")
+    assert screen.getvalue().endswith("train-student: student distilled, seed 0: step 7/3000 (0 %)\n")
 
 
 def test_a_closed_stderr_is_not_interactive(monkeypatch):

@@ -189,7 +189,7 @@ def test_image_files_hold_only_arrays(pets: Path) -> None:
     files = _files(_load(pets))
     arrays = [files.paths, files.checksums, files.shapes]
     assert all(isinstance(array, np.ndarray) and array.dtype != object for array in arrays)
-    assert set(vars(files)) - {"common_shape"} == {"paths", "spec", "checksums", "shapes"}
+    assert set(vars(files)) - {"common_shape"} == {"paths", "spec", "checksums", "shapes", "levels"}
 
 
 def test_packed_paths_round_trip() -> None:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 import os
 import tempfile
 from collections.abc import Iterator
@@ -16,7 +17,14 @@ from PIL import Image
 from kdpipe.stages.data import scan, scan_cache
 from kdpipe.stages.data.config import DataConfig
 from kdpipe.stages.data.decode import UnreadableImage
-from kdpipe.stages.data.image_set import ImageSet, digest, pixel_checksums, unequal_sizes_message
+from kdpipe.stages.data.image_set import (
+    FILES_NORMALIZATION,
+    ImageSet,
+    digest,
+    normalization,
+    pixel_checksums,
+    unequal_sizes_message,
+)
 from kdpipe.stages.data.load import load_dataset
 from kdpipe.stages.data.sources.image_folder import sample_id
 from kdpipe.stages.errors import DataError
@@ -335,3 +343,14 @@ def test_mostly_unreadable_set_is_an_error(pets: Path, keys: dict[str, Any]) -> 
     _damage(pets, *[path.relative_to(pets).as_posix() for path in sorted(pets.rglob("*.bmp"))])
     with pytest.raises(DataError, match="more than half of its 4 images cannot be read"):
         _load(pets, **keys, unreadable="drop")
+
+
+def test_images_that_are_not_kept_have_the_same_identity(pets):
+    config = DataConfig(name=f"imagefolder:{pets}", channels=1, test_share=0.5)
+    kept, counted = (load_dataset(config, "train", keep=keep) for keep in (True, False))
+    assert (kept.in_memory, counted.in_memory) == (True, False)
+    assert normalization(counted) == normalization(kept) != FILES_NORMALIZATION[1]
+    assert digest(counted) == digest(kept)
+    np.testing.assert_array_equal(pixel_checksums(counted), pixel_checksums(kept))
+    files = load_dataset(dataclasses.replace(config, cache_bytes=20), "train", keep=False)
+    assert normalization(files) == FILES_NORMALIZATION[1]  # a run would not keep them either

@@ -1,0 +1,1 @@
+"""`kdpipe plan`: what a run costs, and what of it exists already."""

@@ -1,0 +1,130 @@
+"""The cost of each stage of a run: the networks that it makes, those that exist, and the time of the others."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from kdpipe.pipeline.commands.plan.existing import unfinished_compressions
+from kdpipe.pipeline.commands.plan.probe import Probe, Seconds
+from kdpipe.pipeline.run import Run
+from kdpipe.stages.compress.compress import fine_tunings
+from kdpipe.stages.distillation.spec import DistillationSpec
+from kdpipe.stages.distillation.student_config import ALONE, DISTILLED
+from kdpipe.stages.workspace import shown
+from kdpipe.store import KdpipeError
+
+
+@dataclass(frozen=True)
+class StageCost:
+    """What a stage, or one kind of its networks, costs.
+
+    Attributes:
+        stage: The command.
+        what: What it makes.
+        count: How many.
+        num_done: How many of them are finished, here or in another run.
+        seconds: The time of the others; None if it is not known.
+        note: Where the finished ones are, or why the time is not known.
+    """
+
+    stage: str
+    what: str
+    count: int
+    num_done: int
+    seconds: Seconds | None
+    note: str = ""
+
+    def to_json(self) -> dict[str, Any]:
+        seconds = self.seconds.to_json() if self.seconds else None
+        return {
+            "stage": self.stage,
+            "what": self.what,
+            "count": self.count,
+            "num_done": self.num_done,
+            "wall_s": seconds,
+            "note": self.note,
+        }
+
+
+NOTHING = Seconds(0, 0)
+
+
+def total(costs: Sequence[StageCost]) -> list[float] | None:
+    """Return the ends of the estimate of all stages; None if one is not known."""
+    known = [cost.seconds for cost in costs if cost.seconds is not None]
+    return sum(known, NOTHING).to_json() if len(known) == len(costs) else None
+
+
+def student_costs(probe: Probe, students: dict[tuple[str, int], Path]) -> Iterator[StageCost]:
+    """Yield the costs of the students, alone and distilled, and of their compression."""
+    recipe, run = probe.run.recipe, probe.run
+    compresses = recipe.student.export and recipe.distill and recipe.compress.steps
+    compressions = list(unfinished_compressions(run)) if compresses else []
+    num_done = {kind: sum(each == kind for each, _ in students) for kind in (ALONE, DISTILLED)}
+    count = len(recipe.student.seeds)
+    needs_spec = recipe.distill and (compressions or num_done[DISTILLED] < count)
+    spec, why = _opened(probe) if needs_spec else (None, "")
+    for kind in [ALONE] * recipe.student.baseline + [DISTILLED] * bool(recipe.distill):
+        seconds: Seconds | None = NOTHING
+        note = _places(run, [where for (each, _), where in students.items() if each == kind])
+        if num_left := count - num_done[kind]:
+            seconds, note = _measured(partial(_student_time, probe, kind, spec, num_left), why * (kind != ALONE), note)
+        yield StageCost("train-student", f"students, {kind}", count, num_done[kind], seconds, note)
+    if compresses:
+        what, count = f"networks ({', '.join(recipe.compress.steps)})", count * len(fine_tunings(recipe.compress))
+        measure = partial(_compression_time, probe, compressions, spec)
+        seconds, note = _measured(measure, why, "without exports and latencies")
+        yield StageCost("compress", what, count, count - len(compressions), seconds, note)
+
+
+def teacher_cost(probe: Probe, found: Path | None) -> StageCost:
+    """Return the cost of the teacher, which is none if it is finished in the run folder `found`."""
+    places = _places(probe.run, [found] if found else [])
+    seconds, note = (NOTHING, places) if found else _measured(probe.teacher_training)
+    return StageCost("train-teacher", "teacher", 1, int(found is not None), seconds, note)
+
+
+def _measured(measure: Callable[[], Seconds], missing: str = "", note: str = "") -> tuple[Seconds | None, str]:
+    """Return the time, and a note; without a time, what is `missing` to measure it, or why that failed."""
+    try:
+        return (None, missing) if missing else (measure(), note)
+    except KdpipeError as error:
+        return None, str(error)
+
+
+def _opened(probe: Probe) -> tuple[DistillationSpec | None, str]:
+    """Return the losses on targets of the sample, or why that is not possible."""
+    try:
+        spec = probe.open_distillation()
+    except KdpipeError as error:
+        return None, str(error)
+    return spec, "" if spec else "the stores of the students are not complete, or not on this machine"
+
+
+def _student_time(probe: Probe, kind: str, spec: DistillationSpec | None, count: int) -> Seconds:
+    return probe.student_training(spec if kind == DISTILLED else None).times(count)
+
+
+def _compression_time(probe: Probe, compressions: Sequence[tuple[str, int]], spec: DistillationSpec | None) -> Seconds:
+    """Return the time of fine-tunings: measured on the unpruned student, of which pruned ones take a part."""
+    config, seconds = probe.run.recipe.compress, NOTHING
+    jobs, of_an_epoch = fine_tunings(config), dict[tuple[bool, bool], Seconds]()
+    for kind, _ in compressions:
+        train, distilled = jobs[kind]
+        way = distilled, not kind.startswith("pruned")
+        if train.epochs and way not in of_an_epoch:
+            whole = probe.fine_tuning(train, spec if distilled else None, quantized=way[1])
+            of_an_epoch[way] = whole.times(1 / train.epochs)
+        seconds += of_an_epoch[way].times(train.epochs) if train.epochs else NOTHING
+    kept = 1 - config.prune.ratio if config.prunes and config.prune.kind == "channels" else 1.0
+    return Seconds(seconds.low * kept, seconds.high)
+
+
+def _places(run: Run, done: Sequence[Path]) -> str:
+    """Return where finished jobs are that are not in the run folder."""
+    others = dict.fromkeys(shown(where) for where in done if where != run.folder)
+    return f"of {', '.join(others)}" if others else ""

@@ -1,0 +1,200 @@
+"""Time a few steps of each training of a recipe, on a sample of its images, and extrapolate to all of it."""
+
+from __future__ import annotations
+
+import statistics
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+
+from kdpipe.pipeline.commands.plan.existing import open_stores
+from kdpipe.pipeline.recipe.load import trainings_of
+from kdpipe.pipeline.run import Run
+from kdpipe.pipeline.steps import cache_teacher
+from kdpipe.stages.compress.fine_tune import build_fine_tuning
+from kdpipe.stages.compress.quantization.qat import calibrate
+from kdpipe.stages.compress.quantize_student import prepare
+from kdpipe.stages.context import StageContext
+from kdpipe.stages.data.image_files import ImageFiles
+from kdpipe.stages.data.image_set import ImageSet
+from kdpipe.stages.data.loader.sampling import num_steps
+from kdpipe.stages.data.splits import stratified_subset
+from kdpipe.stages.distillation.spec import DistillationSpec
+from kdpipe.stages.distillation.stores import open_distillation
+from kdpipe.stages.evaluation.evaluate import evaluate
+from kdpipe.stages.losses.distillation import student_layers
+from kdpipe.stages.models.bundle import ModelBundle
+from kdpipe.stages.runtime.events import RunMonitor
+from kdpipe.stages.targets.feature_spec import FeatureSpec
+from kdpipe.stages.teacher import build_teacher
+from kdpipe.stages.train_student.compare import Variant, build_step_job
+from kdpipe.stages.training.job import TrainJob
+from kdpipe.stages.training.job_dir import JobDir
+from kdpipe.stages.training.loop import time_steps
+from kdpipe.stages.training.optim import TrainConfig
+from kdpipe.stages.training.task import TrainingTask
+
+MIN_SAMPLE = 512
+"""Images of the sample, or more if a batch has more."""
+
+SHORT_S = 0.25
+"""Steps that take less are timed several times."""
+
+NUM_STEPS = 12
+"""Steps that are run of those, the first two to warm up."""
+
+SPREAD = 1.3
+"""The upper end of an estimate, as a multiple of the median: other work on the machine, exports, the last batches."""
+
+
+@dataclass(frozen=True)
+class Seconds:
+    """The lower and the upper end of an estimate, in seconds."""
+
+    low: float
+    high: float
+
+    def times(self, count: float) -> Seconds:
+        """Return the time of `count` of these."""
+        return Seconds(self.low * count, self.high * count)
+
+    def to_json(self) -> list[float]:
+        """Return both ends, to three digits: there are no more in them."""
+        return [float(f"{each:.3g}") for each in (self.low, self.high)]
+
+    def __add__(self, other: Seconds) -> Seconds:
+        return Seconds(self.low + other.low, self.high + other.high)
+
+
+@contextmanager
+def sample_context(run: Run) -> Iterator[StageContext]:
+    """Yield the context of a run in a temporary folder, with one view of a sample of its images."""
+    context = run.context
+    batches = [train.batch_size for train in trainings_of(run.recipe).values()]
+    count = max(MIN_SAMPLE, 2 * max(batches))
+    with tempfile.TemporaryDirectory(prefix="kdpipe-plan-") as folder:
+        yield replace(
+            context,
+            run_dir=Path(folder),
+            train_set=_sample(context.train_set, count),
+            test_set=_sample(context.deciding.test_set, MIN_SAMPLE),
+            validation_set=None,
+            views=replace(context.views, num_views=1),
+            mix_partners=None,
+            monitor=RunMonitor(should_stop=context.monitor.should_stop),
+            get_teacher_logits=lambda: None,
+            load_test=None,
+        )
+
+
+def _sample(image_set: ImageSet, count: int) -> ImageSet:
+    """Return some images of each class, in memory if a run would keep them there."""
+    rows = stratified_subset(image_set.labels.numpy(), min(count, image_set.num_samples))
+    sample = image_set.take(torch.from_numpy(rows))
+    if not isinstance(image_set.images, ImageFiles) or image_set.images.levels is None:
+        return sample
+    pixels = [torch.from_numpy(sample.read(number)) for number in range(len(sample))]
+    return replace(sample, images=torch.stack(pixels))
+
+
+@dataclass(frozen=True)
+class Probe:
+    """Times the trainings of a run.
+
+    Attributes:
+        run: The run, whose numbers of images count.
+        sample: The images to run on.
+        teacher: The teacher of the caching.
+        features: The features that its store needs.
+        store: The run's store, or that of another run which it would use.
+    """
+
+    run: Run
+    sample: StageContext
+    teacher: ModelBundle
+    features: Sequence[FeatureSpec]
+    store: Path
+
+    def teacher_training(self) -> Seconds:
+        """Return the time of the teacher's training, or of the evaluation of a given one."""
+        config, seed, sample = self.run.recipe.teacher, self.run.recipe.seed, self.sample
+        teacher = build_teacher(config, seed, sample)
+        if config.train is None:
+            return self._evaluation(teacher, sample)
+        task = TrainingTask(sample.train_loader, 1, teacher.normalize, fresh_views=True)
+        job = TrainJob("plan", "teacher", teacher.model, task, None, config.train, seed, JobDir(Path()))
+        return self._training(job, teacher, sample)
+
+    def student_training(self, spec: DistillationSpec | None) -> Seconds:
+        """Return the time of a student's training, alone without `spec`."""
+        config = self.run.recipe.student
+        job = build_step_job(Variant("plan", config, spec), self._context(spec))
+        network = ModelBundle(job.model, {}, job.task.normalize)
+        return self._training(job, network, self.sample.resized(config.image_size))
+
+    def fine_tuning(self, train: TrainConfig, spec: DistillationSpec | None, *, quantized: bool) -> Seconds:
+        """Return the time of a fine-tuning of the unpruned student."""
+        config, compress = self.run.recipe.student, self.run.recipe.compress
+        shared = build_fine_tuning(config, config.seeds[0], spec, self._context(spec), Path())
+        network = shared.build_student()
+        if quantized:
+            model = prepare(network.model, shared.evaluation(network.normalize).image_shape, compress.quantize)
+            network = replace(network, model=model)
+            if compress.quantize.scheme == "int8":
+                batches = shared.task(network).stream(0, 2, epoch=0, step=0, epochs=1)
+                calibrate(model, [next(iter(batches)).images.cpu()])
+        task, layers = shared.task(network), student_layers(spec.without_hint_losses.losses) if spec else ()
+        job = TrainJob("plan", "student", network.model, task, None, train, shared.seed, JobDir(Path()), layers)
+        return self._training(job, network, self.sample.resized(config.image_size))
+
+    def open_distillation(self) -> DistillationSpec | None:
+        """Return the losses on a store of the sample's targets, which is made here, or on stores that are there.
+
+        None if the students learn from stores that are not on this machine.
+        """
+        run, config = self.run, self.run.recipe.student
+        if run.stores != [run.store]:
+            return open_stores(run, self.store)
+        path = self.sample.run_dir / "store.zarr"
+        cache_teacher(run.recipe.cache, path, self.teacher, self.features, self.sample)
+        return open_distillation([path], run.recipe.distill, config, {}, self.sample)
+
+    def _context(self, spec: DistillationSpec | None) -> StageContext:
+        """Return the sample; of all views where its targets come from a whole store."""
+        if spec is None or self.run.stores == [self.run.store]:
+            return self.sample
+        context = self.run.context
+        partners = context.mix_partners or context.train_set
+        return replace(self.sample, views=context.views, mix_partners=partners if context.views.mix else None)
+
+    def _training(self, job: TrainJob, network: ModelBundle, context: StageContext) -> Seconds:
+        """Return the time of all epochs of a job, each with its evaluation."""
+        train, device = job.config, context.device
+        if train.epochs == 0:
+            return self._evaluation(network, context)
+        steps = num_steps(self.run.context.train_set.num_samples, train.batch_size)
+        plain = replace(train, epochs=1, class_weights=None, sampler="shuffle")  # the sample has not all labels
+        step = _step_time(replace(job, config=plain), device)
+        return (step.times(steps) + self._evaluation(network, context)).times(train.epochs)
+
+    def _evaluation(self, network: ModelBundle, context: StageContext) -> Seconds:
+        """Return the time of an evaluation on all images that decide."""
+        test = context.evaluation(network.normalize)
+        network.model.to(context.device)
+        evaluate(network.model, test, context.device)
+        started = time.perf_counter()
+        evaluate(network.model, test, context.device)
+        per_image = (time.perf_counter() - started) / context.test_set.num_samples
+        return Seconds(per_image, SPREAD * per_image).times(self.run.context.deciding.test_set.num_samples)
+
+
+def _step_time(job: TrainJob, device: torch.device) -> Seconds:
+    times_s = time_steps(job, device, 2)[1:]
+    if times_s[0] < SHORT_S:
+        times_s = time_steps(job, device, NUM_STEPS)[2:]
+    return Seconds(min(times_s), SPREAD * statistics.median(times_s))

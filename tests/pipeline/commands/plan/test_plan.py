@@ -1,0 +1,109 @@
+"""Tests of what `kdpipe plan` finds and estimates."""
+
+from __future__ import annotations
+
+import io
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+from support.tiny_run import CACHE, STUDENT, TEACHER, VIEWS
+
+from kdpipe.pipeline import steps
+from kdpipe.pipeline.commands.plan import printing
+from kdpipe.pipeline.commands.plan.existing import find_students, find_teacher
+from kdpipe.pipeline.commands.plan.plan import run_plan
+from kdpipe.pipeline.recipe.load import Recipe
+from kdpipe.pipeline.run import Run
+from kdpipe.stages.compress import compress as stage
+from kdpipe.stages.compress.compress import CompressConfig, fine_tunings
+from kdpipe.stages.compress.pruning.prune import PruneConfig
+from kdpipe.stages.data.config import DataConfig
+from kdpipe.stages.losses.logits.kd import KD
+from kdpipe.stages.runtime.events import RunMonitor
+from kdpipe.stages.workspace import NOWHERE, Workspace
+
+TRAIN = replace(TEACHER.train, epochs=1)
+RECIPE = Recipe(
+    name="tiny",
+    device="cpu",
+    num_threads=1,
+    data=DataConfig(name="digits", num_train=64),
+    views=replace(VIEWS, num_views=2),
+    teacher=replace(TEACHER, train=TRAIN),
+    cache=CACHE,
+    student=replace(STUDENT, train=TRAIN, seeds=(0, 1)),
+    distill=(KD(loss="kd"),),
+    compress=CompressConfig(steps=()),
+)
+
+
+@pytest.fixture(autouse=True)
+def untried(without_onnx: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(stage, "try_export", lambda model, image_shape, opset=None: None)
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+
+
+def planned(folder: Path, recipe: Recipe = RECIPE, workspace: Workspace = NOWHERE) -> dict:
+    return run_plan(Run(recipe, folder, RunMonitor(), workspace=workspace, keeps_images=False), with_probe=True)
+
+
+def test_a_plan_tells_every_stage_and_writes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    plan = planned(tmp_path / "new", replace(RECIPE, compress=CompressConfig()))
+    made = {stage["what"]: (stage["count"], stage["num_done"]) for stage in plan["stages"]}
+    assert made == {
+        "teacher": (1, 0),
+        "store": (1, 0),
+        "students, alone": (2, 0),
+        "students, distilled": (2, 0),
+        "networks (prune, quantize)": (14, 0),
+    }
+    ends = [stage["wall_s"] for stage in plan["stages"]]
+    assert all(0 < low < high for low, high in ends)
+    assert plan["wall_s"] == pytest.approx([sum(low for low, _ in ends), sum(high for _, high in ends)], rel=0.02)
+    assert sum(plan["data"]["train"]["classes"].values()) == plan["data"]["train"]["num_samples"] == 64
+    assert list(tmp_path.iterdir()) == []
+    lines = printed(plan, monkeypatch)
+    assert all(len(line) <= 80 or " /" in line for line in lines), lines
+    assert any("students, distilled" in line and " s" in line for line in lines)
+    assert any("10 classes: 0: " in line for line in lines)
+
+
+def printed(plan: dict, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    out = io.StringIO()
+    monkeypatch.setattr(printing, "console", lambda: Console(file=out, width=80, markup=False, highlight=False))
+    printing.print_plan(plan)
+    return out.getvalue().splitlines()
+
+
+def test_a_plan_finds_what_the_workspace_offers(tmp_path: Path) -> None:
+    done = Run(RECIPE, tmp_path / "a", RunMonitor())
+    done.begin()
+    for run_stage in (steps.run_train_teacher, steps.run_cache_teacher, steps.run_train_student):
+        run_stage(done)
+    shutil.rmtree(tmp_path / "a" / "students" / "distilled-seed1")
+    plan = planned(tmp_path / "b", workspace=Workspace(tmp_path))
+    assert plan["store"] == str(tmp_path / "a" / "store.zarr")
+    assert plan["teacher"]["found"] == str(tmp_path / "a")
+    assert [(stage["count"], stage["num_done"]) for stage in plan["stages"]] == [(1, 1), (1, 1), (2, 2), (2, 1)]
+    assert [stage["wall_s"][1] > 0 for stage in plan["stages"]] == [False, False, False, True]
+    assert not (tmp_path / "b").exists()
+    weights = str(tmp_path / "a" / "teacher" / "model.safetensors")
+    given = replace(TEACHER, model=replace(TEACHER.model, weights=weights), train=None, mean=(0.3,), std=(0.4,))
+    plan = planned(tmp_path / "b", replace(RECIPE, teacher=given, compress=CompressConfig(steps=())))
+    assert plan["teacher"]["normalization"] == {"mean": [0.3], "std": [0.4]}
+    assert plan["teacher"]["notes"].startswith("it reaches ")
+    assert find_teacher(Run(RECIPE, tmp_path / "b", RunMonitor())) is None
+    other = replace(RECIPE, distill=(KD(loss="kd", temperature=2.0),))
+    run = Run(other, tmp_path / "b", RunMonitor(), workspace=Workspace(tmp_path))
+    assert list(find_students(run, tmp_path / "a" / "store.zarr")) == [("alone", 0), ("alone", 1)]
+
+
+def test_the_number_of_fine_tunings_follows_the_recipe() -> None:
+    config = CompressConfig(prune=PruneConfig(steps=3, epochs_per_step=4), baselines=False)
+    jobs = fine_tunings(config)
+    assert list(jobs) == ["pruned", "int8"]
+    assert jobs["pruned"][0].epochs == config.prune_train.epochs + 8
+    assert fine_tunings(CompressConfig())["int8-ptq"][0].epochs == 0
