@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import warnings
+from dataclasses import replace
 from typing import Any
 
 from kdpipe.stages.data.config import DataConfig
 from kdpipe.stages.data.image_set import ImageSet
 from kdpipe.stages.data.load import load_dataset as load_split
-from kdpipe.stages.data.splits import Split
+from kdpipe.stages.data.splits import VALIDATION, Part
 from kdpipe.stages.errors import DataError
 
 
-def load_dataset(name: str = "digits", **options: Any) -> tuple[ImageSet, ImageSet]:
+def load_dataset(name: str = "digits", **options: Any) -> tuple[ImageSet, ...]:
     """Load the training and the test split of a data set.
 
     Args:
@@ -21,7 +22,8 @@ def load_dataset(name: str = "digits", **options: Any) -> tuple[ImageSet, ImageS
         **options: Keys of a recipe's `data` section, such as `root`, `image_size`, `classes` or `num_train`.
 
     Returns:
-        Two map-style datasets of (uint8 image [C, H, W], label).
+        Two map-style datasets of (uint8 image [C, H, W], label); with `validation_share` three: training, validation
+        and test images.
 
     Raises:
         DataError: There is no such data set, or it is damaged.
@@ -34,7 +36,8 @@ def load_dataset(name: str = "digits", **options: Any) -> tuple[ImageSet, ImageS
         (896, 10, (8, 8))
     """
     config = DataConfig(name=name, **options)
-    loaded = load_split(config, "train"), load_split(config, "test")
+    parts: tuple[Part, ...] = ("train", "validation", "test") if config.validation_share else ("train", "test")
+    loaded = tuple(load_split(config, part) for part in parts)
     for image_set in loaded:
         left_out = [f"sample {dropped.sample_id} is left out: {dropped.why}" for dropped in image_set.dropped]
         for notice in (*image_set.notices, *left_out):
@@ -42,14 +45,21 @@ def load_dataset(name: str = "digits", **options: Any) -> tuple[ImageSet, ImageS
     return loaded
 
 
-def as_image_set(dataset: Any, split: Split = "train", *, like: ImageSet | None = None, **options: Any) -> ImageSet:
+def as_validation(dataset: Any, train_set: ImageSet) -> ImageSet | None:
+    """Return the validation images of a call; None without any."""
+    if dataset is None:
+        return None
+    return replace(as_image_set(dataset, VALIDATION, like=train_set), split=VALIDATION)
+
+
+def as_image_set(dataset: Any, split: Part = "train", *, like: ImageSet | None = None, **options: Any) -> ImageSet:
     """Read a map-style torch Dataset of (image, label) into memory, as kdpipe keeps it; an `ImageSet` stays as it is.
 
     All functions do so with what they are given. Call it yourself to convert a large data set once, or to set options.
 
     Args:
         dataset: The data set. Images must be raw: PIL images, uint8 arrays or tensors, or what ToTensor makes of them.
-        split: "train" or "test".
+        split: "train", "validation" or "test".
         like: The training images, whose class names test images get if their data set has no `classes`.
         **options: `name`, `class_names`, `sample_ids`, `image_size`, `channels` and `max_bytes`.
 

@@ -39,7 +39,7 @@ class Result:
 
     @property
     def best_accuracy(self) -> float:
-        """Accuracy on the test images after the best epoch, in [0, 1]."""
+        """Accuracy after the best epoch, in [0, 1], on the validation images, or without any on the test images."""
         return float(self.figures["best_accuracy"])
 
     @property

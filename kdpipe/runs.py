@@ -31,6 +31,7 @@ from kdpipe.stages.runtime.gpu.device import choose_device, select_device
 from kdpipe.stages.runtime.memory import disable_malloc_trim
 from kdpipe.stages.training.job_dir import note_on_old_jobs, read_json_file, sweep_run
 from kdpipe.stages.views.config import Views
+from kdpipe.stages.workspace import VARIABLE, workspace_of
 from kdpipe.store import FingerprintMismatch, canonical_json, differences, exclusive, make_folders, shared
 
 LATER_KEYS = {
@@ -75,7 +76,13 @@ class RunOptions:
         return (RUNS / f"{kind}-{digest}").absolute()
 
     def context(
-        self, train_set: ImageSet, test_set: ImageSet | None, views: Views, *, store: Path | None = None
+        self,
+        train_set: ImageSet,
+        test_set: ImageSet | None,
+        views: Views,
+        *,
+        store: Path | None = None,
+        validation_set: ImageSet | None = None,
     ) -> StageContext:
         """Return the context of a stage, without its run folder.
 
@@ -84,6 +91,7 @@ class RunOptions:
             test_set: The test images; None for a stage that needs none.
             views: The views of the training images.
             store: The store whose samples MixUp and CutMix take their partners from; by default the training images.
+            validation_set: The images that decide in place of the test images.
 
         Raises:
             RecipeError: The views cannot be applied to the images.
@@ -105,10 +113,8 @@ class RunOptions:
         if test_set is None:
             return context
         size = test_image_size(context)
-        if size is not None and isinstance(test_set.images, torch.Tensor):
-            pixels = with_size(test_set.images.numpy(), size, f"data set {test_set.name}")
-            test_set = replace(test_set, images=torch.from_numpy(pixels))
-        context = replace(context, test_set=test_set)
+        validation_set = None if validation_set is None else _resized(validation_set, size)
+        context = replace(context, test_set=_resized(test_set, size), validation_set=validation_set)
         require_fitting_test_images(context)
         return context
 
@@ -144,7 +150,8 @@ class RunOptions:
 
             should_stop = stack.enter_context(_interrupts())
             monitor = RunMonitor(show, should_stop, _built(self.callbacks), run_dir=folder)
-            yield replace(context, run_dir=folder, monitor=monitor, process_group=process_group)
+            workspace = workspace_of(folder, os.environ.get(VARIABLE))
+            yield replace(context, run_dir=folder, monitor=monitor, process_group=process_group, workspace=workspace)
 
 
 def require_same_student(folder: Path, sections: Mapping[str, Any]) -> None:
@@ -251,6 +258,14 @@ def _interrupts() -> Iterator[Callable[[], bool]]:
             raise KeyboardInterrupt(message) from None
         warnings.warn(message, stacklevel=2)
         raise SystemExit(STOPPED_EARLY) from None
+
+
+def _resized(image_set: ImageSet, size: int | None) -> ImageSet:
+    """Return the images in the size of the views, if they are in memory; files are resized when they are read."""
+    if size is None or not isinstance(image_set.images, torch.Tensor):
+        return image_set
+    pixels = with_size(image_set.images.numpy(), size, f"data set {image_set.name}")
+    return replace(image_set, images=torch.from_numpy(pixels))
 
 
 def _built(callbacks: Sequence[CallbackLike]) -> tuple[Callback, ...]:

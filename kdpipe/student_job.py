@@ -47,6 +47,7 @@ class StudentJob:
         test_set: The test images.
         views: The views of the training images.
         run: The run folder.
+        validation_set: The images that decide in place of the test images.
     """
 
     config: StudentConfig
@@ -57,6 +58,7 @@ class StudentJob:
     test_set: ImageSet
     views: Views
     run: Path
+    validation_set: ImageSet | None = None
 
     @property
     def kind(self) -> str:
@@ -65,7 +67,10 @@ class StudentJob:
     def context(self, run_options: RunOptions) -> StageContext:
         """Return the context, without its run folder, in which the teachers' logits of the test images are read."""
         local = [local_store_path(place, RunMonitor()) for place in self.places[:1]]
-        context = run_options.context(self.train_set, self.test_set, self.views, store=next(iter(local), None))
+        store, validation_set = next(iter(local), None), self.validation_set
+        context = run_options.context(
+            self.train_set, self.test_set, self.views, store=store, validation_set=validation_set
+        )
         beside = [test_store_path(place) for place in self.places]
         if not beside or not all(is_url(place) or Path(place).exists() for place in beside):
             return context

@@ -36,7 +36,9 @@ from kdpipe.stages.errors import RecipeError
 from kdpipe.stages.losses.logits.kd import KD
 from kdpipe.stages.losses.schedules import Scheduled
 from kdpipe.stages.runtime.events import RunMonitor
+from kdpipe.stages.targets.ensemble import TeachersConfig
 from kdpipe.stages.targets.open import local_store_path, trust_links
+from kdpipe.stages.targets.reader import TargetLoadingConfig
 from kdpipe.stages.train_student.student import student_fingerprint
 from kdpipe.stages.training.optim import TrainConfig
 from kdpipe.stages.views.config import Views
@@ -56,6 +58,9 @@ OPTIONS = {
 }
 """Keys of a recipe's `student` section that are arguments."""
 
+TABLES = {"teachers": TeachersConfig, "target_loading": TargetLoadingConfig}
+"""Its keys that a recipe writes as tables."""
+
 
 @isolated
 def train_student(
@@ -64,6 +69,7 @@ def train_student(
     store: Store | Sequence[Store] | None = None,
     *,
     test: Any,
+    validation: Any = None,
     losses: LossLike | Sequence[LossLike] | None = None,
     hard_label_weight: Scheduled = 0.1,
     model_args: Mapping[str, Any] | None = None,
@@ -88,6 +94,7 @@ def train_student(
         store: An opened store, a path or URL, or several of them (several teachers). Without one the student is
             trained on hard labels alone.
         test: The test images, on which it is evaluated after each epoch.
+        validation: Images for that in place of the test images, which are then looked at once, at the end.
         losses: The distillation losses: of `kdpipe.losses`, your own, or names and entries as in a recipe, such as
             {"loss": "kd", "temperature": 2.0}; a list or a single one, by default KD.
         hard_label_weight: The weight of the cross entropy with the labels beside them.
@@ -117,6 +124,7 @@ def train_student(
         raise RecipeError("a student sees the views of its store: leave out views=, which is for students without one.")
     train_set = datasets.as_image_set(dataset)
     further = as_settings("options", options, OPTIONS)
+    further |= {key: TABLES[key](**own) for key, own in further.items() if key in TABLES and isinstance(own, Mapping)}
     scaling = as_scaling(normalize, further.pop("mean", None), further.pop("std", None), train_set.in_channels)
     config = StudentConfig(
         model=models.model_config(model, model_args),
@@ -139,6 +147,7 @@ def train_student(
         test_set=datasets.as_image_set(test, "test", like=train_set),
         views=_views(places, views),
         run=Path(),
+        validation_set=datasets.as_validation(validation, train_set),
     )
     context = job.context(run_options)
     if run is not None:

@@ -20,6 +20,7 @@ from kdpipe.runs import CallbackLike, isolated
 from kdpipe.stages.cache_teacher.plan import CacheConfig
 from kdpipe.stages.config import whole_number
 from kdpipe.stages.context import StageContext, test_context
+from kdpipe.stages.data.splits import VALIDATION, Part
 from kdpipe.stages.errors import ModelError, RecipeError
 from kdpipe.stages.evaluation.metrics import evaluate_in_depth
 from kdpipe.stages.given_teacher import known_scaling, require_accuracy
@@ -29,7 +30,7 @@ from kdpipe.stages.models.clone import unwrap
 from kdpipe.stages.models.normalization import Normalization, Numbers
 from kdpipe.stages.models.safetensors_io import load_tensors
 from kdpipe.stages.models.weights.state_dict import weights_sha256
-from kdpipe.stages.targets.open import test_store_path
+from kdpipe.stages.targets.open import part_store_path
 from kdpipe.stages.teacher import TeacherConfig, build_teacher, teacher_fingerprint, teacher_folder
 from kdpipe.stages.training.job_dir import JobDir, read_json_file
 from kdpipe.stages.training.optim import TrainConfig
@@ -43,6 +44,7 @@ def train_teacher(
     dataset: Any,
     *,
     test: Any,
+    validation: Any = None,
     views: Views | None = None,
     seed: int = 0,
     normalize: Scaling | None = None,
@@ -63,6 +65,7 @@ def train_teacher(
         model: The network, from `create_model` or your own.
         dataset: The training images: of `load_dataset`, or any map-style torch Dataset of (image, label).
         test: The test images, on which it is evaluated after each epoch.
+        validation: Images for that in place of the test images, which are then looked at once, at the end.
         views: The augmentation. The teacher sees views of its own, not those that a store caches.
         seed: Decides the order of the samples and dropout.
         normalize: The input scaling: (mean, std), each a number or one for each channel, for pixels in [0, 1], or that
@@ -95,7 +98,8 @@ def train_teacher(
         expected_accuracy=expected_accuracy,
         export=export,
     )
-    context = run_options.context(train_set, test_set, as_views(views))
+    validation_set = datasets.as_validation(validation, train_set)
+    context = run_options.context(train_set, test_set, as_views(views), validation_set=validation_set)
     teacher = build_teacher(config, seed, context)
     fingerprint, info = teacher_fingerprint(config, seed, teacher, context), info_of(model)
     if teacher.identity["weights_sha256"] == info.trained_sha256:  # the call is repeated with what it has trained
@@ -128,6 +132,7 @@ def cache_teacher(
     path: str | Path,
     *,
     test: Any = None,
+    validation: Any = None,
     views: Views | None = None,
     features: str | Sequence[str] | None = None,
     normalize: Scaling | None = None,
@@ -151,6 +156,8 @@ def cache_teacher(
         path: The store's folder.
         test: The test images. With them, `PATH.test.zarr` gets the teacher's logits on them, against which students are
             compared.
+        validation: Images beside `test` that decide in their place. `PATH.validation.zarr` gets the logits on them, by
+            which several teachers of a student are weighed with options={"teachers": {"weights": "accuracy"}}.
         views: The augmented views to cache; by default the images as they are, once.
         features: Layers whose outputs are stored, by module path: `stage2` for the map, `stage2:pooled`,
             `stage2:attention` or `stage2:gram` for a statistic of it.
@@ -183,7 +190,15 @@ def cache_teacher(
     config = CacheConfig(**as_settings("cache_teacher", cache, {"layers": "features=", "store": "path"}))
     train_set, views, wanted = datasets.as_image_set(dataset), as_views(views), as_features(features)
     test_set = None if test is None else datasets.as_image_set(test, "test", like=train_set)
-    context = run_options.context(train_set, test_set, views, store=path if path.exists() else None)
+    if validation is not None and test_set is None:
+        raise RecipeError("validation= is given without test=: give the test images, too.")
+    context = run_options.context(
+        train_set,
+        test_set,
+        views,
+        store=path if path.exists() else None,
+        validation_set=datasets.as_validation(validation, train_set),
+    )
     bundle = _bundle(network, context, as_scaling(normalize, mean, std, train_set.in_channels), classes)
     with run_options.open(path.parent, context, is_shared=True) as opened:
         if test_set is not None and not path.exists() and (expected_accuracy is not None or not _is_known(network)):
@@ -193,10 +208,11 @@ def cache_teacher(
             require_accuracy(teacher_config, bundle, report, evaluation)
         shard = opened.process_group.work_shard
         steps.cache_teacher(config, path, bundle, wanted, opened, work_shard=shard)
-        if test_set is not None:
-            test_config, test_images = config.for_test, test_context(opened)
-            test_store = Path(test_store_path(path))
-            steps.cache_teacher(test_config, test_store, bundle, [], test_images, work_shard=shard, like=path)
+        others: dict[Part, StageContext] = {"test": opened} if test_set is not None else {}
+        others |= {VALIDATION: opened.deciding} if opened.validation_set is not None else {}
+        for part, other in others.items():
+            place, images = Path(part_store_path(path, part)), test_context(other)
+            steps.cache_teacher(config.for_test, place, bundle, [], images, work_shard=shard, like=path)
         opened.process_group.barrier()
     return open_store(path)
 

@@ -52,16 +52,9 @@ def _load(recipe: Path, options: CommonOptions, *, sweeps: bool = False) -> tupl
 
 
 def _workspace(folder: Path, options: CommonOptions) -> Workspace:
-    """Return the workspace of a run: the folder of runs that it is in, unless the options name another one."""
-    from kdpipe.stages.errors import RunError
-    from kdpipe.stages.workspace import Workspace
+    from kdpipe.stages.workspace import workspace_of
 
-    named = options.workspace
-    if named == Path("none"):
-        return Workspace()
-    if named is not None and not named.is_dir():
-        raise RunError(f"--workspace {named}: this is not a folder; name one that contains run folders, or none.")
-    return Workspace((named or folder.absolute().parent).absolute())
+    return workspace_of(folder, None if options.workspace is None else str(options.workspace))
 
 
 @contextmanager
@@ -74,8 +67,8 @@ def open_run(recipe: Path, options: CommonOptions, *, keeps_images: bool = True)
         from kdpipe.stages.runtime.events import RunMonitor
 
         loaded, folder = _load(recipe, options)
+        workspace = _workspace(folder, options)
         with reporter(options.as_json) as report:
-            workspace = _workspace(folder, options)
             run = Run(
                 loaded,
                 folder,
@@ -96,7 +89,6 @@ def run_job(
     part: str | None = None,
     count: int = 1,
     only: Step | None = None,
-    page: bool = False,
 ) -> None:
     """Run a command under signals, lock and progress, then print its results to stdout.
 
@@ -107,7 +99,6 @@ def run_job(
         part: Part of the units to compute, as "I/N", in `cache-teacher`.
         count: Number of generations, in `generations`.
         only: The single step to do, in `compress`.
-        page: Whether to write the HTML page even with --json, in `run`.
     """
     # Signals first: a job stopped while torch loads must exit with 75 too.
     with guarded(), handle_signals(options.max_duration) as should_stop, ExitStack() as advice:
@@ -117,6 +108,7 @@ def run_job(
         from kdpipe.store import exclusive, shared
 
         loaded, folder = _load(recipe, options, sweeps=command == "sweep")
+        workspace = _workspace(folder, options)
         advice.enter_context(_new_run_advised(command, recipe, options, folder))
         monitor = _monitor(loaded, folder, options, should_stop)
         work, work_shard = _work(command, count, only), _work_shard(part) if command == "cache-teacher" else None
@@ -134,7 +126,7 @@ def run_job(
                 work_shard or process_group.work_shard,
                 share=options.share,
                 process_group=process_group,
-                workspace=_workspace(folder, options),
+                workspace=workspace,
             )
             run.begin()
             if process_group.is_main:
@@ -146,9 +138,7 @@ def run_job(
                     with shown.phase(command), redirect_stdout(sys.stderr):
                         results = work(shown)
                     shown.write_recipe()
-                if process_group.is_main and (
-                    code := _print_results(command, run, results, options.as_json, page=page)
-                ):
+                if process_group.is_main and (code := _print_results(command, run, results, options.as_json)):
                     raise typer.Exit(code)
 
 
@@ -284,8 +274,22 @@ def _work(command: str, count: int, only: Step | None) -> Callable[[Run], dict[s
     return functions[command]
 
 
-def _print_results(command: str, run: Run, results: dict[str, Any], as_json: bool, *, page: bool = False) -> int:
-    """Print the results to stdout; return the exit status."""
+def _write_page(folder: Path) -> Path | None:
+    """Write the page of a run and return its path; None, with a warning, if that fails: the results are there."""
+    from kdpipe.pipeline.report.html.write import write_page
+    from kdpipe.store import KdpipeError
+
+    path = folder / "report.html"
+    try:
+        write_page([folder], path, print_debug)
+    except (KdpipeError, OSError) as error:
+        print_warning(f"the page was not written: {error}")
+        return None
+    return path
+
+
+def _print_results(command: str, run: Run, results: dict[str, Any], as_json: bool) -> int:
+    """Print the results to stdout, and write the page of a whole run; return the exit status."""
     from kdpipe.pipeline.commands.compare import print_compare
     from kdpipe.pipeline.commands.generations import print_generations
     from kdpipe.pipeline.commands.summary import print_summary
@@ -297,12 +301,7 @@ def _print_results(command: str, run: Run, results: dict[str, Any], as_json: boo
     if command in ("run", "compress"):
         write_pareto_plot(run.folder)
     if command == "run":
-        path = run.folder / "report.html" if page or not as_json else None
-        if path is not None:
-            from kdpipe.pipeline.report.html.write import write_page
-
-            write_page([run.folder], path, print_debug)
-        return print_reports([run.folder], as_json, page=path)
+        return print_reports([run.folder], as_json, page=None if as_json else _write_page(run.folder))
     if as_json:
         print_json({"command": command, "run": str(run.folder), **results})
     elif command == "compare":

@@ -98,7 +98,7 @@ def demo(options: JobOptions) -> None:
     """Run all stages on the digits data set (~3.5 minutes). No download; prints the result, and writes a page of it."""
     if not options.as_json:
         print_info(DEMO)
-    run_job("run", _builtin_recipe("digits.toml"), options, page=True)
+    run_job("run", _builtin_recipe("digits.toml"), options)
 
 
 _add_job("train-teacher", "Train the teacher, or load its weights. The recipe decides.")
@@ -278,6 +278,23 @@ def status(
 
         found = read_status(folder)
         print_result(as_json, found.to_json(), lambda: print_status(found))
+
+
+@app.command()
+def clean(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="The folder of runs.")] = Path("runs"),
+    *,
+    remove: Annotated[
+        bool, typer.Option("--remove", help="Remove what no run needs, and what killed jobs left.")
+    ] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Show which runs use which stores, and what can be removed. Removes nothing without --remove."""
+    with guarded():
+        from kdpipe.pipeline.status import clean as command
+
+        found = command.clean(folder, remove=remove)
+        print_result(as_json, command.clean_json(folder, found), lambda: command.print_clean(folder, found))
 
 
 @app.command()

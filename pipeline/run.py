@@ -47,17 +47,9 @@ from kdpipe.stages.targets.resolve import smallest_feature
 from kdpipe.stages.targets.tail_mass import TailMass, measure_tails
 from kdpipe.stages.teacher import require_same_training, teacher_identity, untrained_teacher
 from kdpipe.stages.train_student.preflight import dry_run_losses
-from kdpipe.stages.workspace import NOWHERE, RECIPE, Workspace
+from kdpipe.stages.workspace import NOWHERE, RECIPE, Workspace, store_of_run
 from kdpipe.store import StoreError, TopK, is_url, make_folders, read_store_manifest
 from kdpipe.store.fs.checksums import read_intact_json
-
-
-def store_of_run(folder: Path) -> Path:
-    """Return the store that a run uses, as its recipe says: by default that in its folder."""
-    record = read_intact_json(folder / RECIPE) or {}
-    cache = record.get("cache")
-    named = cache.get("store") if isinstance(cache, dict) else None
-    return (Path(named) if isinstance(named, str) and not is_url(named) else folder / "store.zarr").absolute()
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from kdpipe.pipeline.recipe.load import all_losses
-from kdpipe.pipeline.run import Run, store_of_run
+from kdpipe.pipeline.run import Run
 from kdpipe.stages.cache_teacher.cache import store_figures
 from kdpipe.stages.cache_teacher.estimate import plan_cache
 from kdpipe.stages.cache_teacher.plan import plan_store, samples_in_row_order
@@ -18,7 +18,7 @@ from kdpipe.stages.runtime.events import ProgressEvent
 from kdpipe.stages.targets.feature_spec import FeatureSpec
 from kdpipe.stages.targets.open import part_store_path
 from kdpipe.stages.teacher import teacher_folder, untrained_teacher
-from kdpipe.stages.workspace import shown
+from kdpipe.stages.workspace import shown, store_of_run
 from kdpipe.store import KdpipeError, Manifest, Samples, plan_growth, read_store_manifest
 from kdpipe.store.format.identity import PLAIN
 
@@ -72,7 +72,8 @@ def shared_stores(
 
     With `in_turn`, wait while another process of the workspace makes the same, and let others wait inside the block.
     """
-    if run.recipe.cache.store or run.own_store.exists() or run.workspace.folder is None:
+    is_alone = run.workspace.folder is None and not run.used_stores
+    if run.recipe.cache.store or run.own_store.exists() or is_alone:
         yield None
         return
     samples = samples_in_row_order(run.context)
@@ -80,16 +81,15 @@ def shared_stores(
     with ExitStack() as turn:
 
         def find() -> str | None:
-            path = _find(run, teacher, planned, samples)
-            if path is None and in_turn:
+            path = _choose(run, teacher, planned, samples)
+            if path is None and in_turn and run.process_group.count == 1:
                 what, inputs = "store of this teacher", planned.identity.to_json()
                 turn.enter_context(run.workspace.turn("cache-teacher", what, inputs, run.monitor))
-                path = _find(run, teacher, planned, samples)
+                path = _choose(run, teacher, planned, samples)
             for gone in run.used_stores if path is None else ():
                 why = f"the store {shown(gone)} that this run used is not there, or has too little"
                 run.monitor.warn("cache-teacher", f"{why}: {shown(run.own_store)} is made instead.")
-            if path is not None or run.used_stores:
-                run.use_store(path)
+                run.use_store(None)
             return None if path is None else str(path)
 
         if (found := run.process_group.on_main(find)) is None:
@@ -99,6 +99,14 @@ def shared_stores(
         run.monitor.report(ProgressEvent("cache-teacher", f"uses the store {shown(path)}", 1, 1, "store"))
         beside = {f"{part}_store": own for part, (own, _) in run.evaluation_stores(path).items()}
         yield {name: store_figures(one) for name, one in {"store": path, **beside}.items()}
+
+
+def _choose(run: Run, teacher: ModelBundle, planned: Manifest, samples: Samples) -> Path | None:
+    """Find a store, and record that the run uses it."""
+    with run.workspace.unchanged():  # a store that is found must not be removed before that is recorded
+        if (path := _find(run, teacher, planned, samples)) is not None:
+            run.use_store(path)
+        return path
 
 
 def offered_store(run: Run, teacher: ModelBundle, features: Sequence[FeatureSpec]) -> Path | None:

@@ -120,7 +120,7 @@ def _train_teacher(config: TeacherConfig, seed: int, teacher: ModelBundle, conte
         history,
         test,
         process_group=process_group,
-        with_onnx=config.export,
+        with_onnx=config.exports,
         on_no_export=partial(_warn_of_no_export, context),
         require=partial(require_accuracy, config, teacher, test=test),
         validation=context.validation(teacher.normalize),
@@ -128,7 +128,7 @@ def _train_teacher(config: TeacherConfig, seed: int, teacher: ModelBundle, conte
 
 
 def _warn_of_no_export(context: StageContext, reason: str) -> None:
-    text = f"there is no ONNX file of the teacher, only its size and latency in the report need one: {reason}"
+    text = f"there is no ONNX file of the teacher, only its latency in the report needs one: {reason}"
     context.monitor.warn("train-teacher", text)
 
 

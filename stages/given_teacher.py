@@ -98,9 +98,7 @@ def require_accuracy(config: TeacherConfig, teacher: ModelBundle, report: EvalRe
         )
     reached = f"the teacher reaches {100 * report.top1:.2f} % of {report.num_samples:,} test images"
     if config.expected_accuracy is not None:
-        expected = config.expected_accuracy / 100
-        sigma = (expected * (1 - expected) / report.num_samples) ** 0.5
-        if report.top1 >= expected - 3 * sigma - ROUNDING:
+        if _reaches(report.top1, config.expected_accuracy, report.num_samples):
             return
         reached += f", {config.expected_accuracy:g} % were expected (teacher.expected_accuracy)"
     if config.train is not None:
@@ -124,11 +122,19 @@ def require_accuracy(config: TeacherConfig, teacher: ModelBundle, report: EvalRe
 def is_as_expected(config: TeacherConfig, run: Path, result: Mapping[str, Any]) -> bool:
     """Return whether the teacher of another run has the accuracy that `require_accuracy` would demand of it here."""
     if config.expected_accuracy is not None:
-        return float(result["accuracy"]) >= config.expected_accuracy / 100 - ROUNDING
+        count: int = (result.get("examined") or {}).get("num_samples", 0)  # results of an older kdpipe lack it
+        return count > 0 and _reaches(result["accuracy"], config.expected_accuracy, count)
     if config.train is not None:
         return True
     recipe = read_json_file(run / RECIPE) or {}  # given weights are examined where nothing is expected
     return bool((recipe.get("teacher") or {}).get("expected_accuracy", 0) is None)
+
+
+def _reaches(accuracy: float, percent: float, num_samples: int) -> bool:
+    """Return whether an accuracy is not clearly below the expected one."""
+    expected = percent / 100
+    sigma: float = (expected * (1 - expected) / num_samples) ** 0.5
+    return accuracy >= expected - 3 * sigma - ROUNDING
 
 
 def findings(teacher: ModelBundle, report: EvalReport, test: Evaluation) -> str:

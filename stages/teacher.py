@@ -38,7 +38,8 @@ class TeacherConfig:
         std: The input's standard deviation for each channel.
         expected_accuracy: The accuracy on the test images that the teacher is known to have, in percent. A lower one is
             refused, and given weights that reach it are not examined further.
-        export: Whether to write an ONNX file where that is possible. Only its size and latency in the report need it.
+        export: Whether to write an ONNX file where that is possible; by default of a teacher that is trained here. Only
+            its latency in the report needs it.
     """
 
     model: ModelConfig
@@ -46,7 +47,12 @@ class TeacherConfig:
     mean: tuple[float, ...] | None = None
     std: tuple[float, ...] | None = None
     expected_accuracy: Annotated[float, Field(ge=0, le=100)] | None = None
-    export: bool = True
+    export: bool | None = None
+
+    @property
+    def exports(self) -> bool:
+        """Whether to write an ONNX file where that is possible."""
+        return self.train is not None if self.export is None else self.export
 
 
 def teacher_folder(run: Path) -> JobDir:

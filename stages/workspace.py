@@ -5,18 +5,25 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from kdpipe.stages.errors import RunError
 from kdpipe.stages.runtime.events import ProgressEvent, RunMonitor
-from kdpipe.store import Claim, KdpipeError, claim, is_url
+from kdpipe.store import Claim, KdpipeError, claim, exclusive, is_url
 from kdpipe.store.format.identity import sha256_of
+from kdpipe.store.fs.checksums import read_intact_json
 
 MAX_RUNS = 2000
 """Run folders that are looked at."""
+
+MAX_ENTRIES = 5000
+"""Entries read of a folder: one with more contains images."""
+
+VARIABLE = "KDPIPE_WORKSPACE"
 
 RECIPE = "recipe.json"
 """The file that every run folder has."""
@@ -39,7 +46,7 @@ class Workspace:
 
     def runs(self, own: Path) -> Iterator[Path]:
         """Yield the run folders but `own`: those in the workspace, and those in their subfolders, as of a sweep."""
-        found = (path for path in (*self.more, *_run_folders(self.folder)) if path.absolute() != own.absolute())
+        found = (path for path in (*self.more, *run_folders(self.folder)) if path.absolute() != own.absolute())
         yield from islice(dict.fromkeys(found), MAX_RUNS)
 
     def beside(self, *stores: str | None) -> Workspace:
@@ -64,6 +71,15 @@ class Workspace:
             if held is not None:
                 held.release()
 
+    @contextmanager
+    def unchanged(self) -> Iterator[None]:
+        """Keep other processes from choosing or removing a store of the workspace inside the block."""
+        with ExitStack() as lock:
+            if self.folder is not None and os.access(self.folder, os.W_OK):
+                with suppress(KdpipeError):
+                    lock.enter_context(exclusive(self.folder, self.folder / ".workspace.lock", wait=True))
+            yield
+
     def _wait(self, stage: str, what: str, name: str, monitor: RunMonitor) -> Claim | None:
         """Return the claim; None where nothing is shared, or no lock can be had: then work may be done twice."""
         if self.folder is None or not os.access(self.folder, os.W_OK):
@@ -84,6 +100,27 @@ NOWHERE = Workspace()
 """The workspace of a run that shares nothing."""
 
 
+def workspace_of(run: Path, named: str | None) -> Workspace:
+    """Return the workspace of a run: `named`, or the folder that the run folder is in; "none" shares nothing.
+
+    Raises:
+        RunError: There is no such folder.
+    """
+    if named == "none":
+        return NOWHERE
+    if named and not Path(named).is_dir():
+        raise RunError(f"--workspace {named}: this is not a folder; name one that contains run folders, or none.")
+    return Workspace((Path(named) if named else run.absolute().parent).absolute())
+
+
+def store_of_run(folder: Path) -> Path:
+    """Return the store that a run uses, as its recipe says: by default that in its folder."""
+    record = read_intact_json(folder / RECIPE) or {}
+    cache = record.get("cache")
+    named = cache.get("store") if isinstance(cache, dict) else None
+    return (Path(named) if isinstance(named, str) and not is_url(named) else folder / "store.zarr").absolute()
+
+
 def shown(path: Path) -> str:
     """Return a path as short as possible, for messages: relative to the working folder if it is below it."""
     with suppress(ValueError, OSError):
@@ -91,12 +128,13 @@ def shown(path: Path) -> str:
     return str(path)
 
 
-def _run_folders(folder: Path | None, depth: int = 2) -> Iterator[Path]:
+def run_folders(folder: Path | None, depth: int = 2) -> Iterator[Path]:
     """Yield the folders with a recipe below a folder, sorted by name, those deeper last."""
     below: list[Path] = []
-    with suppress(OSError):  # a folder that cannot be listed
-        below = sorted(path for path in folder.iterdir() if path.is_dir() and path.suffix != ".zarr") if folder else []
+    with suppress(OSError), os.scandir(folder or os.devnull) as entries:  # a folder that cannot be listed
+        inside = islice(entries, MAX_ENTRIES)
+        below = sorted(Path(one.path) for one in inside if one.is_dir() and not one.name.endswith(".zarr"))
     yield from (path for path in below if (path / RECIPE).exists())
     if depth > 1:
         for path in below:
-            yield from _run_folders(path, depth - 1)
+            yield from run_folders(path, depth - 1)

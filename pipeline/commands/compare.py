@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
 from functools import partial
 from statistics import mean, stdev
@@ -10,16 +10,16 @@ from typing import Any
 
 from kdpipe.pipeline.preflight import preflight
 from kdpipe.pipeline.report.differences import Outcomes, between
-from kdpipe.pipeline.report.formatting import interval_text, mean_std
+from kdpipe.pipeline.report.variants import RESULTS, compare_table
 from kdpipe.pipeline.run import Run
 from kdpipe.pipeline.shared_store import needs_teacher
 from kdpipe.pipeline.steps import run_cache_teacher, run_train_teacher, train_student, try_distillation
 from kdpipe.pipeline.terminal.output import console
-from kdpipe.pipeline.terminal.tables import Table, print_table
+from kdpipe.pipeline.terminal.tables import print_table
 from kdpipe.stages.distillation.student_config import ALONE, view_warning
 from kdpipe.stages.errors import NotFiniteError, RecipeError
 from kdpipe.stages.evaluation.correct_images import outcome_of
-from kdpipe.stages.evaluation.intervals import Interval, accuracy_interval
+from kdpipe.stages.evaluation.intervals import accuracy_interval
 from kdpipe.stages.train_student.compare import (
     COST,
     Variant,
@@ -29,6 +29,7 @@ from kdpipe.stages.train_student.compare import (
     with_overrides,
 )
 from kdpipe.stages.training.finalize import deciding_accuracy
+from kdpipe.stages.training.job_dir import write_json_file
 
 
 def run_compare(run: Run) -> dict[str, Any]:
@@ -66,7 +67,9 @@ def run_compare(run: Run) -> dict[str, Any]:
     first = next(own for own in results.values() if own)
     rows = [{**accuracy_row(own, first), "name": name, **costs[name]} for name, own in results.items() if own]
     diverged = {name: len(student.seeds) - len(own) for name, own in results.items() if len(own) < len(student.seeds)}
-    return {"teacher": teacher, "rows": rows, "num_diverged": diverged}
+    found = {"teacher": teacher, "rows": rows, "num_diverged": diverged}
+    run.process_group.on_main(partial(write_json_file, run.folder / "compare" / RESULTS, found))
+    return found
 
 
 def prepare_store(run: Run, command: str) -> dict[str, Any] | None:
@@ -126,12 +129,6 @@ def accuracy_row(results: Sequence[dict[str, Any]], first: Sequence[dict[str, An
     }
 
 
-def ranking_accuracy(row: Mapping[str, Any]) -> float:
-    """Return the accuracy by which a row is ranked: on the validation images, or without any the test images."""
-    accuracy: float = row["accuracy_mean"] if row["validation_mean"] is None else row["validation_mean"]
-    return accuracy
-
-
 def _difference(first: Sequence[dict[str, Any]], results: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """Return a variant's difference from the first one: percentage points, interval and p over the same seeds."""
     outcomes: Outcomes = {"first": list(map(outcome_of, first)), "own": list(map(outcome_of, results))}
@@ -147,32 +144,8 @@ def _mean(values: Sequence[float | None], factor: float) -> float | None:
 
 
 def print_compare(recipe: str, results: dict[str, Any]) -> None:
-    """Print the table to stdout, the best variant first: on the validation images, if there are any."""
-    num_seeds = len(results["rows"][0]["accuracies"])
-    first, teacher = results["rows"][0], results["teacher"]  # the student alone, unless student.baseline is false
-    validates = all(row["validation_mean"] is not None for row in results["rows"])
-    headers = ["variant", "test accuracy %", f"over {first['name']}", "95 % interval", "p"]
-    headers += ["validation %"] * validates + ["best epoch %", "agreement %", "KL, nats"]
-    cells = [["teacher", f"{100 * teacher['accuracy']:.2f}", *[""] * len(headers)]] if teacher else []
-    for row in sorted(results["rows"], key=ranking_accuracy, reverse=True):
-        interval = Interval(**row["interval"]) if row["interval"] else None
-        cells.append(
-            [
-                row["name"],
-                mean_std(row["accuracy_mean"], row["accuracy_std"]),
-                f"{row['accuracy_mean'] - first['accuracy_mean']:+.2f}",
-                interval_text(interval, signed=True),
-                "-" if row["p"] is None else f"{row['p']:.3f}",
-                *[mean_std(row["validation_mean"])] * validates,
-                f"{row['best_accuracy_mean']:.2f}",
-                mean_std(row["agreement_mean"]),
-                mean_std(row["teacher_kl_mean"], digits=3),
-                f"{row['step_ms']:.2f}",
-                f"{row['ratio']:.2f}",
-            ]
-        )
-    out = console()
-    headers += ["ms / step", f"vs {first['name']}"]
-    print_table(out, Table(f"{recipe}: comparison over {num_seeds} seeds", headers, cells))
+    """Print the table to stdout, the best variant first."""
+    out, num_seeds = console(), len(results["rows"][0]["accuracies"])
+    print_table(out, compare_table(recipe, results))
     for name, number in results["num_diverged"].items():
         out.print(f"{name}: {number} of {num_seeds} seeds diverged: try a lower weight or learning rate.")

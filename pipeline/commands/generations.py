@@ -14,7 +14,7 @@ from typing import Any
 
 from kdpipe.pipeline.preflight import preflight
 from kdpipe.pipeline.recipe.load import Recipe
-from kdpipe.pipeline.report.formatting import mean_std
+from kdpipe.pipeline.report.formatting import interval_text, mean_std
 from kdpipe.pipeline.run import Run
 from kdpipe.pipeline.steps import require_losses, run_cache_teacher, run_train_teacher, train_student, try_distillation
 from kdpipe.pipeline.terminal.output import console
@@ -22,6 +22,8 @@ from kdpipe.pipeline.terminal.tables import Table, print_table
 from kdpipe.stages.distillation.student_config import DISTILLED, student_folder
 from kdpipe.stages.distillation.task_builder import build_student
 from kdpipe.stages.errors import RecipeError
+from kdpipe.stages.evaluation.correct_images import outcome_of
+from kdpipe.stages.evaluation.intervals import accuracy_interval
 from kdpipe.stages.losses.features.simkd import SimKD
 from kdpipe.stages.models.build import ModelConfig
 from kdpipe.stages.teacher import TeacherConfig
@@ -99,9 +101,10 @@ def _run_generation(run: Run, number: int, *, with_alone: bool) -> dict[str, Any
 
 def print_generations(recipe: str, results: dict[str, Any]) -> None:
     """Print the table to stdout."""
-    headers = ["network", "its teacher %", "test accuracy %", "best epoch %", "agreement with its teacher %", "seeds"]
+    headers = ["network", "its teacher %", "test accuracy %", "95 % interval", "best epoch %"]
+    headers += ["agreement with its teacher %", "seeds"]
     first = results["generations"][0]
-    cells = [["teacher", "", f"{100 * first['teacher']['accuracy']:.2f}", "", "", "1"]]
+    cells = [_row("teacher", "", [first["teacher"]])]
     if first["alone"]:  # none with student.baseline = false
         cells.append(_row("student alone", "", first["alone"]))
     for result in results["generations"]:
@@ -113,11 +116,13 @@ def print_generations(recipe: str, results: dict[str, Any]) -> None:
 def _row(name: str, teacher: str, students: list[dict[str, Any]]) -> list[str]:
     accuracies = [100 * student["accuracy"] for student in students]
     agreements = [(student.get("examined") or {}).get("agreement") for student in students]
+    interval = accuracy_interval(list(map(outcome_of, students)))
     known = [100 * agreement for agreement in agreements if agreement is not None]
     return [
         name,
         teacher,
         mean_std(mean(accuracies), stdev(accuracies) if len(accuracies) > 1 else None),
+        interval_text(interval.in_percent if interval else None),
         f"{mean(100 * student['best_accuracy'] for student in students):.2f}",
         f"{mean(known):.2f}" if known and teacher else "",
         str(len(students)),

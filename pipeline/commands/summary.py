@@ -7,8 +7,11 @@ from pathlib import Path
 from typing import Any
 
 from kdpipe.pipeline.commands.store.info import describe_encoding_error
+from kdpipe.pipeline.report.formatting import interval_text
 from kdpipe.pipeline.report.networks import network_entries
 from kdpipe.pipeline.terminal.output import printable
+from kdpipe.stages.evaluation.correct_images import outcome_of
+from kdpipe.stages.evaluation.intervals import accuracy_interval
 from kdpipe.stages.training.job_dir import read_json_file
 from kdpipe.store.format.identity import describe_computation
 
@@ -71,4 +74,6 @@ def _first_five(texts: list[str]) -> str:
 
 
 def _figures(name: str, figures: dict[str, Any]) -> str:
-    return f"{name}: test accuracy {100 * figures['accuracy']:.2f} %, {figures['num_parameters']:,} parameters"
+    interval = accuracy_interval([outcome_of(figures)])
+    sure = f" (95 % interval {interval_text(interval.in_percent)})" if interval else ""
+    return f"{name}: test accuracy {100 * figures['accuracy']:.2f} %{sure}, {figures['num_parameters']:,} parameters"

@@ -13,17 +13,16 @@ from typing import Any
 
 from tabulate import tabulate
 
-from kdpipe.pipeline.commands.compare import accuracy_row, prepare_store, ranking_accuracy
+from kdpipe.pipeline.commands.compare import accuracy_row, prepare_store
 from kdpipe.pipeline.recipe.sweep import SweepPoint, alone_of, short_names
-from kdpipe.pipeline.report.formatting import interval_text, mean_std
+from kdpipe.pipeline.report.variants import RESULTS, ranking_accuracy, sweep_table
 from kdpipe.pipeline.run import Run
 from kdpipe.pipeline.steps import train_student, try_distillation
 from kdpipe.pipeline.terminal.output import console
-from kdpipe.pipeline.terminal.tables import Table, print_table
+from kdpipe.pipeline.terminal.tables import print_table
 from kdpipe.stages.distillation.spec import DistillationSpec
 from kdpipe.stages.distillation.student_config import ALONE, StudentConfig, student_folder
 from kdpipe.stages.errors import NotFiniteError, RecipeError
-from kdpipe.stages.evaluation.intervals import Interval
 from kdpipe.stages.runtime.events import ProgressEvent
 from kdpipe.stages.train_student.student import StudentRun
 from kdpipe.stages.training.job_dir import JobDir, write_json_file
@@ -189,8 +188,8 @@ def _row(
 
 def write_tables(folder: Path, found: Mapping[str, Any]) -> None:
     """Write the table of a sweep as JSON, CSV, Markdown and LaTeX."""
-    headers, cells = _cells(found)
-    write_json_file(folder / "results.json", dict(found))
+    table = sweep_table("", found)
+    write_json_file(folder / RESULTS, dict(found))
     text = io.StringIO(newline="")
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow([*found["keys"], "seeds", "accuracy_mean", "accuracy_std", "alone_mean", "gain_mean"])
@@ -200,38 +199,15 @@ def write_tables(folder: Path, found: Mapping[str, Any]) -> None:
         writer.writerow([*row["settings"].values(), *figures])
     write_atomically(folder / "results.csv", text.getvalue().encode())
     for name, style in (("results.md", "github"), ("results.tex", "latex_booktabs")):
-        table = tabulate(cells, headers, tablefmt=style, disable_numparse=True)
-        write_atomically(folder / name, f"{table}\n".encode())
-
-
-def _cells(found: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
-    names = short_names(found["keys"])
-    validates = all(row["validation_mean"] is not None for row in found["rows"])
-    headers = [*names.values(), "test accuracy %", "alone %", "gain", "its 95 % interval"]
-    headers += ["validation %"] * validates + ["best epoch %", "agreement %", "KL, nats"]
-    return headers, [
-        [
-            *map(str, row["settings"].values()),
-            mean_std(row["accuracy_mean"], row["accuracy_std"]),
-            mean_std(row["alone"]["accuracy_mean"], row["alone"]["accuracy_std"]) if row["alone"] else "-",
-            mean_std(row["gain_mean"], signed=True),
-            interval_text(Interval(**row["interval"]) if row["interval"] else None, signed=True),
-            *[mean_std(row["validation_mean"])] * validates,
-            f"{row['best_accuracy_mean']:.2f}",
-            mean_std(row["agreement_mean"]),
-            mean_std(row["teacher_kl_mean"], digits=3),
-        ]
-        for row in found["rows"]
-    ]
+        text_table = tabulate(table.rows, [*map(str, table.headers)], tablefmt=style, disable_numparse=True)
+        write_atomically(folder / name, f"{text_table}\n".encode())
 
 
 def print_sweep(recipe: str, folder: Path, found: Mapping[str, Any]) -> None:
     """Print the table to stdout, the best combination first, and where its files are."""
-    headers, cells = _cells(found)
     out, rows = console(), found["rows"]
+    print_table(out, sweep_table(recipe, found))
     num_seeds = max(len(row["accuracies"]) for row in rows)
-    caption = f"{recipe}: {len(rows)} settings over {num_seeds} {'seed' if num_seeds == 1 else 'seeds'}"
-    print_table(out, Table(caption, headers, cells, num_names=len(found["keys"])))
     for name, number in found["num_diverged"].items():
         out.print(f"{name}: {number} of {num_seeds} seeds diverged.")
     settings = " ".join(f"--set {key}={value}" for key, value in rows[0]["settings"].items())

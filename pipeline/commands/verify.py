@@ -16,6 +16,8 @@ from kdpipe.pipeline.terminal.output import console, new_table, printable
 from kdpipe.pipeline.terminal.progress import reporter
 from kdpipe.stages.errors import RunError
 from kdpipe.stages.runtime.events import RunMonitor
+from kdpipe.stages.targets.open import stores_beside
+from kdpipe.stages.workspace import store_of_run
 from kdpipe.store import LockedError
 from kdpipe.store.check.verify import VerifyReport, verify_store
 from kdpipe.store.fs.checksums import SUMS, DamagedFileError, damages, read_sums
@@ -35,7 +37,7 @@ class RunVerifyReport:
     Attributes:
         damaged: The files that are not as they were written: path, what is wrong, and what to do.
         unchecked: Files without a sum, which an older kdpipe wrote.
-        stores: The verdict on each store in the run folder, by its path.
+        stores: The verdict on each store in the run folder, and on those of another run that it uses, by its path.
         num_files: The files that have a sum.
     """
 
@@ -66,7 +68,7 @@ class RunVerifyReport:
 def verify_run(
     run: Path, on_unit: Callable[[int, int], None] = lambda done, total: None, *, with_stores: bool = True
 ) -> RunVerifyReport:
-    """Check every file of a run that has a sum, and every byte of the stores in its folder; collect all damage.
+    """Check every file of a run that has a sum, and every byte of the stores that it uses; collect all damage.
 
     Args:
         run: The run folder.
@@ -83,6 +85,7 @@ def verify_run(
     if holder := lock_holder(run / ".kdpipe.lock"):
         raise LockedError(f"{run} is in use by {holder}; wait for it, or stop it first.")
     stores = [folder for folder, names in folders.items() if STORE in names]
+    stores += [store for store in _used_stores(run) if (store / STORE).exists()]
     own = [folder for folder in folders if folder not in stores]
     found = [damage for folder in own for damage in damages(folder)]
     is_readable = {folder: folder / SUMS not in {damage.path for damage in found} for folder in own}
@@ -95,6 +98,12 @@ def verify_run(
         stores={store: verify_store(store, on_unit) for store in stores if with_stores},
         num_files=sum(map(len, listed.values())),
     )
+
+
+def _used_stores(run: Path) -> list[Path]:
+    """Return the stores of another run that a run uses."""
+    used = store_of_run(run)
+    return [] if used.is_relative_to(run.absolute()) else stores_beside(used)
 
 
 def _folders(root: Path) -> Iterator[tuple[Path, set[str]]]:

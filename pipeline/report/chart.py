@@ -23,7 +23,8 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-COLORS = ["ink", "quiet", "faint", "paper", "front", "other", "teacher", "alone", "student", "compressed", "wrong"]
+NETWORKS = ["teacher", "alone", "student", "pruned", "quantized", "unpruned", "calibrated"]
+COLORS = ["ink", "quiet", "faint", "paper", "wrong", *NETWORKS]
 """CSS variables of the page, see templates/colors.css."""
 
 

@@ -16,6 +16,10 @@ Outcomes = Mapping[str, Sequence[Outcome | None]]
 """The outcomes of each kind of network, seed by seed; None of a job that is not finished."""
 
 
+MIN_P = 0.0005
+"""Probabilities below are not printed as numbers."""
+
+
 @dataclass(frozen=True)
 class NetworkDifference:
     """The percentage points that a network's test accuracy is above another's.
@@ -49,7 +53,7 @@ class NetworkDifference:
     def certainty(self) -> str:
         """How sure it is, such as "95 % interval +0.31 to +2.29 over images, p = 0.012; 360 test images, 1 seed"."""
         known = [] if self.interval is None else [f"95 % interval {interval_text(self.interval, signed=True)}"]
-        known += [] if self.p is None else [p_text(self.p)]
+        known += [] if self.p is None else [f"p {'= ' if self.p >= MIN_P else ''}{p_text(self.p)}"]
         return "; ".join(filter(None, [", ".join(known), self.basis]))
 
     @property
@@ -59,8 +63,9 @@ class NetworkDifference:
         return f"{images}{num_seeds(self.num_seeds)}"
 
 
-def p_text(p: float) -> str:
-    return f"p = {p:.3f}" if p >= 0.0005 else "p < 0.001"
+def p_text(p: float | None) -> str:
+    """Return a probability with three digits, "< 0.001", or "-"."""
+    return "-" if p is None else f"{p:.3f}" if p >= MIN_P else "< 0.001"
 
 
 def read_outcomes(results: Mapping[Path, Mapping[str, Any] | None]) -> list[Outcome | None]:

@@ -1,4 +1,4 @@
-"""List the networks of a run: their names in tables and the folders of their jobs."""
+"""List the networks of a run: their names in tables, their looks in charts, and the folders of their jobs."""
 
 from __future__ import annotations
 
@@ -13,6 +13,26 @@ from kdpipe.store.fs.checksums import read_intact_json
 
 MADE_IN_PYTHON = ".made-in-python"
 """The file that marks run folders of the Python API, whose recipe grows with the calls."""
+
+
+@dataclass(frozen=True)
+class Style:
+    """How a network is drawn. color: a CSS variable of the page; marker and line: as matplotlib names them."""
+
+    color: str
+    marker: str
+    line: str = "solid"
+
+
+STYLES = {
+    "teacher": Style("teacher", "s", "dotted"),
+    "alone": Style("alone", "^", "dashed"),
+    "student": Style("student", "o"),
+    "pruned": Style("pruned", "D"),
+    "quantized": Style("quantized", "P"),
+    "unpruned": Style("unpruned", "v"),
+    "ptq": Style("calibrated", "X"),
+}
 
 
 @dataclass(frozen=True)
@@ -105,3 +125,14 @@ def _compressed(config: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
         yield f"{scheme}-ptq", scheme
     if baselines:
         yield f"{scheme}-alone", scheme
+
+
+def style_of(kind: str) -> Style:
+    """Return the style of a kind of network; one fine-tuned with hard labels has its counterpart's color, dashed."""
+    if kind in STYLES:
+        return STYLES[kind]
+    first, *variants = kind.split("-")
+    is_integer = first.startswith("int")
+    base = next((one for one in variants if one in STYLES and one != "alone"), "quantized" if is_integer else "pruned")
+    found = STYLES[base]
+    return Style(found.color, found.marker, "dashed") if variants[-1:] == ["alone"] else found

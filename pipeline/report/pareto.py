@@ -1,7 +1,8 @@
 """Plot accuracy against file size and against latency, with the Pareto front, as one SVG for light and dark pages.
 
 A network is on the front if no other is at least as good in both values and better in one. The front is drawn as
-steps: between two networks there is none.
+steps: between two networks there is none. The accuracy axis is logarithmic in the error, so that a teacher far above
+or below the students leaves them apart.
 """
 
 from __future__ import annotations
@@ -9,38 +10,53 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from markupsafe import Markup
 
-from kdpipe.pipeline.report.chart import add_axes, color, drawing, log_axis, new_figure, spread, svg
+from kdpipe.pipeline.report.chart import add_axes, color, drawing, error_axis, log_axis, new_figure, spread, svg
 from kdpipe.pipeline.report.formatting import bytes_text, shortened
-from kdpipe.pipeline.report.networks import compressed_folder
+from kdpipe.pipeline.report.networks import compressed_folder, style_of
 from kdpipe.pipeline.report.report import read_report
 from kdpipe.pipeline.report.rows import Report
+from kdpipe.stages.evaluation.intervals import Interval
 from kdpipe.stages.training.job_dir import read_json_file
 from kdpipe.store.fs.atomic_write import write_atomically
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-CAPTION = "Filled: no other network is as accurate at as little cost; bars: one standard deviation over seeds."
+CAPTION = (
+    "Filled: no other network is as accurate at as little cost; bars: 95 % confidence intervals; the accuracy axis is "
+    "logarithmic in the error."
+)
 
-PANEL_WIDTH, LEFT, RIGHT, TOP, BOTTOM = 460, 48, 276, 36, 46
+PANEL_WIDTH, LEFT, RIGHT, TOP, BOTTOM = 400, 44, 226, 36, 46
 """In user units; names are written between RIGHT and PANEL_WIDTH."""
 
 ROW, MAX_LETTERS = 16, 25
 
+MARK_AT = 1.035
+"""Where the mark before a name is, in widths of the panel."""
+
 
 @dataclass(frozen=True)
 class Point:
-    """A network's accuracy and its standard deviation in percent, ONNX file size in bytes, and latency in ms."""
+    """A network's accuracy and its interval in percent, ONNX file size in bytes, latency in ms, and kind."""
 
     name: str
     accuracy_percent: float
-    accuracy_std: float | None
+    interval: Interval | None
     file_bytes: int
     latency_ms: float | None
+    kind: str = "student"
+
+    @property
+    def ends(self) -> tuple[float, float]:
+        """The accuracies between which it is."""
+        if self.interval is None:
+            return self.accuracy_percent, self.accuracy_percent
+        return max(self.interval.low, 0.0), min(self.interval.high, 100.0)
 
 
 Cost = tuple[Point, float]
@@ -63,9 +79,10 @@ def tradeoff_points(report: Report) -> list[Point]:
         Point(
             row.name,
             row.accuracy_mean,
-            row.accuracy_std,
+            row.interval,
             row.file_bytes,
             row.latency_ms[largest]["p50_ms"] if row.latency_ms else None,
+            row.kind,
         )
         for row in report.rows
         if row.file_bytes and "hard labels" not in row.name
@@ -134,10 +151,7 @@ def _height(points: Sequence[Point]) -> int:
 
 def _draw(axes: Axes, points: Sequence[Point], title: str, costs: Sequence[Cost], unit: Callable[[float], str]) -> None:
     axes.set_title(title, loc="left", fontsize=13)
-    ends = [point.accuracy_percent + sign * (point.accuracy_std or 0.0) for point in points for sign in (-1, 1)]
-    low, high = min(ends, default=0.0), max(ends, default=100.0)
-    margin = max(0.08 * (high - low), 0.05)
-    axes.set_ylim(low - margin, high + margin)
+    error_axis(axes, [end for point in points for end in point.ends] or [0.0, 100.0])
     if not costs:
         axes.set_xticks([])
         axes.text(0.5, 0.5, "not measured", transform=axes.transAxes, ha="center", color=color("quiet"))
@@ -149,28 +163,34 @@ def _draw(axes: Axes, points: Sequence[Point], title: str, costs: Sequence[Cost]
     front = pareto_front(costs)
     x = [*(cost for _, cost in front), axes.get_xlim()[1]]
     y = [point.accuracy_percent for point, _ in front]
-    axes.step(x, [*y, y[-1]], where="post", color=color("front"), linewidth=2)
+    axes.step(x, [*y, y[-1]], where="post", color=color("quiet"), linewidth=1.2)
     for point, cost in costs:
-        is_best = (point, cost) in front
-        edge, fill = (color("front"), color("front")) if is_best else (color("other"), color("paper"))
-        accuracy, std = point.accuracy_percent, point.accuracy_std or 0.0
-        if std:
-            axes.plot([cost, cost], [accuracy - std, accuracy + std], color=color("quiet"), linewidth=1)
-        (dot,) = axes.plot([cost], [accuracy], "o", markersize=8, markeredgecolor=edge, markerfacecolor=fill)
-        dot.set_markeredgewidth(2)
-    _label(axes, costs)
+        shade = color(style_of(point.kind).color)
+        axes.plot([cost, cost], point.ends, color=shade, linewidth=1.2)
+        _mark(axes, point, cost, point.accuracy_percent, is_filled=(point, cost) in front)
+    _label(axes, costs, front)
 
 
-def _label(axes: Axes, costs: Sequence[Cost]) -> None:
-    """Write the names right of the panel at their points' heights, moved apart, with a line from point to name."""
-    low, high = axes.get_ylim()
+def _mark(axes: Axes, point: Point, x: float, y: float, *, is_filled: bool, **options: Any) -> None:
+    style = style_of(point.kind)
+    shade = color(style.color)
+    fill = shade if is_filled else color("paper")
+    axes.plot([x], [y], style.marker, ms=8, mec=shade, mfc=fill, mew=2, **options)
+
+
+def _label(axes: Axes, costs: Sequence[Cost], front: Sequence[Cost]) -> None:
+    """Write marks and names right of the panel at their points' heights, moved apart, with a line from each point."""
     figure = axes.get_figure()
     assert figure is not None
     height = axes.get_position().height * figure.get_figure(root=True).get_size_inches()[1] * 72
-    heights = [height * (high - point.accuracy_percent) / (high - low) for point, _ in costs]
-    edge = axes.get_xlim()[1]
+    to_share = axes.transData + axes.transAxes.inverted()
+    heights = [height * (1 - to_share.transform((cost, point.accuracy_percent))[1]) for point, cost in costs]
     for (point, cost), place in zip(costs, spread(heights, ROW, height), strict=True):
-        accuracy = high - (high - low) * place / height
-        axes.plot([cost, edge], [point.accuracy_percent, accuracy], ":", color=color("quiet"), lw=1)
+        share, shade = 1 - place / height, color(style_of(point.kind).color)
+        line = {"arrowstyle": "-", "linestyle": ":", "color": shade, "shrinkA": 0, "shrinkB": 5}
+        position = (cost, point.accuracy_percent)
+        axes.annotate("", position, (1.0, share), textcoords="axes fraction", arrowprops=line)
+        is_filled = (point, cost) in front
+        _mark(axes, point, MARK_AT, share, is_filled=is_filled, transform=axes.transAxes, clip_on=False)
         name = shortened(point.name, MAX_LETTERS)
-        axes.annotate(name, (edge, accuracy), (5, 0), textcoords="offset points", va="center")
+        axes.annotate(name, (MARK_AT, share), (8, 0), "axes fraction", "offset points", va="center")

@@ -11,16 +11,15 @@ from pathlib import Path
 from rich.text import Text
 
 from kdpipe.pipeline.report.formatting import integer, kib, mean_std, size_ratio
-from kdpipe.pipeline.report.html.read import MAIN_KINDS, PageRun, read_run
+from kdpipe.pipeline.report.html.read import MAIN_KINDS, PageRun, read_run, recommended
 from kdpipe.pipeline.report.report import read_report
 from kdpipe.pipeline.report.rows import Report, Row
 from kdpipe.pipeline.report.tables import report_tables
+from kdpipe.pipeline.report.variants import recorded_tables
 from kdpipe.pipeline.session.paths import require_writable
 from kdpipe.pipeline.terminal.exit_codes import DONE, DONE_IN_PART
 from kdpipe.pipeline.terminal.output import console, print_json
 from kdpipe.pipeline.terminal.tables import Table, print_table
-from kdpipe.stages.errors import RunError
-from kdpipe.stages.training.job_dir import read_json_file
 
 
 def print_reports(runs: Sequence[Path], as_json: bool, *, full: bool = False, page: Path | None = None) -> int:
@@ -70,10 +69,10 @@ def page_path(runs: Sequence[Path], file: Path | None) -> Path:
 
 def print_report(report: Report) -> None:
     """Print all tables and the paths of the files to stdout."""
-    screen = console()
+    screen, variants = console(), list(recorded_tables(Path(report.run), report.recipe))
     screen.print(report.recipe, style="bold")
     screen.print(Text(_wrapped(report.verdict.text, screen.width)))
-    for table in report_tables(report):
+    for table in (*report_tables(report), *variants):
         print_table(screen, table)
     screen.print("Files:", style="bold")
     files = [(row.name, row.files[0]) for row in report.rows if row.files]
@@ -81,8 +80,6 @@ def print_report(report: Report) -> None:
     files += [("artifacts", folder) for folder in report.artifacts]
     for name, path in files:
         screen.print(f"  {name:<18} {path}", soft_wrap=True)
-    if (Path(report.run) / "compare").is_dir():
-        screen.print("This run compares distillation variants: run `kdpipe compare` again for their table.")
     if report.missing:
         screen.print(f"Not finished: {', '.join(report.missing)}. Run the recipe again to complete it.", soft_wrap=True)
 
@@ -117,18 +114,6 @@ def _wrapped(text: str, width: int) -> str:
     return textwrap.fill(joined, max(width, 1), break_on_hyphens=False).replace("\xa0", " ")
 
 
-def recommended(run: PageRun) -> tuple[str, Path] | None:
-    """Return the kind of the network that the first seed's card recommends, and the folder of its artifacts."""
-    for folder in map(Path, run.report.artifacts):
-        ranking = (read_json_file(folder / "card.json") or {}).get("ranking")
-        if ranking is None:
-            continue
-        if not isinstance(ranking, list) or not ranking or not isinstance(ranking[0], str):
-            raise RunError(f"{folder / 'card.json'} is damaged: run `kdpipe compress` again.")
-        return ranking[0], folder / ranking[0]
-    return None
-
-
 def _main_rows(run: PageRun, best: tuple[str, Path] | None) -> Iterator[Row]:
     """Yield the teacher, the students, and the recommended or else smallest of the compressed networks."""
     yield from (row for kind in MAIN_KINDS if (row := run.row(kind)))
@@ -145,10 +130,9 @@ def _places(run: PageRun, best: tuple[str, Path] | None, page: Path | None) -> I
     if best is not None:
         name = next((row.name for row in run.report.rows if row.kind == best[0]), best[0])
         yield "deploy", f"{best[1]} (recommended: {name})"
+        yield "try", f"python {shlex.quote(str(best[1] / 'predict.py'))} IMAGE"
         yield "next", f"kdpipe bench {shlex.quote(str(best[1] / 'model.onnx'))} (its latency, there where it will run)"
     yield "page", str(page) if page else f"kdpipe report {folder}"
     yield "tables", f"kdpipe report --full {folder}"
-    if (run.path / "compare").is_dir():
-        yield "compare", "this run compares distillation variants: run `kdpipe compare` again for their table"
     if run.report.missing:
         yield "missing", f"{', '.join(run.report.missing)}: run the recipe again to complete them"

@@ -19,6 +19,10 @@ from kdpipe.stages.evaluation.intervals import Outcome, accuracy_interval
 from kdpipe.stages.training.finalize import deciding_accuracy
 from kdpipe.stages.training.job_dir import JobDir, read_json_file
 
+Result = Mapping[str, Any]
+AllResults = Mapping[str, Mapping[Path, Result | None]]
+"""The results of each kind of network, by job folder; None of a job that is not finished."""
+
 MAX_NAME = 200
 """Letters of a recipe's name that are shown."""
 
@@ -47,33 +51,38 @@ def read_report(run: Path, compressed: Path | None = None) -> Report:
     latency = read_latencies(latency_path(root, seeds[0]))
     rows: list[Row] = []
     missing: list[str] = []
-    outcomes: dict[str, list[Outcome | None]] = {}
-    setting, at_chance = setting_of(recipe, []), list[str]()
+    found: AllResults = {entry.kind: {job: JobDir(job).result() for job in entry.jobs} for entry in entries}
+    outcomes = {kind: read_outcomes(results) for kind, results in found.items()}
     in_python = (run / MADE_IN_PYTHON).exists()  # networks that were never begun are not missing there
     for entry in entries:
-        found = {job: JobDir(job).result() for job in entry.jobs}
-        results = {job: result for job, result in found.items() if result is not None}
+        results = _finished(found[entry.kind])
         num_missing = len(entry.jobs) - len(results)
         if num_missing and (not in_python or any(job.exists() for job in entry.jobs)):
             missing.append(f"{entry.name} ({num_missing} of {len(entry.jobs)})")
-        outcomes[entry.kind] = read_outcomes(found)
         rows += [_row(entry, results, rows, outcomes[entry.kind], latency)] if results else []
-        setting = setting_of(recipe, list(results.values())) if entry.kind == "student" else setting
-        at_chance += [entry.name] if any(result.get("at_chance") for result in results.values()) else []
     artifacts = [str(path.parent) for seed in seeds for path in root.glob(f"artifacts-seed{seed}/card.json")]
-    pareto = str(root / "pareto.svg") if (root / "pareto.svg").exists() else None
     return Report(
         run=str(run),
         recipe=name,
-        verdict=_verdict(rows, outcomes, replace(setting, at_chance=at_chance)),
+        verdict=_verdict(rows, outcomes, _setting(recipe, entries, found)),
         latency=latency,
         rows=rows,
         differences=differences_of(outcomes),
         recovered=recovered_accuracy(rows, outcomes),
-        pareto=pareto,
+        pareto=str(root / "pareto.svg") if (root / "pareto.svg").exists() else None,
         artifacts=artifacts,
         missing=missing,
     )
+
+
+def _finished(results: Mapping[Path, Result | None]) -> dict[Path, Result]:
+    return {job: result for job, result in results.items() if result is not None}
+
+
+def _setting(recipe: Mapping[str, Any], entries: Sequence[NetworkEntry], found: AllResults) -> Setting:
+    finished = {entry.kind: list(_finished(found[entry.kind]).values()) for entry in entries}
+    at_chance = [entry.name for entry in entries if any(one.get("at_chance") for one in finished[entry.kind])]
+    return replace(setting_of(recipe, finished["student"]), at_chance=at_chance)
 
 
 def _verdict(rows: Sequence[Row], outcomes: Outcomes, setting: Setting) -> Verdict:
@@ -104,6 +113,7 @@ def _row(
     twin = next((row for row in before if row.kind == entry.timed_as), None)
     file_bytes = first["onnx_bytes"] or (twin.file_bytes if twin else None)
     sizes = {row.kind: row.file_bytes for row in before} | {entry.kind: file_bytes}
+    without_file = [4 * row.num_parameters for row in before if row.kind == "teacher"]  # as float32
     return Row(
         name=entry.name,
         kind=entry.kind,
@@ -119,7 +129,7 @@ def _row(
         num_parameters=first["num_parameters"],
         num_macs=first.get("num_macs"),
         file_bytes=file_bytes,
-        of_teacher=_ratio(sizes.get("teacher"), file_bytes),
+        of_teacher=_ratio(sizes.get("teacher") or next(iter(without_file), None), file_bytes),
         of_student=_ratio(sizes.get("student"), file_bytes),
         onnx_agreement=100 * min(agreements) if agreements else None,
         latency_ms=latency.of(entry.kind, entry.timed_as) if latency else None,

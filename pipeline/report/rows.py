@@ -54,7 +54,7 @@ class Row(QualityMetrics):
             seeds Student's. None for one seed without the number of test images.
         best_accuracy_mean: The same after the best epoch, on the validation images if there are any.
         validation_mean: Accuracy on the validation images in percent, None without any.
-        of_teacher: How many times smaller the ONNX file is than the teacher's.
+        of_teacher: How many times smaller the ONNX file is than the teacher's, or than its weights in float32.
         of_student: The same against the distilled student's file.
         onnx_agreement: Lowest share over seeds, in percent, of test images with equal top-1 in ONNX and torch.
         latency_ms: By batch size, p50_ms and p95_ms of a batch.

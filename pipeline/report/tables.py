@@ -61,7 +61,7 @@ def _differences(report: Report) -> Table:
             names[one.against],
             mean_std(one.points, signed=True),
             _interval_of(one),
-            "-" if one.p is None else p_text(one.p).removeprefix("p ").removeprefix("= "),
+            p_text(one.p),
             *([] if len(bases) == 1 else [integer(one.num_images), one.num_seeds]),
         ]
         for one in report.differences

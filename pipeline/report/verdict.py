@@ -116,7 +116,10 @@ def _verdict(
     alone, student, teacher = (accuracies.get(kind) for kind in ("alone", "student", "teacher"))
     figures = f"the student reaches {student} test accuracy distilled and {alone} alone, {gain.points:+.2f} points"
     sentence = f"{figures} ({gain.certainty})."
-    advice = list(_advice(gain, gap, teacher, alone, setting))[:MAX_ADVICE]
+    if student is not None and student.name in setting.at_chance:
+        advice = ["more epochs (student.train.epochs) or a lower student.train.lr, as the student has not learned yet"]
+    else:
+        advice = list(_advice(gain, gap, teacher, alone, setting))[:MAX_ADVICE]
     if not gain.is_clear:
         return Verdict("unclear", f"Whether distillation helped is not clear: {sentence}", None, advice)
     if gain.points < 0:

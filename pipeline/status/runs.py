@@ -177,18 +177,24 @@ def _accuracies(networks: list[NetworkEntry], folder: Path, budget: Budget) -> I
     for network in (by_kind.get("alone"), by_kind.get("student"), smallest):
         if network and (known := _known_accuracies(network.jobs)):
             yield network.name.removeprefix("student "), mean(known)
-    means = {}
+    means: dict[str, float] = {}
+    deciding: dict[str, float] = {}
     for variant in budget.entries(folder / "compare", MAX_SEEDS):
-        if known := _known_accuracies([Path(job.path) for job in budget.entries(variant.path, MAX_SEEDS)]):
-            means[text(variant.name)] = mean(known)
+        jobs = [Path(job.path) for job in budget.entries(variant.path, MAX_SEEDS)]
+        if known := _known_accuracies(jobs):
+            name = text(variant.name)
+            means[name], validated = mean(known), _known_accuracies(jobs, "validation")
+            deciding |= {name: mean(validated)} if validated else {}
     if means:
-        best = max(means, key=means.__getitem__)
+        best = max(means, key=(deciding if len(deciding) == len(means) else means).__getitem__)
         yield f"best of {len(means)} variants: {best}", means[best]
 
 
-def _known_accuracies(jobs: Iterable[Path]) -> list[float]:
-    """Return the test accuracies of finished jobs in percent; results are untrusted."""
-    found = [(read_intact_json(job / "result.json") or {}).get("accuracy") for job in jobs]
+def _known_accuracies(jobs: Iterable[Path], part: str = "test") -> list[float]:
+    """Return the test or validation accuracies of finished jobs in percent; results are untrusted."""
+    results = [read_intact_json(job / "result.json") or {} for job in jobs]
+    parts = results if part == "test" else [result.get(part) for result in results]
+    found = [one.get("accuracy") for one in parts if isinstance(one, dict)]
     return [100 * value for value in found if isinstance(value, int | float) and 0 <= value <= 1]
 
 

@@ -84,7 +84,7 @@ def _run_cells(run: RunStatus, root: Path, now: float) -> dict[str, str]:
     job = f"{run.stage}: {run.job}" if run.job else run.command
     is_over = run.state in {"done", "idle"}
     cells = {
-        "run": _name(run.path, root),
+        "run": name_in(run.path, root),
         "state": run.state,
         "job": "" if is_over and run.command != "python" else f"{job} ({run.who})" if run.who else job,
         "done": f"{100 * run.step // run.total} %" if run.step is not None and run.total and not is_over else "",
@@ -92,7 +92,7 @@ def _run_cells(run: RunStatus, root: Path, now: float) -> dict[str, str]:
         "rate": rate_text(run.rate_per_s, run.unit),
         "left": "" if run.eta_s is None else duration_text(run.eta_s),
         "last active": _ago(run.last_active, now),
-        "size": _size(run.disk_bytes),
+        "size": size_text(run.disk_bytes),
         "test accuracy": ", ".join(f"{name} {accuracy:.2f} %" for name, accuracy in run.accuracies.items()),
     }
     return {header: printable(cell) for header, cell in cells.items()}
@@ -101,19 +101,19 @@ def _run_cells(run: RunStatus, root: Path, now: float) -> dict[str, str]:
 def _store_cells(store: StoreStatus, root: Path, now: float) -> dict[str, str]:
     num_more = len(store.at_work) - MAX_WORKERS
     cells = {
-        "store": _name(store.path, root),
+        "store": name_in(store.path, root),
         "state": store.state,
         "teacher": f"{store.teacher} on {store.data}" if store.data else store.teacher,
         "content": f"{store.num_samples:,} x {store.num_views} views" if store.num_views else "",
         "units": f"{store.num_units_done:,}/{store.num_units:,}" if store.num_units else "",
         "at work": "; ".join(store.at_work[:MAX_WORKERS]) + (f" and {num_more} more" if num_more > 0 else ""),
         "last active": _ago(store.last_active, now),
-        "size": _size(store.disk_bytes),
+        "size": size_text(store.disk_bytes),
     }
     return {header: printable(cell) for header, cell in cells.items()}
 
 
-def _name(path: str, root: Path) -> str:
+def name_in(path: str, root: Path) -> str:
     """Return a path relative to the folder that was searched."""
     folder = Path(path)
     return str(folder.relative_to(root)) if folder != root else str(root) if root.name else root.resolve().name
@@ -123,7 +123,8 @@ def _ago(last_active: float, now: float) -> str:
     return f"{duration_text(now - last_active)} ago" if last_active > 0 else ""
 
 
-def _size(num_bytes: int) -> str:
+def size_text(num_bytes: int) -> str:
+    """Return a number of bytes in the largest unit that it fills."""
     size, units = float(num_bytes), ["B", "KiB", "MiB", "GiB", "TiB"]
     while size >= 1000 and len(units) > 1:
         size, units = size / 1024, units[1:]

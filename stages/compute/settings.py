@@ -68,11 +68,15 @@ class ComputeSettings:
 
     @contextmanager
     def active(self, device: torch.device) -> Iterator[None]:
-        """Compute in the precision within the block."""
+        """Compute in the precision within the block.
+
+        Autocast keeps no copies of the weights: it would use them until the caller's own autocast region ends, if there
+        is one, however the weights change.
+        """
         dtype = self.autocast_dtype
         with (
             tf32(enabled=self.precision == "tf32"),
-            torch.autocast(device.type, dtype=dtype, enabled=dtype is not None),
+            torch.autocast(device.type, dtype=dtype, enabled=dtype is not None, cache_enabled=False),
         ):
             yield
 

@@ -160,13 +160,14 @@ def _over_images(gained: NDArray[np.float64], num_seeds: int) -> tuple[Interval,
     """Return the interval and p of what the images gained.
 
     The interval is that of Bonett and Price 2012 (doi 10.3102/1076998611411915): Wald's, with one image more won and
-    one more lost, so that it is not empty where no image changed. The p of one seed is McNemar's exact one.
+    one more lost, of several seeds by one of them, so that it is not empty where no image changed. The p of one seed is
+    McNemar's exact one.
     """
     from scipy.special import ndtr
 
     num = len(gained) + 2
     center = float(gained.sum()) / num
-    error = ((float((gained**2).sum()) + 2) / num - center**2) ** 0.5 / num**0.5
+    error = ((float((gained**2).sum()) + 2 / num_seeds**2) / num - center**2) ** 0.5 / num**0.5
     interval = Interval(max(center - _z() * error, -1.0), min(center + _z() * error, 1.0), "images")
     if num_seeds == 1:
         return interval, mcnemar(int((gained > 0).sum()), int((gained < 0).sum()))

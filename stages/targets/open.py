@@ -86,6 +86,11 @@ def test_store_path(place: Path | str) -> Path | str:
     return part_store_path(place, "test")
 
 
+def stores_beside(store: Path) -> list[Path]:
+    """Return a local store, and the paths of those of the test and validation images beside it."""
+    return [store, *(Path(part_store_path(store, part)) for part in ("test", VALIDATION))]
+
+
 def part_store_path(place: Path | str, part: Part) -> Path | str:
     """Return the path of the store with the logits of the test or validation images, beside a training store."""
     folder, slash, name = str(place).rstrip("/").rpartition("/")

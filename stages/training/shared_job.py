@@ -16,9 +16,12 @@ from kdpipe.stages.runtime.events import ProgressEvent
 from kdpipe.stages.training.job_dir import JobDir, read_json_file
 from kdpipe.stages.workspace import shown
 from kdpipe.store import KdpipeError, differences, make_folders
-from kdpipe.store.fs.atomic_write import PARTIAL_SUFFIX, fsync_path
-from kdpipe.store.fs.checksums import SUMS, damages, read_sums
+from kdpipe.store.fs.atomic_write import PARTIAL_SUFFIX
+from kdpipe.store.fs.checksums import SUMS, damages, move_with_sums, read_sums
 from kdpipe.store.redact import redacted_json
+
+STUDENTS = ("students/*", "sweep/*/*", "compare/*/*")
+"""Where the students of a run are."""
 
 Accept = Callable[[Path, Mapping[str, Any]], bool]
 """Whether the results of a job in another run folder do for this run."""
@@ -48,7 +51,8 @@ def begun_job(
             job_dir.begin(fingerprint)
             if (done := job_dir.result()) is not None or context.workspace.folder is None:
                 return done
-            turn.enter_context(context.workspace.turn(stage, name, fingerprint, context.monitor))
+            if context.process_group.count == 1:  # the first of several must not wait, and stop, alone
+                turn.enter_context(context.workspace.turn(stage, name, fingerprint, context.monitor))
             if source := _adopt(job_dir, context, accept):
                 used = f"uses the {name} of {shown(source)}"
                 context.monitor.report(ProgressEvent(stage, used, 1, 1, "network"))
@@ -59,7 +63,7 @@ def begun_job(
 
 
 def _adopt(job_dir: JobDir, context: StageContext, accept: Accept) -> Path | None:
-    """Replace the folder of a begun job by a finished one with the same inputs; return its run folder, None if none."""
+    """Give a begun job the files of a finished one with the same inputs; return the run that has it, None if none."""
     wanted = read_json_file(job_dir.path / "job.json")
     for run, found in _finished(job_dir, wanted, context, accept):
         with suppress(KdpipeError, OSError):  # damaged, or being removed
@@ -71,7 +75,7 @@ def _adopt(job_dir: JobDir, context: StageContext, accept: Accept) -> Path | Non
 def offered(
     job_dir: JobDir, fingerprint: Mapping[str, Any], context: StageContext, accept: Accept = lambda run, result: True
 ) -> Path | None:
-    """Return another run folder of the workspace where the job with this fingerprint is finished; None if none."""
+    """Return a run folder of the workspace where the job with this fingerprint is finished; None if none."""
     inputs = redacted_json(json.loads(json.dumps(fingerprint)))
     return next((run for run, _ in _finished(job_dir, inputs, context, accept)), None)
 
@@ -79,17 +83,25 @@ def offered(
 def _finished(
     job_dir: JobDir, wanted: Mapping[str, Any] | None, context: StageContext, accept: Accept
 ) -> Iterator[tuple[Path, Path]]:
-    """Yield the other run folders where a job with the same inputs is finished, and its folder there."""
+    """Yield the run folders where a job with the same inputs is finished, and its folder there."""
     try:
         place = job_dir.path.absolute().relative_to(context.run_dir.absolute())
     except ValueError:
         return
-    for run in context.workspace.runs(context.run_dir):
-        is_one = False
-        with suppress(KdpipeError, OSError):  # damaged, or being removed
-            is_one = _same(run / place, wanted) and accept(run, JobDir(run / place).result() or {})
-        if is_one:
-            yield run, run / place
+    for run in (context.run_dir, *context.workspace.runs(context.run_dir)):
+        for folder in _jobs_like(run, place):
+            is_one = False
+            with suppress(KdpipeError, OSError):  # damaged, or being removed
+                is_one = _same(folder, wanted) and accept(run, JobDir(folder).result() or {})
+            if is_one:
+                yield run, folder
+
+
+def _jobs_like(run: Path, place: Path) -> Iterator[Path]:
+    """Yield the folders of a run in which a job may be: the same place, and for a student those of all students."""
+    yield run / place
+    for pattern in STUDENTS if len(place.parts) > 1 else ():
+        yield from sorted(run.glob(pattern))
 
 
 def _same(folder: Path, wanted: Mapping[str, Any] | None) -> bool:
@@ -99,24 +111,25 @@ def _same(folder: Path, wanted: Mapping[str, Any] | None) -> bool:
 
 
 def _link(source: Path, target: Path) -> None:
-    """Replace the folder of a job by hard links to the files of a finished one, or copies; their sums are checked.
+    """Add hard links to the files of a finished job to the folder of a begun one, or copies; their sums are checked.
 
     Raises:
         DamagedFileError: A file is not as it was written.
     """
     temporary = target.with_name(f".{target.name}.{uuid.uuid4().hex[:8]}{PARTIAL_SUFFIX}")
+    folders = [path for path in sorted(source.iterdir()) if path.is_dir() and (path / SUMS).exists()]
     try:
-        for folder in (source, *(path for path in source.iterdir() if path.is_dir() and (path / SUMS).exists())):
+        for folder in (source, *folders):
             own = temporary / folder.relative_to(source)
             make_folders([own])
             for name in (*read_sums(folder), SUMS):
                 _link_or_copy(folder / name, own / name)
             for damage in damages(own):
                 raise damage
-            fsync_path(own)
-        shutil.rmtree(target)
-        temporary.replace(target)
-        fsync_path(target.parent)
+        for folder in (*folders, source):
+            own = target / folder.relative_to(source)
+            make_folders([own])
+            move_with_sums(temporary / folder.relative_to(source), own, "result.json")
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from kdpipe.store.errors import KdpipeError
-from kdpipe.store.fs.atomic_write import write_atomically
+from kdpipe.store.fs.atomic_write import fsync_path, write_atomically
 from kdpipe.store.fs.safe_read import MAX_JSON_BYTES, open_regular_file, read_json, read_regular_file
 
 SUMS = "SHA256SUMS"
@@ -72,6 +72,19 @@ def record_sums(folder: Path) -> None:
     """Record the sums of all files in a folder as they are now."""
     files = [path for path in folder.iterdir() if path.is_file() and path.name != SUMS]
     _write_sums(folder, {path.name: (file_sha256(path),) for path in files})
+
+
+def move_with_sums(source: Path, target: Path, last: str) -> None:
+    """Move the files that a folder's SHA256SUMS lists into another folder, with their sums, the file `last` at the end.
+
+    A job killed meanwhile leaves no file without its sum.
+    """
+    old, new = read_sums(target), read_sums(source)
+    _write_sums(target, {**old, **{name: (*old.get(name, ()), *known) for name, known in new.items()}})
+    for name in sorted(new, key=lambda name: (name == last, name)):
+        (source / name).replace(target / name)
+    fsync_path(target)
+    _write_sums(target, {**old, **new})
 
 
 def remove_with_sum(path: Path) -> None:

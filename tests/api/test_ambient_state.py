@@ -10,6 +10,7 @@ from support.made_store import folder_bytes
 from torch import nn
 
 import kdpipe as kd
+from kdpipe.stages.runtime.cpu import has_bfloat16
 
 pytestmark = pytest.mark.usefixtures("without_onnx")
 
@@ -59,6 +60,18 @@ def test_surrounding_modes_change_no_number(data, state):
             stores.append(kd.cache_teacher(teacher, train, f"{where}.zarr", **QUIET))
     assert accuracies[0] == accuracies[1]
     assert folder_bytes(stores[0].path) == folder_bytes(stores[1].path)
+
+
+@pytest.mark.skipif(not has_bfloat16(), reason="bfloat16 is slow on this CPU, and refused")
+def test_a_student_in_low_precision_learns_as_one_in_float32(data):
+    train, test = data
+    losses = {}
+    for precision in ("float32", "bfloat16"):
+        own = {**TRAIN, "precision": precision, "epochs": 4, "lr": 0.05}
+        student = kd.train_student("mlp", train, test=test, model_args={"hidden": [32]}, run=precision, **own)
+        losses[precision] = [epoch["losses"]["hard_labels"] for epoch in student.history]
+    assert losses["bfloat16"] == pytest.approx(losses["float32"], rel=0.02)
+    assert losses["bfloat16"][-1] < 0.9 * losses["bfloat16"][0]
 
 
 @pytest.mark.parametrize(

@@ -23,7 +23,7 @@ def full_report(run):
 def test_a_run_ends_with_a_table_and_its_files(done):
     run, output = done
     made = ("teacher", "student alone", "student distilled", "pruned", "pruned + INT8")
-    assert "The distilled student reaches" in output
+    assert "the student reaches" in " ".join(output.split()[:20])
     for name, shown in [(name, output) for name in made[:3]] + [(name, full_report(run)) for name in made]:
         assert re.search(rf"^\s*{re.escape(name)}\s+\d+\.\d\d", shown, re.MULTILINE), name
     report = json.loads(kdpipe_here("report", run, "--json").stdout)

@@ -14,15 +14,14 @@ from support.tiny_run import CACHE, STUDENT, TEACHER, VIEWS
 
 from kdpipe.pipeline import steps
 from kdpipe.pipeline.recipe.load import Recipe
-from kdpipe.pipeline.run import Run, store_of_run
+from kdpipe.pipeline.run import Run
 from kdpipe.stages.cache_teacher.cache import CacheJob
 from kdpipe.stages.data.config import DataConfig
-from kdpipe.stages.errors import StoppedEarly
 from kdpipe.stages.losses.features.hint import Hint
 from kdpipe.stages.losses.logits.kd import KD
 from kdpipe.stages.runtime.events import RunMonitor
-from kdpipe.stages.workspace import NOWHERE, Workspace
-from kdpipe.store.fs.checksums import SUMS
+from kdpipe.stages.workspace import NOWHERE, Workspace, store_of_run
+from kdpipe.store.fs.checksums import SUMS, damages
 
 TRAIN = replace(TEACHER.train, epochs=1)
 RECIPE = Recipe(
@@ -139,6 +138,16 @@ def test_another_teacher_is_not_taken_for_it(
         steps.run_train_teacher(run)
 
 
+def test_the_teacher_beside_a_named_store_is_used(first: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As where a loss reads its weights, or the store lacks something."""
+    monkeypatch.setattr(steps, "_train_teacher", None)
+    recipe = replace(RECIPE, cache=replace(CACHE, store=str(first / "store.zarr")))
+    run = Run(recipe, tmp_path / "b", RunMonitor(), workspace=Workspace(tmp_path))
+    run.begin()
+    steps.run_train_teacher(run)
+    assert (run.folder / "teacher" / "model.safetensors").exists()
+
+
 def test_a_store_with_more_serves_and_one_with_less_does_not(
     first: Path, tmp_path: Path, without_onnx: None, counted: dict[str, int]
 ) -> None:
@@ -166,24 +175,22 @@ def test_a_store_that_is_gone_is_made_again(first: Path, tmp_path: Path, without
     assert run.own_store.exists()
 
 
-def test_a_damaged_job_is_not_taken(first: Path, tmp_path: Path, without_onnx: None, counted: dict[str, int]) -> None:
+def test_a_damaged_job_is_not_taken_and_one_of_a_sweep_is(
+    first: Path, tmp_path: Path, without_onnx: None, counted: dict[str, int]
+) -> None:
     shutil.copytree(first, tmp_path / "a")
     (tmp_path / "a" / "teacher" / "model.safetensors").write_bytes(b"damaged")
     (tmp_path / "a" / "students" / "alone-seed0" / SUMS).unlink()  # as of an older kdpipe
+    (tmp_path / "a" / "sweep").mkdir()
+    (tmp_path / "a" / "students" / "distilled-seed0").rename(tmp_path / "a" / "sweep" / "seed0")  # no place of a job
     run_here(tmp_path / "b")
-    assert counted["train"] == 2
-
-
-def test_a_waiting_run_stops_at_a_signal(first: Path, tmp_path: Path, without_onnx: None) -> None:
-    workspace, inputs = Workspace(tmp_path), {"seed": 0}
-    said: list[str] = []
-    monitor = RunMonitor(lambda event: said.append(event.job), lambda: bool(said))
-    with (
-        workspace.turn("train-teacher", "teacher", inputs, RunMonitor()),
-        pytest.raises(StoppedEarly),
-        workspace.turn("train-teacher", "teacher", inputs, monitor),
-    ):
-        pass
-    assert said[0].startswith("waits for the teacher that process ")
-    with workspace.turn("train-teacher", "teacher", inputs, monitor):  # free again
-        pass
+    assert counted["train"] == 3
+    (tmp_path / "b" / "students" / "alone-seed0" / "result.json").unlink()  # killed in the training
+    (tmp_path / "a" / "sweep" / "lr=1").mkdir()
+    for number, name in enumerate(("alone-seed0", "distilled-seed0")):
+        shutil.copytree(first / "students" / name, tmp_path / "a" / "sweep" / "lr=1" / f"seed{number}")
+    shutil.rmtree(tmp_path / "b" / "students" / "distilled-seed0")
+    run_here(tmp_path / "b")
+    assert counted["train"] == 3
+    for name in ("alone-seed0", "distilled-seed0"):
+        assert list(damages(tmp_path / "b" / "students" / name)) == []

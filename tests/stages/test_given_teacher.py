@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from kdpipe.pipeline.steps import train_teacher
 from kdpipe.stages.context import IMAGENET, StageContext
 from kdpipe.stages.errors import RecipeError
-from kdpipe.stages.given_teacher import require_given
+from kdpipe.stages.given_teacher import is_as_expected, require_given
 from kdpipe.stages.models.build import ModelConfig
 from kdpipe.stages.models.bundle import ModelBundle
 from kdpipe.stages.models.normalization import Normalization
@@ -175,7 +175,9 @@ def test_good_teachers_are_not_suspected(tmp_path, given):
         if number:
             test_set.labels[:100] = (test_set.labels[:100] + 1) % 4  # wrong labels: 69 % is all that can be reached
         context = tiny_context(tmp_path / str(number), test_set=test_set)
-        assert train_teacher(given(**HALF), 0, context)["accuracy"] > 0.6
+        result = train_teacher(given(**HALF), 0, context)
+        assert result["accuracy"] > 0.6
+        assert result["onnx_bytes"] is None  # a given teacher is not exported, unless teacher.export says so
 
 
 # --- Outputs
@@ -218,3 +220,24 @@ def test_a_new_classifier_is_not_taken_as_it_is(tmp_path):
     model = replace(TEACHER.model, weights=str(tmp_path / "w.safetensors"), fresh_head=True)
     with pytest.raises(RecipeError, match=r"w.safetensors is new and random, .* train the teacher"):
         train_teacher(TeacherConfig(model=model, **HALF), 0, tiny_context(tmp_path))
+
+
+# --- The teacher of another run
+
+
+@pytest.mark.parametrize(
+    ("here", "there", "trained", "fits"),
+    [
+        (None, None, False, True),
+        (None, 10.0, False, False),  # it may have a wrong scaling, which nobody looked for
+        (None, 10.0, True, True),
+        (50.0, None, False, True),
+        (51.0, None, True, True),  # within the error of the test images
+        (60.0, None, False, False),
+        (60.0, None, True, False),
+    ],
+)
+def test_a_teacher_of_another_run_must_be_as_accurate(tmp_path, here, there, trained, fits):
+    (tmp_path / "recipe.json").write_text(json.dumps({"teacher": {"expected_accuracy": there}}))
+    config = replace(TEACHER, train=TEACHER.train if trained else None, expected_accuracy=here)
+    assert is_as_expected(config, tmp_path, {"accuracy": 0.5, "examined": {"num_samples": 10_000}}) is fits

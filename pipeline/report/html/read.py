@@ -9,7 +9,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from kdpipe.pipeline.report.networks import NetworkEntry, network_entries
+from kdpipe.pipeline.report.networks import NetworkEntry, Style, network_entries, style_of
 from kdpipe.pipeline.report.report import read_report
 from kdpipe.pipeline.report.rows import Report, Row
 from kdpipe.stages.data.splits import VALIDATION
@@ -69,13 +69,8 @@ class Network:
     jobs: Sequence[Job]
 
     @property
-    def color(self) -> str:
-        return self.kind if self.kind in MAIN_KINDS else "compressed"
-
-    @property
-    def line(self) -> str:
-        """Line style, so that color is not the only difference."""
-        return {"teacher": "dotted", "alone": "dashed"}.get(self.kind, "solid")
+    def style(self) -> Style:
+        return style_of(self.kind)
 
     @property
     def done(self) -> list[Job]:
@@ -121,6 +116,18 @@ def read_run(path: Path, number: int) -> PageRun:
     recipe = read_json_file(path / "recipe.json") or {}
     networks = [_network(entry) for entry in network_entries(recipe, path)]
     return PageRun(path, f"run{number}-", recipe, report, networks)
+
+
+def recommended(run: PageRun) -> tuple[str, Path] | None:
+    """Return the kind of the network that the first seed's card recommends, and the folder of its artifacts."""
+    for folder in map(Path, run.report.artifacts):
+        ranking = (read_json_file(folder / "card.json") or {}).get("ranking")
+        if ranking is None:
+            continue
+        if not isinstance(ranking, list) or not ranking or not isinstance(ranking[0], str):
+            raise RunError(f"{folder / 'card.json'} is damaged: run `kdpipe compress` again.")
+        return ranking[0], folder / ranking[0]
+    return None
 
 
 def _network(entry: NetworkEntry) -> Network:

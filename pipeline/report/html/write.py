@@ -18,12 +18,13 @@ from kdpipe.pipeline.report.html.read import PageRun, read_run
 from kdpipe.pipeline.report.html.sections.compare import comparison
 from kdpipe.pipeline.report.html.sections.confusions import confusions
 from kdpipe.pipeline.report.html.sections.curves import learning_curves
+from kdpipe.pipeline.report.html.sections.facts import facts
 from kdpipe.pipeline.report.html.sections.losses import losses
 from kdpipe.pipeline.report.html.sections.provenance import provenance
 from kdpipe.pipeline.report.html.sections.reliability import reliability
 from kdpipe.pipeline.report.html.sections.similarity import class_similarity
 from kdpipe.pipeline.report.html.sections.summary import summary
-from kdpipe.pipeline.report.html.sections.tables import results, tradeoff
+from kdpipe.pipeline.report.html.sections.tables import has_variants, results, tradeoff, variants
 from kdpipe.pipeline.report.html.templating import LeftOutError, render
 from kdpipe.store import KdpipeError, write_atomically
 
@@ -39,15 +40,20 @@ def _samples(run: PageRun) -> Context:
 
 @dataclass(frozen=True)
 class Section:
-    """A part of a run's page: `key`.html is its template, filled with the values that `make` returns."""
+    """A part of a run's page: `key`.html is its template, filled with the values that `make` returns.
+
+    `belongs` tells whether a run's page has it.
+    """
 
     key: str
     title: str
     make: Callable[[PageRun], Context]
+    belongs: Callable[[PageRun], bool] = lambda run: True
 
 
 SECTIONS = (
     Section("results", "Results", results),
+    Section("variants", "Variants and settings", variants, has_variants),
     Section("curves", "Learning curves", learning_curves),
     Section("losses", "Losses by epoch", losses),
     Section("tradeoff", "Accuracy, size and latency", tradeoff),
@@ -85,7 +91,12 @@ def page(runs: Sequence[PageRun], on_message: Message) -> str:
         title = f"{len(runs)} runs"
         together = _attempt("compare.html", lambda: comparison(runs), "the comparison", on_message)
     parts = [
-        {"run": run, "summary": render("summary.html", **summary(run)), "sections": _sections(run, on_message)}
+        {
+            "run": run,
+            "summary": render("summary.html", **summary(run)),
+            "facts": _attempt("facts.html", partial(facts, run), f"{run.report.recipe}: what it is", on_message, run),
+            "sections": _sections(run, on_message),
+        }
         for run in runs
     ]
     return with_unique_ids(render("page.html", title=title, comparison=together, parts=parts))
@@ -96,7 +107,11 @@ def _sections(run: PageRun, on_message: Message) -> list[dict[str, object]]:
         name = f"{run.report.recipe}: {section.title}"
         return _attempt(f"{section.key}.html", partial(section.make, run), name, on_message, run)
 
-    return [{"key": section.key, "title": section.title, "body": body(section)} for section in SECTIONS]
+    return [
+        {"key": section.key, "title": section.title, "body": body(section)}
+        for section in SECTIONS
+        if section.belongs(run)
+    ]
 
 
 def _attempt(

@@ -17,7 +17,9 @@ from kdpipe.stages.compress.quantize_student import prepare, quantize_fingerprin
 from kdpipe.stages.compress.resume import TrainedModel, finished_source
 from kdpipe.stages.compute.threads import max_threads
 from kdpipe.stages.distillation.student_config import ALONE, DISTILLED, student_folder
+from kdpipe.stages.evaluation.correct_images import outcome_of
 from kdpipe.stages.evaluation.evaluate import Evaluation
+from kdpipe.stages.evaluation.intervals import accuracy_interval
 from kdpipe.stages.evaluation.latency import measure_latency
 from kdpipe.stages.export.onnx_session import float_nodes
 from kdpipe.stages.models.bundle import ModelBundle
@@ -162,8 +164,10 @@ def _facts(
 
 def _figures(folder: JobDir, result: Mapping[str, Any]) -> dict[str, Any]:
     identity, examined = result["identity"], result.get("examined") or {}
+    interval = accuracy_interval([outcome_of(result)])
     return {
         "accuracy": result["accuracy"],
+        "accuracy_interval": None if interval is None else [interval.low, interval.high],
         **({"validation_accuracy": result["validation"]["accuracy"]} if "validation" in result else {}),
         "agreement": examined.get("agreement"),
         "num_parameters": result["num_parameters"],

@@ -115,7 +115,15 @@ def _origin(card: Mapping[str, Any]) -> Iterator[str]:
 def _table(card: Mapping[str, Any], names: Iterable[str]) -> Iterator[str]:
     sizes = card["latency"]["batch_sizes"]
     heads = [f"latency ms, batch {size} (p95)" for size in sizes]
-    columns = ["network", "test accuracy %", "agrees with the teacher %", "parameters", "MACs", "file, bytes", *heads]
+    columns = [
+        "network",
+        "test accuracy % (95 % interval)",
+        "agrees with the teacher %",
+        "parameters",
+        "MACs",
+        "file, bytes",
+        *heads,
+    ]
     yield f"| {' | '.join(columns)} |"
     yield "|" + "---|" * len(columns)
     for name in names:
@@ -125,7 +133,9 @@ def _table(card: Mapping[str, Any], names: Iterable[str]) -> Iterator[str]:
         times = card["latency"]["files"].get(name, {})
         agreement = "-" if row["agreement"] is None else f"{100 * row['agreement']:.2f}"
         macs = "-" if row["num_macs"] is None else f"{row['num_macs']:,}"
-        cells = [name, f"{100 * row['accuracy']:.2f}", agreement, f"{row['num_parameters']:,}", macs]
+        interval = row.get("accuracy_interval")
+        sure = "" if interval is None else f" ({100 * interval[0]:.2f} to {100 * interval[1]:.2f})"
+        cells = [name, f"{100 * row['accuracy']:.2f}{sure}", agreement, f"{row['num_parameters']:,}", macs]
         size = "-" if row["onnx_bytes"] is None else f"{row['onnx_bytes']:,}"
         cells += [size, *(_time(times.get(str(size))) for size in sizes)]
         yield f"| {' | '.join(cells)} |"

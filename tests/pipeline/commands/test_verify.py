@@ -28,6 +28,14 @@ def test_an_intact_run_is_verified(run):
     assert kd.verify(run).ok
 
 
+def test_the_store_of_another_run_is_verified_too(run, tmp_path):
+    user = tmp_path / "user"
+    user.mkdir()
+    make_store(run / "store.test.zarr", num_samples=10)
+    write_with_sum(user / "recipe.json", json.dumps({"cache": {"store": str(run / "store.zarr")}}).encode())
+    assert list(kd.verify(user).stores) == [run / "store.zarr", run / "store.test.zarr"]
+
+
 def test_damage_is_listed_with_what_to_do(run):
     (run / "teacher" / "model.onnx").write_bytes(b"other")
     (run / "compressed" / "artifacts-seed0" / SUMS).write_bytes(b"x")

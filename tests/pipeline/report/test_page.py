@@ -1,138 +1,34 @@
 """The HTML page of runs: self-contained, escaped, deterministic, and complete apart from what it says is missing."""
 
 import json
-import math
 import os
 import re
 import shutil
 import subprocess
 import sys
-from html.parser import HTMLParser
 from itertools import pairwise
 from types import SimpleNamespace
 
 import matplotlib
-import numpy as np
 import pytest
+import torch
+from PIL import Image
 from support.kdpipe_process import RECIPE, kdpipe_here
-from support.made_store import make_store
+from support.report_page import examined, leave_job, made_run, page_of
 
 from kdpipe.pipeline.job import _print_results
-from kdpipe.pipeline.report.chart import spread, thinned, with_unique_ids
-from kdpipe.pipeline.report.html.heat import NUM_LEVELS, level_of
-from kdpipe.pipeline.report.html.read import Job, Network
-from kdpipe.pipeline.report.html.sections.curves import Curve, curve_panel
-from kdpipe.pipeline.report.html.sections.losses import loss_panel
-from kdpipe.pipeline.report.html.sections.reliability import pooled_bins
-from kdpipe.pipeline.report.html.sections.similarity import (
-    TEMPERATURE,
-    Similarity,
-    _neighbors,
-    closest_pairs,
-    similarity_of,
-)
+from kdpipe.pipeline.report.chart import spread, with_unique_ids
+from kdpipe.pipeline.report.formatting import interval_text
 from kdpipe.pipeline.report.html.write import SECTIONS, write_page
 from kdpipe.pipeline.report.report import read_report
+from kdpipe.stages.compress.artifacts.load import rebuild
+from kdpipe.stages.data.config import DataConfig
+from kdpipe.stages.data.load import load_dataset
 from kdpipe.stages.errors import RunError
 from kdpipe.stages.models.safetensors_io import load_tensors, save_tensors
 from kdpipe.stages.training.job_dir import write_json_file
-from kdpipe.store import StoreError, open_store
 
-VOID = {"meta", "br", "img", "hr", "input"}
 HOSTILE = '<script>alert("1")</script>\u202e\x1b[2J&amp;'
-
-
-class Parsed(HTMLParser):
-    """A parsed page: elements closed in order, attributes, texts, headings."""
-
-    def __init__(self, text):
-        super().__init__()
-        self.open, self.attributes, self.texts, self.headings, self.tags = [], [], [], [], set()
-        self.feed(text)
-        self.close()
-        assert self.open == []
-
-    def handle_starttag(self, tag, attrs):
-        self.tags.add(tag)
-        self.attributes += [(tag, *one) for one in attrs]
-        if tag not in VOID:
-            self.open.append(tag)
-
-    def handle_startendtag(self, tag, attrs):
-        self.attributes += [(tag, *one) for one in attrs]
-
-    def handle_endtag(self, tag):
-        assert self.open.pop() == tag
-
-    def handle_data(self, data):
-        self.texts.append(data)
-        if self.open and re.fullmatch("h[1-6]", self.open[-1]):
-            self.headings.append((int(self.open[-1][1]), data))
-
-    def values(self, name):
-        return [value for _, key, value in self.attributes if key == name]
-
-    @property
-    def text(self):
-        return " ".join(" ".join(self.texts).split())
-
-
-def examined(right=0.8, names=("cat", "dog", "eel"), **more):
-    """Return an evaluation as stages.examine writes it; of fifteen bins the last two are filled."""
-    empty = {"num_samples": 0, "confidence": None, "accuracy": None}
-    some = {"num_samples": 10, "confidence": 0.9, "accuracy": 0.5}
-    kept = {
-        "top1": right,
-        "top5": None,
-        "cross_entropy": 1.0,
-        "ece": 0.125,
-        "agreement": None,
-        "teacher_kl": None,
-        "per_class": [{"name": name, "accuracy": right, "num_samples": 1000} for name in names],
-        "bins": [empty] * 13 + [some, {"num_samples": 30, "confidence": 0.97, "accuracy": 0.99}],
-        "confusions": [[0, 1, 3], [1, 2, 1]],
-    }
-    return {name: value for name, value in (kept | more).items() if value is not ...}
-
-
-def leave_job(folder, accuracy, found, losses=("hard_labels",)):
-    folder.mkdir(parents=True)
-    result = {
-        "accuracy": accuracy,
-        "best_accuracy": accuracy,
-        "num_parameters": 10,
-        "onnx_bytes": 2048,
-        "onnx_agreement": 1.0,
-        "identity": {"weights_sha256": "ab" * 32},
-        "wall_s": 1.0,
-    }
-    if found is not None:
-        result["examined"] = found
-    (folder / "result.json").write_text(json.dumps(result))
-    lines = [
-        json.dumps({"epoch": epoch, "accuracy": accuracy * (epoch + 1) / 3, "losses": dict.fromkeys(losses, 1.0)})
-        for epoch in range(3)
-    ]
-    (folder / "metrics.jsonl").write_text("\n".join(lines))
-
-
-def made_run(folder, name="made", seeds=(0, 1), **kept):
-    """Make a run of three networks with accuracies 90 %, alone 70 and 72 %, distilled 80 and 82 %."""
-    recipe = {"name": name, "student": {"seeds": list(seeds)}, "compress": {"steps": []}, "cache": {}}
-    leave_job(folder / "teacher", 0.9, examined(0.9, **kept))
-    for seed in seeds:
-        leave_job(folder / f"students/alone-seed{seed}", 0.7 + 0.02 * seed, examined(0.7, **kept))
-        leave_job(folder / f"students/distilled-seed{seed}", 0.8 + 0.02 * seed, examined(0.8, **kept))
-    (folder / "recipe.json").write_text(json.dumps(recipe))
-    return folder
-
-
-def page_of(*runs, file=None):
-    """Return the page's text, parsed, and the messages meanwhile."""
-    messages, file = [], file or runs[0].parent / "page.html"
-    write_page(runs, file, messages.append)
-    text = file.read_text()
-    return text, Parsed(text), messages
 
 
 def test_page_is_one_file_and_fetches_nothing(tmp_path):
@@ -150,7 +46,9 @@ def test_page_has_all_sections_and_valid_links(tmp_path):
     for runs in ([made_run(tmp_path / "one")], [made_run(tmp_path / "two"), made_run(tmp_path / "three")]):
         _, read, _ = page_of(*runs)
         titles = [title for _, title in read.headings]
-        assert all(titles.count(section.title) >= len(runs) for section in SECTIONS)
+        shown = [section for section in SECTIONS if section.key != "variants"]
+        assert all(titles.count(section.title) >= len(runs) for section in shown)
+        assert "Variants and settings" not in titles
         levels = [level for level, _ in read.headings]
         assert levels[0] == 1
         assert levels.count(1) == 1
@@ -266,11 +164,50 @@ def test_damaged_metrics_leave_out_the_curves(tmp_path, line):
     assert "Agreement with the teacher" in read.text
 
 
-def test_several_runs_are_compared(tmp_path):
-    _, read, _ = page_of(made_run(tmp_path / "one", name="first"), made_run(tmp_path / "two", name="second"))
-    assert "Comparison of runs" in read.text
-    assert "+7.85 to +12.14 over images" in read.text
-    assert [title for level, title in read.headings if level == 2] == ["Learning curves", "first", "second"]
+def numbers(text):
+    return [float(one.replace(",", "")) for one in re.findall(r"[-+]?\d[\d,]*(?:\.\d+)?", text)]
+
+
+def test_numbers_on_the_page_are_those_of_the_json(tmp_path):
+    run = made_run(tmp_path / "run")
+    report = json.loads(json.dumps(read_report(run).to_json()))
+    _, read, _ = page_of(run)
+    assert report["verdict"]["sentence"] in read.text
+    rows = read.table("Results")
+    assert len(rows) == len(report["rows"]) == 3
+    for shown, row in zip(rows, report["rows"], strict=True):
+        known = [row["accuracy_mean"], *([] if row["accuracy_std"] is None else [row["accuracy_std"]])]
+        assert shown["network"] == row["name"]
+        assert numbers(shown["test accuracy %"]) == [round(one, 2) for one in known]
+        assert numbers(shown["95 % interval"]) == [round(row["interval"][end], 2) for end in ("low", "high")]
+        assert numbers(shown["parameters"]) == [row["num_parameters"]]
+        assert numbers(shown["ONNX file"]) == [round(row["file_bytes"] / 1024, 1)]
+        assert f"{row['accuracy_mean']:.2f} %" in read.text
+    rows = read.table("Differences of test accuracy")
+    assert len(rows) == len(report["differences"])
+    for shown, one in zip(rows, report["differences"], strict=True):
+        assert numbers(shown["points"]) == [round(one["points"], 2)]
+        assert numbers(shown["95 % interval"]) == [round(one["interval"][end], 2) for end in ("low", "high")]
+
+
+def test_top_has_data_networks_losses_and_what_to_ship(tmp_path):
+    run = made_run(tmp_path / "run")
+    (run / "teacher/job.json").write_text(json.dumps({"data": {"num_samples": 1437}}))
+    (run / "students/distilled-seed0/model.onnx").write_bytes(b"")
+    _, read, _ = page_of(run)
+    assert "data digits, 1,437 training images, 3,000 test images, 3 classes" in read.text
+    assert "teacher cnn (width 24), 10 parameters student cnn (width 6), 10 parameters" in read.text
+    assert "views 4 of each image: RandomCrop" in read.text
+    assert "loss 0.1 × hard labels + 0.9 × kd (temperature 4) + 1 × hint (layers a/b)" in read.text
+    interval = interval_text(read_report(run).row("student").interval)
+    assert f"to ship student distilled (81.00 ± 1.41 % test accuracy; 95 % interval {interval}; 2.0 KiB)" in read.text
+    assert "run/students/distilled-seed0/model.onnx" in read.text
+    assert "InferenceSession(" in read.code[0]
+    artifacts = run / "compressed/artifacts-seed0"
+    artifacts.mkdir(parents=True)
+    write_json_file(artifacts / "card.json", {"ranking": ["teacher"], "reason": "it is small"})
+    read = page_of(run)[1]
+    assert "run/compressed/artifacts-seed0/teacher/model.onnx why it is small" in read.text
 
 
 def test_page_is_deterministic(tmp_path):
@@ -289,119 +226,6 @@ def test_folder_without_a_run_is_refused(tmp_path):
     with pytest.raises(RunError, match="is not a run folder"):
         write_page([made_run(tmp_path / "run"), tmp_path], tmp_path / "page.html", str)
     assert not (tmp_path / "page.html").exists()
-
-
-def test_bins_of_seeds_are_pooled_by_num_samples(tmp_path):
-    empty = {"num_samples": 0, "confidence": None, "accuracy": None}
-    seeds = [
-        [{"num_samples": 10, "confidence": 0.2, "accuracy": 0.0}, empty],
-        [{"num_samples": 30, "confidence": 0.4, "accuracy": 1.0}, empty],
-    ]
-    jobs = [Job(tmp_path, {"examined": {"bins": bins}}) for bins in seeds]
-    first, second = pooled_bins(Network("n", "n", [*jobs, Job(tmp_path, None), Job(tmp_path, {})]))
-    assert (first.num_samples, first.confidence, first.accuracy) == (40, pytest.approx(0.35), pytest.approx(0.75))
-    assert (first.low, first.high, second.num_samples) == (0.0, 0.5, 0)
-
-
-def test_similarity_is_mean_softened_output_by_label(tmp_path, monkeypatch):
-    monkeypatch.setattr("kdpipe.pipeline.report.html.sections.similarity.BATCH_ROWS", 100)
-    made = make_store(tmp_path / "made.zarr", num_samples=250)
-    found = similarity_of(open_store(made.path), "made")
-    logits = made.contents["logits"][0].astype(float)
-    for label in range(10):
-        rows = logits[made.samples.labels == label]
-        each = [[math.exp(one / TEMPERATURE) for one in row] for row in rows]
-        expected = np.mean([np.array(row) / sum(row) for row in each], axis=0)
-        assert found.shares[label] == pytest.approx(expected)
-    assert found.num_samples == 250
-    assert np.isnan(np.diagonal(found.others)).all()
-
-
-def test_similarity_of_many_classes_is_that_of_the_most_frequent(tmp_path, monkeypatch):
-    """Memory and time are bounded: 21,841 classes would be 4 GB a matrix."""
-    store = open_store(make_store(tmp_path / "made.zarr", num_samples=250).path)
-    whole = similarity_of(store, "made")
-    monkeypatch.setattr("kdpipe.pipeline.report.html.sections.similarity.MAX_SHARES", 40)
-    monkeypatch.setattr("kdpipe.pipeline.report.html.sections.similarity.BATCH_OUTPUTS", 30)
-    found = similarity_of(store, "made")
-    counts = np.bincount(store.samples.labels, minlength=10)
-    assert found.classes.tolist() == sorted(sorted(range(10), key=lambda label: (-counts[label], label))[:4])
-    assert np.array_equal(found.shares, whole.shares[found.classes])
-    assert found.num_samples == counts[found.classes].sum()
-    assert {label for pair in closest_pairs(found, 20) for label in pair} == set(found.classes.tolist())
-    neighbors = _neighbors(found).rows
-    assert neighbors == [row for row in _neighbors(whole).rows if row[0] in [found.names[i] for i in found.classes]]
-    monkeypatch.setattr("kdpipe.pipeline.report.html.sections.similarity.MAX_OUTPUTS", 100)
-    assert similarity_of(store, "made").num_samples == 10
-
-
-def test_similarity_refuses_labels_outside_of_classes(tmp_path, monkeypatch):
-    made = make_store(tmp_path / "made.zarr", num_samples=50)
-    store = open_store(made.path)
-    store.samples.labels[3] = 10
-    with pytest.raises(StoreError, match="not among the teacher's classes"):
-        similarity_of(store, "made")
-
-
-def test_closest_pairs_skip_classes_without_images():
-    shares = np.full((5, 5), 0.001)
-    shares[0, 2] = shares[3, 1] = 0.2
-    shares[4] = np.nan
-    found = Similarity(tuple("abcde"), np.arange(5), shares, 1, "made")
-    assert list(closest_pairs(found, 2)) == [(0, 2), (1, 3)]
-    assert len(list(closest_pairs(found, 20))) == 6
-
-
-def test_heat_map_levels():
-    levels = level_of(np.array([[0.0, 1.0], [0.25, np.nan]]), (0.0, 1.0))
-    assert levels.tolist() == [[0, NUM_LEVELS - 1], [NUM_LEVELS // 2, -1]]
-    assert level_of(np.zeros((1, 1)), (0.0, 0.0)).tolist() == [[0]]
-
-
-@pytest.mark.parametrize("accuracies", [[0.0], [100.0], [0.0, 100.0], [97.1, 97.2], [99.999, 100.0], [1.0, 1.0]])
-def test_curves_of_extreme_accuracies_are_drawn(accuracies):
-    by_epoch = dict(enumerate(accuracies, 1))
-    curve = Curve("network", "student", "solid", [by_epoch])
-    drawn = curve_panel("title", [curve], [curve])
-    assert f">{accuracies[-1]:.2f}</text>" in drawn
-    assert not re.search("nan|inf", drawn)
-    ticks = re.findall(r">(\d+(?:\.\d+)?)</text>", drawn)
-    assert len(set(ticks)) >= 3
-
-
-@pytest.mark.parametrize("values", [[0.0], [-2.0, 1.0], [3.0], [1e-300, 1e9], [1e-9, 1e-8]])
-def test_extreme_losses_are_drawn(values):
-    drawn = loss_panel("network", {"kd": dict(enumerate(values, 1)), "hard_labels": {1: values[0]}})
-    assert "<title>network: losses by epoch</title><desc>kd, hard_labels</desc>" in drawn
-    assert not re.search("nan|inf", drawn)
-
-
-def test_losses_are_means_over_seeds_by_term(tmp_path):
-    run = made_run(tmp_path / "run")
-    seeds = ([{"kd": 0.5, "hard_labels": 2.0}, {"kd": 0.25}], [{"kd": 1.0, "hard_labels": math.nan}])
-    for seed, epochs in enumerate(seeds):
-        lines = [json.dumps({"epoch": number, "accuracy": 0.5, "losses": terms}) for number, terms in enumerate(epochs)]
-        (run / f"students/distilled-seed{seed}/metrics.jsonl").write_text("\n".join(lines))
-    text, read, _ = page_of(run)
-    assert "student distilled: losses by epoch epoch kd hard_labels 1 0.75 2 2 0.25 - " in read.text
-    for name in ("teacher", "student alone", "student distilled"):
-        assert f"<title>{name}: losses by epoch</title>" in text
-
-
-def test_run_without_losses_leaves_out_their_charts(tmp_path):
-    run = made_run(tmp_path / "run")
-    for path in run.rglob("metrics.jsonl"):
-        path.write_text('{"epoch": 0, "accuracy": 0.5}')
-    _, read, _ = page_of(run)
-    assert "No loss is recorded in this run yet." in read.text
-    assert "student distilled ends at 50.00" in read.text
-
-
-def test_long_curves_are_thinned_to_their_last_point():
-    epochs, values = thinned({epoch: float(epoch) for epoch in range(1, 1001)}, 300)
-    assert len(epochs) <= 300
-    assert epochs[-1] == values[-1] == 1000
-    assert thinned({}) == ([], [])
 
 
 def test_ids_in_charts_are_unique_and_references_follow():
@@ -466,13 +290,21 @@ def test_real_run_has_similarity_and_samples(whole_run):
     assert read.text.count("teacher ") > len(images)
     assert "Selected from the first 359 test images." in read.text
     assert page_of(whole_run, file=whole_run / "again.html")[0] == text
+    assert len(text.encode()) < 1_000_000
 
 
-def test_demo_ends_with_the_page(whole_run, capsys):
+def test_a_run_ends_with_the_page(whole_run, capsys):
     page = whole_run / "report.html"
-    _print_results("run", SimpleNamespace(folder=whole_run), {}, as_json=False, page=True)
+    _print_results("run", SimpleNamespace(folder=whole_run), {}, as_json=False)
     assert f"page     {page}" in capsys.readouterr().out
     assert page.read_text() == page_of(whole_run, file=whole_run / "again.html")[0]
+    page.unlink()
+    page.mkdir()
+    _print_results("run", SimpleNamespace(folder=whole_run), {}, as_json=False)
+    printed = capsys.readouterr()
+    assert "the page was not written" in printed.err
+    assert f"page     kdpipe report {whole_run}" in printed.out
+    page.rmdir()
 
 
 def test_networks_of_users_are_shown_from_their_onnx_files(whole_run, tmp_path):
@@ -480,6 +312,10 @@ def test_networks_of_users_are_shown_from_their_onnx_files(whole_run, tmp_path):
     run = tmp_path / "run"
     shutil.copytree(whole_run, run)
     _, before, _ = page_of(whole_run)
+    recipe = json.loads((run / "recipe.json").read_text())
+    for network in ("teacher", "student"):
+        recipe[network]["model"]["name"] = "python:gone:factory"
+    write_json_file(run / "recipe.json", recipe)
     for kind in ("alone", "distilled"):
         path = run / "students" / f"{kind}-seed0" / "model.safetensors"
         tensors, record = load_tensors(path)
@@ -488,6 +324,25 @@ def test_networks_of_users_are_shown_from_their_onnx_files(whole_run, tmp_path):
     _, read, messages = page_of(run)
     assert len(messages) == 1  # nothing is left out
     assert read.values("src") == before.values("src")
+    (run / "students/alone-seed0/model.onnx").unlink()
+    _, read, messages = page_of(run)
+    assert len(messages) == 1
+    assert "student alone is not shown: there is no ONNX file" in read.text
+    assert re.search("student distilled [✓✗]", read.text)
+
+
+def test_code_on_the_page_runs_the_network(whole_run, tmp_path, monkeypatch, capsys):
+    code = page_of(whole_run)[1].code[0]
+    test_set = load_dataset(DataConfig(name="digits"), "test")
+    network = rebuild(whole_run / "students/distilled-seed0/model.safetensors")
+    (tmp_path / "run").symlink_to(whole_run)
+    monkeypatch.chdir(tmp_path)
+    for number in range(5):
+        pixels = test_set.read(number)[0]
+        Image.fromarray(pixels).save("image.png")
+        exec(code, {})
+        expected = network.model(network.normalize(torch.from_numpy(pixels)[None, None])).argmax()
+        assert capsys.readouterr().out.strip() == test_set.class_names[int(expected)]
 
 
 def test_missing_data_leaves_out_only_the_samples(whole_run, tmp_path):

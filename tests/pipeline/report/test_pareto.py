@@ -1,29 +1,48 @@
 """The Pareto plot: one well-formed, stand-alone SVG file that shows every network and the front."""
 
+import math
 import re
 import xml.etree.ElementTree as ET
 from itertools import pairwise
 
 import pytest
 
-from kdpipe.pipeline.report.pareto import Point, pareto_front, pareto_panels, pareto_svg
+from kdpipe.pipeline.report.networks import STYLES, style_of
+from kdpipe.pipeline.report.pareto import PANEL_WIDTH, RIGHT, Point, pareto_front, pareto_panels, pareto_svg
+from kdpipe.stages.evaluation.intervals import Interval
 
 SVG = "{http://www.w3.org/2000/svg}"
 
+
+def around(accuracy, half=0.5):
+    return Interval(accuracy - half, accuracy + half, "images")
+
+
 USUAL = (
-    Point("teacher", 97.2, None, 2_000_000, 9.0),
-    Point("student alone", 91.0, 0.6, 400_000, 1.5),
-    Point("student distilled", 93.5, 0.4, 400_000, 1.5),
-    Point("pruned", 92.0, 0.5, 150_000, 0.8),
-    Point("int8", 93.4, 0.3, 110_000, 0.5),
-    Point("pruned int8", 91.5, 0.3, 45_000, 0.25),
+    Point("teacher", 97.2, None, 2_000_000, 9.0, "teacher"),
+    Point("student alone", 91.0, around(91.0), 400_000, 1.5, "alone"),
+    Point("student distilled", 93.5, around(93.5), 400_000, 1.5, "student"),
+    Point("pruned", 92.0, around(92.0), 150_000, 0.8, "pruned"),
+    Point("int8", 93.4, around(93.4), 110_000, 0.5, "int8-unpruned"),
+    Point("pruned int8", 91.5, around(91.5), 45_000, 0.25, "int8"),
 )
 
 
+def marks(root):
+    """Return (x, y, style, form) of each marker, in drawing order: those of the points, then those of their names."""
+    forms = {one.get("id"): one.get("d") for one in root.iter(f"{SVG}path") if one.get("id")}
+    return [
+        (float(one.get("x")), float(one.get("y")), one.get("style"), forms[one.get("href").removeprefix("#")])
+        for one in root.iter(f"{SVG}use")
+    ]
+
+
 def dots(root):
-    """Return (x, y, is on the front) of each marker, in drawing order."""
-    used = [(float(one.get("x")), float(one.get("y")), one.get("style")) for one in root.iter(f"{SVG}use")]
-    return [(x, y, "fill: var(--front)" in style) for x, y, style in used]
+    """Return (x, y, is on the front) of each point's marker, in drawing order."""
+    is_name = [x % PANEL_WIDTH > RIGHT for x, *_ in marks(root)]
+    found = [mark for mark, names in zip(marks(root), is_name, strict=True) if not names]
+    assert sum(is_name) == len(found)
+    return [(x, y, "fill: var(--paper)" not in style) for x, y, style, _ in found]
 
 
 def texts(root):
@@ -44,6 +63,34 @@ def test_every_network_is_in_both_panels_and_the_front_is_filled():
     on_front = {"teacher", "student distilled", "int8", "pruned int8"}
     assert [is_filled for _, _, is_filled in dots(root)] == [point.name in on_front for point in USUAL] * 2
     assert all(texts(root).count(point.name) == 2 for point in USUAL)
+
+
+def test_each_network_has_its_own_color_and_mark():
+    found = marks(drawn(USUAL))
+    assert (
+        len({form for *_, form in found}) == len({re.search("stroke: [^;]*", one[2])[0] for one in found}) == len(USUAL)
+    )
+    kinds = ("teacher", "alone", "student", "pruned", "int8", "int8-unpruned", "int8-ptq")
+    assert len({style_of(kind) for kind in kinds}) == len(STYLES)
+    assert style_of("int4-unpruned-alone").color == style_of("int8-unpruned").color
+    assert style_of("pruned-alone").line != style_of("pruned").line
+
+
+def test_far_teacher_leaves_the_students_apart():
+    students = [Point(str(accuracy), accuracy, None, 1000, 1.0) for accuracy in (97.0, 98.0)]
+    _, low, high = (y for _, y, _ in dots(drawn([Point("teacher", 60.0, None, 10**6, 9.0), *students]))[:3])
+    assert low - high > 25  # 6 % of the panel on a linear axis: 12 units
+
+
+def test_bars_are_the_intervals():
+    text = pareto_svg(
+        [Point("a", 90.0, None, 1, None, "teacher"), Point("b", 80.0, around(80.0, 5), 2, None)], title=""
+    )
+    pattern = r'M (\S+) (\S+)\s+L \1 (\S+)\s+" style="[^"]*stroke: var\(--student\)'
+    ((_, low, high),) = re.findall(pattern, text)
+    (_, dot, _) = dots(ET.fromstring(text))[1]
+    share = math.log(25 / 20) / math.log(25 / 15)  # the axis is logarithmic in the error
+    assert (float(low) - dot) / (float(low) - float(high)) == pytest.approx(share, abs=1e-3)
 
 
 def test_front_leaves_out_dominated_points():
@@ -80,9 +127,9 @@ def test_untrusted_names_and_titles_are_escaped():
     "points",
     [
         USUAL,
-        [Point(f"equal {number}", 50.0, 1.0, 1000, 2.0) for number in range(12)],
+        [Point(f"equal {number}", 50.0, around(50.0), 1000, 2.0) for number in range(12)],
         [
-            Point(f"{number} network of a row " * 3, 70 + number / 50, 0.1, 10**6 + 9000 * number, 1)
+            Point(f"{number} network of a row " * 3, 70 + number / 50, around(70), 10**6 + 9000 * number, 1)
             for number in range(20)
         ],
     ],
@@ -105,8 +152,8 @@ def test_names_do_not_overlap(points):
     [
         [],
         [Point("one", 100.0, None, 1, 0.0001)],
-        [Point("one", 0.0, 0.0, 10**12, None)],
-        [Point("with", 50.0, 2.0, 1000, 1.0), Point("without", 60.0, None, 2000, None)],
+        [Point("one", 0.0, around(0.0), 10**12, None)],
+        [Point("with", 50.0, around(50.0), 1000, 1.0), Point("without", 60.0, None, 2000, None)],
         [Point("near", 50.0, None, 1000, 1.0), Point("far", 50.0, None, 10**11, 1e7)],
     ],
 )
@@ -120,7 +167,7 @@ def test_few_equal_and_unmeasured_points_are_drawn(points):
 
 @pytest.mark.parametrize("largest", [1.05, 1.5, 4.9, 6, 30, 1000, 10**7])
 def test_axes_have_a_few_distinct_ticks(largest):
-    root = drawn([Point("a", 80.0, 0.1, 1000, 1.0), Point("b", 80.0 + largest % 15, None, 1000, largest)])
+    root = drawn([Point("a", 80.0, around(80.0), 1000, 1.0), Point("b", 80.0 + largest % 15, None, 1000, largest)])
     ticks = [text for text in texts(root) if text.endswith(" ms")]
     assert 2 <= len(set(ticks)) == len(ticks) <= 10
 

@@ -172,6 +172,15 @@ def test_networks_without_a_file_have_their_twins_size(tmp_path):
     }
 
 
+def test_a_teacher_without_a_file_has_the_size_of_its_weights(tmp_path):
+    run = run_folder(tmp_path, {"teacher": ..., "students/distilled-seed0": ...})
+    teacher = FIGURES | {"onnx_bytes": None, "onnx_agreement": None, "num_parameters": 1024}
+    (run / "teacher" / "result.json").write_text(json.dumps(teacher))
+    rows = {row["kind"]: row for row in json.loads(kdpipe_here("report", run, "--json").stdout)["rows"]}
+    assert (rows["teacher"]["file_bytes"], rows["teacher"]["of_teacher"]) == (None, None)
+    assert rows["student"]["of_teacher"] == 4 * 1024 / 2048
+
+
 @pytest.mark.parametrize("text", ["[]", "{}", '{"cpu": 1, "num_threads": 1, "batch_sizes": [1], "files": {"a": {}}}'])
 def test_damaged_latency_record_is_one_sentence(tmp_path, text):
     run = run_folder(tmp_path, {"teacher": ...})

@@ -81,6 +81,7 @@ def test_no_share_of_a_gap_that_is_not_clear():
             replace(PLAIN, temperatures=[4.0]),
             ["another temperature than 4, such as 2 or 8"],
         ),
+        (FEW, Setting(True, 1, [4.0], True, ["the student"]), ["more epochs"]),
         (FEW, Setting(True, 1, [4.0], True), ["a stronger teacher", "more epochs", "more views"]),
     ],
 )

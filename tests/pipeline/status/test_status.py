@@ -169,6 +169,10 @@ def test_the_best_compared_variant_is_shown(tmp_path):
     jobs = {f"compare/{way}/seed{seed}": accuracy for way, accuracy in (("kd", 0.9), ("at", 0.8)) for seed in (0, 1)}
     run_folder(tmp_path / "run", jobs)
     assert only_run(tmp_path).accuracies == pytest.approx({"best of 2 variants: kd": 90})
+    for way, accuracy, validated in (("kd", 0.9, 0.5), ("at", 0.8, 0.6)):
+        for path in (tmp_path / "run" / "compare" / way).glob("seed*/result.json"):
+            path.write_text(json.dumps({"accuracy": accuracy, "validation": {"accuracy": validated}}))
+    assert only_run(tmp_path).accuracies == pytest.approx({"best of 2 variants: at": 80})
 
 
 def test_a_run_size_excludes_its_stores(tmp_path, made):

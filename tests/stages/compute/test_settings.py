@@ -69,3 +69,17 @@ def test_precisions_of_a_cpu(tmp_path):
         cpuinfo = tmp_path / flags.split()[1]
         cpuinfo.write_text(f"processor : 0\nflags : {flags}\n")
         assert has_bfloat16(cpuinfo) is expected
+
+
+def test_changed_weights_are_used_inside_the_callers_autocast_region():
+    model, images = nn.Linear(4, 2), torch.ones(3, 4)
+
+    def logits():
+        with ComputeSettings("bfloat16").active(CPU):
+            return model(images)
+
+    with torch.autocast("cpu", enabled=False):
+        before = logits()
+        with torch.no_grad():
+            model.weight += 1
+        assert torch.allclose(logits() - before, torch.full((3, 2), 4.0, dtype=torch.bfloat16), atol=0.1)

@@ -6,6 +6,7 @@ from scipy import stats
 
 from kdpipe.stages.evaluation.intervals import (
     Outcome,
+    _over_images,
     accuracy_interval,
     difference,
     mcnemar,
@@ -41,17 +42,21 @@ def test_t_interval_is_that_of_scipy(values):
     assert t_interval((0.1, 0.1))[1] == 0 and t_interval((0.0, 0.0))[1] == 1
 
 
-def test_paired_interval_is_about_that_of_the_bootstrap():
+@pytest.mark.parametrize("num_seeds", [1, 3])
+def test_paired_interval_is_about_that_of_the_bootstrap(num_seeds):
     rng = np.random.default_rng(0)
-    first = rng.random(2000) < 0.8
-    second = np.where(rng.random(2000) < 0.1, ~first, first)
-    found = difference([outcome(first)], [outcome(second)])
-    gained = second.astype(float) - first
-    expected = stats.bootstrap((gained,), np.mean, n_resamples=4000, rng=1, method="percentile").confidence_interval
-    assert found.paired and found.interval.over == "images"
-    assert (found.interval.low, found.interval.high) == pytest.approx((expected.low, expected.high), abs=1e-3)
-    assert found.value == pytest.approx(gained.mean())
-    assert found.p == mcnemar(int((gained > 0).sum()), int((gained < 0).sum()))
+    first = rng.random((num_seeds, 2000)) < 0.8
+    second = np.where(rng.random((num_seeds, 2000)) < 0.1, ~first, first)
+    gained = (second.astype(float) - first).mean(0)
+    found, p = _over_images(gained, num_seeds)
+    expected = stats.bootstrap((gained,), np.mean, n_resamples=2000, rng=1, method="percentile").confidence_interval
+    assert (found.low, found.high) == pytest.approx((expected.low, expected.high), abs=1e-3)
+    both = difference(list(map(outcome, first)), list(map(outcome, second)))
+    assert both.paired and both.value == pytest.approx(gained.mean())
+    if num_seeds == 1:
+        assert both.p == p == mcnemar(int((gained > 0).sum()), int((gained < 0).sum()))
+    else:
+        assert p == pytest.approx(stats.ttest_1samp(gained, 0).pvalue, rel=0.05)
 
 
 def test_paired_interval_is_narrower_than_the_unpaired_one():

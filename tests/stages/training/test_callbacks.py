@@ -11,7 +11,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from support.device import DEVICE
-from support.tiny_run import STUDENT, TEACHER, TRAIN, StopAfter, make_tiny_store, open_tiny_spec, tiny_context
+from support.tiny_run import STUDENT, TEACHER, TRAIN, StopAfter, make_tiny_store, open_tiny_spec, squares, tiny_context
 
 from kdpipe.pipeline.steps import train_student, train_teacher
 from kdpipe.stages.distillation.student_config import student_folder
@@ -132,6 +132,17 @@ def test_a_stop_ends_the_training_after_the_epoch(tmp_path, hook, epoch):
     again = Recorder()
     assert train(tmp_path, again) == result
     assert again.states == []
+
+
+@pytest.mark.parametrize("validates", [False, True])
+def test_a_stop_by_the_test_images_is_told(tmp_path, validates):
+    said = []
+    context = tiny_context(
+        tmp_path, RunMonitor(lambda event: said.append(event.job), callbacks=[stop_in("on_epoch_end", 1)])
+    )
+    validation = dataclasses.replace(squares(40, 5), split="validation") if validates else None
+    train_teacher(LONG, 0, dataclasses.replace(context, validation_set=validation))
+    assert any("Stopper" in line and "data.validation_share" in line for line in said) != validates
 
 
 def test_a_stop_in_the_last_epoch_changes_nothing(tmp_path):

@@ -17,7 +17,7 @@ from kdpipe.pipeline.terminal.tables import Table
 STYLES = (
     ("student", "solid"),
     ("alone", "dashed"),
-    ("compressed", "dotted"),
+    ("pruned", "dotted"),
     ("teacher", "solid"),
     ("wrong", "dashed"),
 )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from markupsafe import Markup
 
@@ -16,7 +17,7 @@ from kdpipe.pipeline.report.html.templating import LeftOutError
 MIN_SAMPLES = 10
 """Bins with fewer predictions are drawn pale."""
 
-WIDTH, HEIGHT = 260, 286
+WIDTH, HEIGHT = 260, 302
 
 
 @dataclass(frozen=True)
@@ -63,9 +64,10 @@ def diagram(run: PageRun, network: Network, bins: Sequence[Bin]) -> Markup:
     row = run.row(network.kind)
     error = "" if row is None or row.ece_mean is None else f"ECE {mean_std(row.ece_mean, row.ece_std)} %"
     figure = new_figure(WIDTH, HEIGHT)
-    axes, counts = (add_axes(figure, 46, top, WIDTH - 14, bottom) for top, bottom in ((30, 200), (212, 250)))
-    axes.set_title(shortened(network.name, 19), loc="left", fontsize=12)
-    axes.set_title(error, loc="right", fontsize=11, color=color("quiet"))
+    axes, counts = (add_axes(figure, 46, top, WIDTH - 14, bottom) for top, bottom in ((46, 216), (228, 266)))
+    axes.set_title(shortened(network.name, 30), loc="left", fontsize=12, pad=22)
+    below: Any = {"xycoords": "axes fraction", "textcoords": "offset points"}
+    axes.annotate(error, (0, 1), (0, 7), fontsize=11, color=color("quiet"), **below)
     axes.set(xlim=(0, 100), ylim=(0, 100), ylabel="accuracy, %", xticks=range(0, 101, 25), yticks=range(0, 101, 25))
     axes.tick_params(labelbottom=False)
     counts.set(xlim=(0, 100), ylim=(0, 1), xlabel="confidence, %", xticks=range(0, 101, 25), yticks=[])
@@ -76,7 +78,7 @@ def diagram(run: PageRun, network: Network, bins: Sequence[Bin]) -> Markup:
             continue
         left, width = 100 * part.low + 0.5, 100 * (part.high - part.low) - 1
         low, high = sorted((100 * part.accuracy, 100 * part.confidence))
-        opacity, bar = (0.3 if part.num_samples < MIN_SAMPLES else 0.8), color(network.color)
+        opacity, bar = (0.3 if part.num_samples < MIN_SAMPLES else 0.8), color(network.style.color)
         axes.bar(left, 100 * part.accuracy, width, align="edge", color=bar, alpha=opacity)
         gap = axes.bar(left, high - low, width, low, align="edge", fill=False, edgecolor=color("wrong"), alpha=opacity)
         gap[0].set(linestyle="--", linewidth=1.5)

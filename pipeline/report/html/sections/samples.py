@@ -18,10 +18,12 @@ from PIL import Image
 from torch import Tensor
 
 from kdpipe.pipeline.recipe.load import read_run_recipe
-from kdpipe.pipeline.report.html.read import PageRun
+from kdpipe.pipeline.report.html.read import Network, PageRun
 from kdpipe.pipeline.report.html.templating import LeftOutError
 from kdpipe.pipeline.run import Run
 from kdpipe.stages.compress.artifacts.load import rebuild
+from kdpipe.stages.data.image_files import ImageFileList, path_at
+from kdpipe.stages.data.load import list_source
 from kdpipe.stages.data.loader.image_loader import ViewRequest
 from kdpipe.stages.evaluation.evaluate import BATCH_SIZE
 from kdpipe.stages.export.onnx_session import INPUT, OUTPUT, open_session
@@ -43,6 +45,8 @@ MAX_FILES = 100_000
 MAX_SIDE, SMALL_SIDE = 128, 48
 """Pixels to which larger images are downscaled; up to which pixels are shown unsmoothed."""
 
+JPEG_QUALITY = 88
+
 Predictor = Callable[[Tensor], Tensor]
 
 TopClasses = list[tuple[str, float]]
@@ -63,14 +67,14 @@ class Sample:
         return max(self.image.shape[1:]) <= SMALL_SIDE
 
     @cached_property
-    def png(self) -> str:
-        """The image as a base64-encoded PNG file."""
+    def url(self) -> str:
+        """The image as a data URL: PNG, or JPEG if it is not small, to a tenth of the bytes."""
         pixels = np.ascontiguousarray(self.image.numpy().transpose(1, 2, 0))
         drawn = Image.fromarray(pixels if pixels.shape[2] == 3 else pixels[:, :, 0])
         drawn.thumbnail((MAX_SIDE, MAX_SIDE), Image.Resampling.LANCZOS)
-        file = io.BytesIO()
-        drawn.save(file, format="PNG", optimize=True)
-        return base64.b64encode(file.getvalue()).decode()
+        file, kind = io.BytesIO(), "png" if self.is_small else "jpeg"
+        drawn.save(file, format=kind, optimize=True, quality=JPEG_QUALITY)
+        return f"data:image/{kind};base64,{base64.b64encode(file.getvalue()).decode()}"
 
 
 def samples(page: PageRun) -> dict[str, object]:
@@ -84,13 +88,31 @@ def samples(page: PageRun) -> dict[str, object]:
         finished = [network for network in page.main if network.kind != "teacher" and network.done]
         if not finished:
             raise LeftOutError("No student is finished yet.")
-        students = {network.name: predictor(JobDir(network.done[0].folder)) for network in finished}
+        students, hidden = _predictors(finished)
         num_macs = sum(int((network.done[0].result or {}).get("num_macs") or 0) for network in finished)
         probabilities = _predict_test(run, students, num_macs)
         groups = list(_instructive(run, probabilities))
     except (KdpipeError, OSError) as error:
         raise LeftOutError(f"The images could not be shown: {error}") from error
-    return {"groups": groups, "num_images": f"{len(next(iter(probabilities.values()))):,}"}
+    num_images = len(next(iter(probabilities.values())))
+    return {"groups": groups, "num_images": f"{num_images:,}", "hidden": [page.without_path(one) for one in hidden]}
+
+
+def _predictors(networks: Sequence[Network]) -> tuple[dict[str, Predictor], list[str]]:
+    """Return what computes each network's predictions, and why others cannot be shown.
+
+    Raises:
+        LeftOutError: None can.
+    """
+    found, hidden = {}, []
+    for network in networks:
+        try:
+            found[network.name] = predictor(JobDir(network.done[0].folder))
+        except KdpipeError as error:
+            hidden.append(f"{network.name} is not shown: {error}")
+    if not found:
+        raise LeftOutError(" ".join(hidden))
+    return found, hidden
 
 
 def _open(page: PageRun) -> Run:
@@ -149,6 +171,7 @@ def _predict_test(run: Run, students: Mapping[str, Predictor], num_macs: int) ->
 def _instructive(run: Run, probabilities: Mapping[str, Tensor]) -> Iterator[tuple[str, list[Sample]]]:
     """Yield groups of test images: those on which the students differ, and those with low teacher confidence."""
     labels = run.context.test_set.labels
+    file_name = _file_names(run)
     correct = {name: rows.argmax(1) == labels[: len(rows)] for name, rows in probabilities.items()}
     picked: dict[str, Tensor] = {}
     if {"student alone", "student distilled"} <= set(correct):
@@ -159,15 +182,28 @@ def _instructive(run: Run, probabilities: Mapping[str, Tensor]) -> Iterator[tupl
         picked["Lowest teacher confidence"] = probabilities["teacher"].amax(1).argsort(stable=True)
     for title, indices in picked.items():
         if len(indices):
-            yield title, [_test_sample(run, probabilities, index) for index in indices[:NUM_PER_GROUP].tolist()]
+            chosen = indices[:NUM_PER_GROUP].tolist()
+            yield title, [_test_sample(run, probabilities, index, file_name) for index in chosen]
 
 
-def _test_sample(run: Run, probabilities: Mapping[str, Tensor], index: int) -> Sample:
+def _file_names(run: Run) -> Callable[[int], str]:
+    """Return what gives the name of a test image's file by its sample id; "" of images that are not files."""
+    data = run.recipe.data
+    listing = list_source(data, "test", data.image_size or 1)  # nothing is decoded
+    files = listing.images
+    if not isinstance(files, ImageFileList):
+        return lambda _: ""
+    positions = {int(sample): number for number, sample in enumerate(listing.sample_ids)}
+    return lambda sample: path_at(files.paths, positions[sample]).name
+
+
+def _test_sample(run: Run, probabilities: Mapping[str, Tensor], index: int, file_name: Callable[[int], str]) -> Sample:
     test_set = run.context.test_set
     image = run.context.test_loader.get(ViewRequest(torch.tensor([index]))).images[0]
     predictions = {name: _top(rows[index], test_set.class_names) for name, rows in probabilities.items()}
     label = test_set.class_names[int(test_set.labels[index])]
-    return Sample(image, label, f"test image {int(test_set.sample_ids[index])}", predictions)
+    sample = int(test_set.sample_ids[index])
+    return Sample(image, label, file_name(sample) or f"test image {sample}", predictions)
 
 
 def _top(probabilities: Tensor, names: Sequence[str]) -> TopClasses:

@@ -32,7 +32,7 @@ MAX_SHARES = 10**7
 
 BATCH_ROWS, BATCH_OUTPUTS = 4096, 2**22
 
-NUM_PAIRS = 12
+NUM_PAIRS, MAX_NEIGHBORS = 12, 1000
 
 Values = NDArray[np.float64]
 
@@ -192,13 +192,16 @@ def _pairs(found: Similarity) -> Table:
 
 
 def _neighbors(found: Similarity) -> Table:
-    """Return for each compared class the three others with the largest shares."""
+    """Return for compared classes, those with the least share of their own, the three others with the largest."""
+    known = np.asarray(np.isfinite(found.shares).all(axis=1))
+    own = np.where(known, found.shares[np.arange(len(known)), found.classes], np.inf)
+    listed = np.sort(np.argsort(own, kind="stable")[: min(known.sum(), MAX_NEIGHBORS)]).tolist()
     cells = []
-    for label, shares in zip(found.classes.tolist(), found.shares, strict=True):
-        if not np.isnan(shares).any():
-            near = [other for other in np.argsort(-shares, kind="stable")[:4].tolist() if other != label][:3]
-            cells.append(
-                [found.names[label], percent(shares[label]), *(f"{found.names[i]} {percent(shares[i])}" for i in near)]
-            )
+    for label, shares in ((int(found.classes[number]), found.shares[number]) for number in listed):
+        near = [other for other in np.argsort(-shares, kind="stable")[:4].tolist() if other != label][:3]
+        cells.append(
+            [found.names[label], percent(shares[label]), *(f"{found.names[i]} {percent(shares[i])}" for i in near)]
+        )
     headers = ["true class", "its own share", "first", "second", "third"]
-    return Table("Most similar classes", headers, [row + ["-"] * (5 - len(row)) for row in cells])
+    shown = f": the {len(listed):,} classes that it knows least" if len(listed) < known.sum() else ""
+    return Table(f"Most similar classes{shown}", headers, [row + ["-"] * (5 - len(row)) for row in cells])

@@ -9,9 +9,10 @@ from kdpipe.pipeline.report.html.read import MAIN_KINDS, PageRun
 from kdpipe.pipeline.report.html.templating import LeftOutError
 from kdpipe.pipeline.report.pareto import CAPTION, pareto_panels, tradeoff_points, tradeoff_title
 from kdpipe.pipeline.report.tables import report_tables
+from kdpipe.pipeline.report.variants import recorded_tables
 from kdpipe.pipeline.terminal.tables import Table
 
-MAX_CLASSES = 3000
+MAX_CLASSES = 1000
 """Classes whose accuracy is listed; `kdpipe report --json` has all."""
 
 
@@ -20,8 +21,23 @@ def results(run: PageRun) -> dict[str, object]:
         "tables": list(report_tables(run.report)),
         "classes": _classes(run),
         "missing": run.report.missing,
-        "has_variants": (run.path / "compare").is_dir(),
     }
+
+
+def has_variants(run: PageRun) -> bool:
+    return any((run.path / command).is_dir() for command in ("compare", "sweep"))
+
+
+def variants(run: PageRun) -> dict[str, object]:
+    """Return the tables of the run's comparison and sweep.
+
+    Raises:
+        LeftOutError: If neither is finished.
+    """
+    tables = list(recorded_tables(run.path, run.report.recipe))
+    if not tables:
+        raise LeftOutError("The comparison is not finished: run kdpipe compare or kdpipe sweep again.")
+    return {"tables": tables}
 
 
 def _classes(run: PageRun) -> Table | None:

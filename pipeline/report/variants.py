@@ -1,0 +1,91 @@
+"""The tables of `kdpipe compare` and `kdpipe sweep`, on the terminal, in files and on the page."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from kdpipe.pipeline.recipe.sweep import short_names
+from kdpipe.pipeline.report.differences import p_text
+from kdpipe.pipeline.report.formatting import interval_text, mean_std, num_seeds
+from kdpipe.pipeline.terminal.tables import Table
+from kdpipe.stages.errors import RunError
+from kdpipe.stages.evaluation.intervals import Interval
+from kdpipe.stages.training.job_dir import read_json_file
+
+RESULTS = "results.json"
+"""The record of a comparison or sweep, in the folders `compare` and `sweep` of a run."""
+
+
+def ranking_accuracy(row: Mapping[str, Any]) -> float:
+    """Return the accuracy by which a row is ranked: on the validation images, or without any the test images."""
+    accuracy: float = row["accuracy_mean"] if row["validation_mean"] is None else row["validation_mean"]
+    return accuracy
+
+
+def compare_table(recipe: str, results: Mapping[str, Any]) -> Table:
+    """Return a comparison's table, the best variant first: on the validation images, if there are any."""
+    first, teacher = results["rows"][0], results["teacher"]  # the student alone, unless student.baseline is false
+    validates = all(row["validation_mean"] is not None for row in results["rows"])
+    headers = ["variant", "test accuracy %", f"over {first['name']}", "95 % interval", "p"]
+    headers += ["validation %"] * validates + ["best epoch %", "agreement %", "KL, nats"]
+    cells = [["teacher", f"{100 * teacher['accuracy']:.2f}", *[""] * len(headers)]] if teacher else []
+    for row in sorted(results["rows"], key=ranking_accuracy, reverse=True):
+        interval = Interval(**row["interval"]) if row["interval"] else None
+        cells.append(
+            [
+                row["name"],
+                mean_std(row["accuracy_mean"], row["accuracy_std"]),
+                f"{row['accuracy_mean'] - first['accuracy_mean']:+.2f}",
+                interval_text(interval, signed=True),
+                p_text(row["p"]),
+                *[mean_std(row["validation_mean"])] * validates,
+                f"{row['best_accuracy_mean']:.2f}",
+                mean_std(row["agreement_mean"]),
+                mean_std(row["teacher_kl_mean"], digits=3),
+                f"{row['step_ms']:.2f}",
+                f"{row['ratio']:.2f}",
+            ]
+        )
+    headers += ["ms / step", f"vs {first['name']}"]
+    return Table(f"{recipe}: comparison over {num_seeds(len(first['accuracies']))}", headers, cells)
+
+
+def sweep_table(recipe: str, found: Mapping[str, Any]) -> Table:
+    """Return a sweep's table, the best combination first."""
+    names, rows = short_names(found["keys"]), found["rows"]
+    validates = all(row["validation_mean"] is not None for row in rows)
+    headers = [*names.values(), "test accuracy %", "alone %", "gain", "its 95 % interval"]
+    headers += ["validation %"] * validates + ["best epoch %", "agreement %", "KL, nats"]
+    cells = [
+        [
+            *map(str, row["settings"].values()),
+            mean_std(row["accuracy_mean"], row["accuracy_std"]),
+            mean_std(row["alone"]["accuracy_mean"], row["alone"]["accuracy_std"]) if row["alone"] else "-",
+            mean_std(row["gain_mean"], signed=True),
+            interval_text(Interval(**row["interval"]) if row["interval"] else None, signed=True),
+            *[mean_std(row["validation_mean"])] * validates,
+            f"{row['best_accuracy_mean']:.2f}",
+            mean_std(row["agreement_mean"]),
+            mean_std(row["teacher_kl_mean"], digits=3),
+        ]
+        for row in rows
+    ]
+    most = max((len(row["accuracies"]) for row in rows), default=0)
+    return Table(f"{recipe}: {len(rows)} settings over {num_seeds(most)}", headers, cells, num_names=len(names))
+
+
+def recorded_tables(run: Path, recipe: str) -> Iterator[Table]:
+    """Yield the tables of a run's comparison and sweep, as far as they were made.
+
+    Raises:
+        RunError: If a record is damaged.
+    """
+    for command, table in (("compare", compare_table), ("sweep", sweep_table)):
+        path = run / command / RESULTS
+        try:
+            if found := read_json_file(path):
+                yield table(recipe, found)
+        except (KeyError, TypeError, AttributeError, ValueError, IndexError) as error:
+            raise RunError(f"{path} is damaged ({error!r}): run `kdpipe {command}` again.") from error
