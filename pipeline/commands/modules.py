@@ -45,7 +45,7 @@ def print_modules(names: Mapping[str, str], found: Modules) -> None:
     for role, modules in found.items():
         rows = [[one.path, one.kind, shape_text(one.shape)] for one in modules]
         print_table(screen, Table(f"{role}: {names[role]}", ["module", "class", "output"], rows, num_names=2))
-    print('A loss on features names a pair: layers = [["STUDENT_MODULE", "TEACHER_MODULE"]].')  # noqa: T201
+    print('Losses on features take pairs: layers = [["STUDENT_MODULE", "TEACHER_MODULE"]].')  # noqa: T201
 
 
 def shape_text(shape: Sequence[int]) -> str:

@@ -11,7 +11,7 @@ import torch
 
 from kdpipe.pipeline.commands.plan.costs import StageCost, student_costs, teacher_cost, total
 from kdpipe.pipeline.commands.plan.existing import find_students, find_teacher
-from kdpipe.pipeline.commands.plan.probe import SPREAD, Probe, Seconds, sample_context
+from kdpipe.pipeline.commands.plan.probe import SPREAD, Probe, Seconds, probed_cache, sample_context
 from kdpipe.pipeline.preflight import preflight
 from kdpipe.pipeline.run import Run
 from kdpipe.pipeline.session.run_record import peak_memory
@@ -102,17 +102,14 @@ def _costs(run: Run, teacher: ModelBundle, features: list[FeatureSpec], plan: di
     }
 
 
-def _known(run: Run, plan: dict[str, Any]) -> Any:
-    return replace(run.recipe.cache, batch_size=plan["compute"]["batch_size"])
-
-
 def _probe_caching(
     run: Run, teacher: ModelBundle, features: list[FeatureSpec], plan: dict[str, Any], sample: StageContext
 ) -> dict[str, float] | None:
     if not plan["num_images"]:
         return None
     timed = replace(teacher, compute=known_settings(plan["compute"]))
-    return probe(_known(run, plan), timed, features, sample, plan["num_images"])
+    config = replace(run.recipe.cache, batch_size=plan["compute"]["batch_size"])
+    return probe(probed_cache(config, sample), timed, features, sample, plan["num_images"])
 
 
 def _caching_cost(run: Run, plan: dict[str, Any], measured: dict[str, float] | None) -> StageCost:

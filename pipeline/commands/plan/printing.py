@@ -143,7 +143,7 @@ def _teacher_text(teacher: Mapping[str, Any]) -> str:
 
 def _memory_text(memory: Mapping[str, Any]) -> str:
     peak, images, gpu = memory["peak_memory_bytes"], memory["images_bytes"], memory["peak_gpu_memory_bytes"]
-    text = f"about {(peak + images) / _GIB:.1f} GiB of RAM, {images / _GIB:.1f} GiB of them for images"
+    text = f"about {(peak + images) / _GIB:.1f} GiB of RAM in training, {images / _GIB:.1f} GiB of them for images"
     return f"{text}; {gpu / _GIB:.1f} GiB of the GPU's" if gpu else text
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 import tempfile
 import time
@@ -16,6 +17,9 @@ from kdpipe.pipeline.commands.plan.existing import open_stores
 from kdpipe.pipeline.recipe.load import trainings_of
 from kdpipe.pipeline.run import Run
 from kdpipe.pipeline.steps import cache_teacher
+from kdpipe.stages.cache_teacher.choice import DEFAULT_BATCH_SIZE
+from kdpipe.stages.cache_teacher.estimate import NUM_PROBES
+from kdpipe.stages.cache_teacher.plan import CacheConfig
 from kdpipe.stages.compress.fine_tune import build_fine_tuning
 from kdpipe.stages.compress.quantization.qat import calibrate
 from kdpipe.stages.compress.quantize_student import prepare
@@ -39,8 +43,11 @@ from kdpipe.stages.training.loop import time_steps
 from kdpipe.stages.training.optim import TrainConfig
 from kdpipe.stages.training.task import TrainingTask
 
-MIN_SAMPLE = 512
-"""Images of the sample, or more if a batch has more."""
+MAX_EVALUATED = 512
+"""Images that are evaluated, or cached in one batch, at most."""
+
+EVALUATED_BYTES = 2**24
+"""Pixels of these images as float32, at most: the outputs of a network's layers take many times that."""
 
 SHORT_S = 0.25
 """Steps that take less are timed several times."""
@@ -76,13 +83,13 @@ def sample_context(run: Run) -> Iterator[StageContext]:
     """Yield the context of a run in a temporary folder, with one view of a sample of its images."""
     context = run.context
     batches = [train.batch_size for train in trainings_of(run.recipe).values()]
-    count = max(MIN_SAMPLE, 2 * max(batches))
+    count = max(NUM_PROBES * evaluated(context), 2 * max(batches))
     with tempfile.TemporaryDirectory(prefix="kdpipe-plan-") as folder:
         yield replace(
             context,
             run_dir=Path(folder),
             train_set=_sample(context.train_set, count),
-            test_set=_sample(context.deciding.test_set, MIN_SAMPLE),
+            test_set=_sample(context.deciding.test_set, evaluated(context)),
             validation_set=None,
             views=replace(context.views, num_views=1),
             mix_partners=None,
@@ -90,6 +97,17 @@ def sample_context(run: Run) -> Iterator[StageContext]:
             get_teacher_logits=lambda: None,
             load_test=None,
         )
+
+
+def evaluated(context: StageContext) -> int:
+    """Return the number of images that are evaluated at once: few large ones, so that a plan needs little memory."""
+    return max(1, min(MAX_EVALUATED, EVALUATED_BYTES // (4 * math.prod(context.image_shape))))
+
+
+def probed_cache(config: CacheConfig, context: StageContext) -> CacheConfig:
+    """Return the caching with smaller batches where the recipe leaves their size open."""
+    size = min(DEFAULT_BATCH_SIZE, evaluated(context)) if config.batch_size == "auto" else config.batch_size
+    return replace(config, batch_size=size)
 
 
 def _sample(image_set: ImageSet, count: int) -> ImageSet:
@@ -161,7 +179,7 @@ class Probe:
         if run.stores != [run.store]:
             return open_stores(run, self.store)
         path = self.sample.run_dir / "store.zarr"
-        cache_teacher(run.recipe.cache, path, self.teacher, self.features, self.sample)
+        cache_teacher(probed_cache(run.recipe.cache, self.sample), path, self.teacher, self.features, self.sample)
         return open_distillation([path], run.recipe.distill, config, {}, self.sample)
 
     def _context(self, spec: DistillationSpec | None) -> StageContext:
