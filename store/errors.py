@@ -58,10 +58,6 @@ class FingerprintMismatch(KdpipeError):
 
 def _shorten(value: Any, other: Any) -> str:
     """Return the repr of a value, without what a list begins with as the `other` does, cut if it is long."""
-    if isinstance(value, Mapping):
-        return f"{len(value)} settings"
-    if isinstance(value, list | tuple) and any(isinstance(one, Mapping) for one in value):
-        return f"{len(value)} entries"
     if isinstance(value, list | tuple) and isinstance(other, list | tuple):
         same = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(value, other, strict=False)))
         text = f"[{'..., ' if same else ''}{', '.join(map(repr, value[same:]))}]"
@@ -71,6 +67,8 @@ def _shorten(value: Any, other: Any) -> str:
         return f"{text[:13]}...'"
     if len(text) <= MAX_VALUE_LENGTH:
         return text
+    if isinstance(value, Mapping | list | tuple) and "{" in text:  # a part of an object tells nothing
+        return f"{len(value)} entries"
     count = f"{len(value)} values, " if isinstance(value, list | tuple) else ""
     return f"{count}{text[: MAX_VALUE_LENGTH - 3]}..."
 

@@ -92,6 +92,8 @@ def svg(figure: Figure, title: str, description: str = "") -> Markup:
     body = re.sub(r"<defs>\s*<(style|clipPath).*?</\1>\s*</defs>|<metadata>.*?</metadata>", "", body, flags=re.S)
     body = re.sub(r' clip-path="[^"]*"| font-family: [^;"]*;?|(?<=<g) id="[^"]*"|(?<= )xlink:(?=href)', "", body)
     body = re.sub(r"(fill|stroke): #fe00(\w\w)", lambda match: f"{match[1]}: var(--{COLORS[int(match[2], 16)]})", body)
+    body = re.sub(r' transform="rotate\(-0 [^"]*"|<g/>', "", body)
+    body = re.sub("<[^>]*>", lambda tag: re.sub(r"(\.\d\d)\d+", r"\1", tag[0]), body)  # hundredths of a unit are enough
     body = re.sub(r"\s*\n\s*", "\n", body)
     named = f"<title>{escape(printable(title))}</title><desc>{escape(printable(description))}</desc>"
     return Markup(f'<svg class="chart" {box[0] if box else ""} role="img">{named}{body.strip()}')
@@ -147,7 +149,7 @@ def epoch_axis(axes: Axes, num_epochs: int) -> None:
     axes.set_xlabel("epoch")
 
 
-def thinned(by_epoch: Mapping[int, float], max_points: int = 300) -> tuple[list[int], list[float]]:
+def thinned(by_epoch: Mapping[int, float], max_points: int = 120) -> tuple[list[int], list[float]]:
     """Return epochs and values of a curve: every k-th of many, and always the last."""
     epochs = sorted(by_epoch)
     chosen = epochs[:: len(epochs) // -max_points][::-1] if epochs else []

@@ -20,7 +20,7 @@ def test_settings_are_named_before_what_follows_from_them():
     stored = {
         "losses": [{"alpha": None, "loss": "kd"}],
         "views": {"probes_sha256": "a", "seed": 0},
-        "stores": [{"a": 1}],
+        "stores": [{"a": "b" * 99}],
     }
     wanted = {"losses": [{"alpha": 1.0, "loss": "dkd"}], "views": {"sha256": "b", "seed": 3}, "stores": []}
     text = str(FingerprintMismatch("the job x", differences(stored, wanted), "Use another."))
