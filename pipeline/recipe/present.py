@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
@@ -77,8 +78,8 @@ def scaling_named(text: str, answers: Answers) -> tuple[Sequence[float], Sequenc
             f"{text[:80]!r} is none of {names}, and not MEAN/STD such as 0.5,0.5,0.5/0.2,0.2,0.2."
         ) from None
     mean, std = (part * channels if len(part) == 1 else part for part in (mean, std))
-    if not len(mean) == len(std) == channels or min(std) <= 0:
-        raise RecipeError(f"the images have {channels} channels: give one number for each, std above 0.")
+    if not len(mean) == len(std) == channels or min(std) <= 0 or not all(map(math.isfinite, [*mean, *std])):
+        raise RecipeError(f"the images have {channels} channels: give a finite number for each, std above 0.")
     return mean, std
 
 

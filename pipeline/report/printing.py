@@ -131,7 +131,7 @@ def _places(run: PageRun, best: tuple[str, Path] | None, page: Path | None) -> I
         name = next((row.name for row in run.report.rows if row.kind == best[0]), best[0])
         yield "deploy", f"{best[1]} (recommended: {name})"
         yield "try", f"python {shlex.quote(str(best[1] / 'predict.py'))} IMAGE"
-        yield "next", f"kdpipe bench {shlex.quote(str(best[1] / 'model.onnx'))} (its latency, there where it will run)"
+        yield "next", f"kdpipe bench {shlex.quote(str(best[1] / 'model.onnx'))}"
     yield "page", str(page) if page else f"kdpipe report {folder}"
     yield "tables", f"kdpipe report --full {folder}"
     if run.report.missing:

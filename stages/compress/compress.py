@@ -188,8 +188,8 @@ def is_done(config: CompressConfig, student: StudentConfig, run: Path) -> bool:
     return all(JobDir(job).result() is not None for job in jobs)
 
 
-def dry_run(config: CompressConfig, student: StudentConfig, context: StageContext) -> None:
-    """Prune, prepare and export an untrained student, to fail before any training.
+def dry_run(config: CompressConfig, student: StudentConfig, context: StageContext, *, exports: bool = True) -> None:
+    """Prune and prepare an untrained student, and export it unless `exports` is false, to fail before any training.
 
     Raises:
         ModelError: If the student cannot be compressed.
@@ -213,7 +213,7 @@ def dry_run(config: CompressConfig, student: StudentConfig, context: StageContex
         try_batches(
             replace(network, model=model), config.quantize_train, role="quantized student", device=example.device
         )
-    if config.steps or config.opset is not None:
+    if exports and (config.steps or config.opset is not None):
         try_export(model, context.image_shape, opset=config.opset)
 
 
