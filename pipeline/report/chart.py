@@ -6,6 +6,7 @@ matplotlib is imported when a chart is drawn, not before. Figures are made witho
 from __future__ import annotations
 
 import logging
+import math
 import re
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -26,6 +27,10 @@ if TYPE_CHECKING:
 NETWORKS = ["teacher", "alone", "student", "pruned", "quantized", "unpruned", "calibrated"]
 COLORS = ["ink", "quiet", "faint", "paper", "wrong", *NETWORKS]
 """CSS variables of the page, see templates/colors.css."""
+
+
+MIN_TICK_DISTANCE = 0.13
+"""Of two ticks on a logarithmic axis, in lengths of the axis."""
 
 
 def color(name: str) -> str:
@@ -111,15 +116,20 @@ def with_unique_ids(page: str) -> str:
 
 
 def error_axis(axes: Axes, accuracies: Sequence[float]) -> None:
-    """Scale the y axis of accuracies in percent by the logarithm of the error: 98 to 99 is as far as 90 to 95."""
+    """Scale the y axis of accuracies in percent by the logarithm of the error: 98 to 99 is as far as 90 to 95.
+
+    100 % is at half the least other error, with a tick of its own.
+    """
     least = min((100 - accuracy for accuracy in accuracies if accuracy < 100), default=1.0)
-    low, high = least / 2 if max(accuracies) >= 100 else least, max(least, 100 - min(accuracies))
+    is_perfect, high = max(accuracies) >= 100, max(least, 100 - min(accuracies))
+    low = least / 2 if is_perfect else least
     margin = max((high / low) ** 0.06, 1.01)
     low, high = low / margin, high * margin
     axes.set_yscale(
         "function", functions=(lambda y: -np.log(np.maximum(100 - y, least / 2)), lambda y: 100 - np.exp(-y))
     )
-    axes.set(ylim=(100 - high, 100 - low), yticks=[100 - error for error in _log_ticks(low, high)])
+    errors = [error for error in _log_ticks(low, high) if error >= least or not is_perfect]
+    axes.set(ylim=(100 - high, 100 - low), yticks=[100 - error for error in errors] + [100.0] * is_perfect)
     axes.yaxis.set_major_formatter(lambda accuracy, _: f"{accuracy:.4g}")
 
 
@@ -137,7 +147,11 @@ def _log_ticks(low: float, high: float) -> list[float]:
     candidates = [MaxNLocator(4).tick_values(low, high)] if high < 5 * low else []
     candidates += [LogLocator(subs=subs, numticks=5).tick_values(low, high) for subs in ((1,), (1, 3), (1, 2, 5))]
     ticks = [[float(tick) for tick in found if low <= tick <= high] for found in candidates]
-    return next((found for found in ticks if len(found) >= 3), ticks[-1])
+    found = next((found for found in ticks if len(found) >= 3), ticks[-1])
+    room, kept = math.log(high / low) * MIN_TICK_DISTANCE, found[:1]
+    for tick in found[1:]:
+        kept += [tick] if math.log(tick / kept[-1]) >= room else []
+    return kept
 
 
 def epoch_axis(axes: Axes, num_epochs: int) -> None:

@@ -62,8 +62,9 @@ COMMANDS = dict(commands_of(typer.main.get_command(app)))
 
 
 def test_options_exist():
-    parameters = [one for command in COMMANDS.values() for one in command.params]
-    known = {option for one in parameters for option in (*one.opts, *one.secondary_opts)}
+    known = {
+        option for command in COMMANDS.values() for one in command.params for option in (*one.opts, *one.secondary_opts)
+    }
     known |= {option for one in typer.main.get_command(app).params for option in one.opts} | {"--help"}
     assert "--set" in known
     assert {option: place for option, place in named(OPTION).items() if option not in known | OTHER_PROGRAMS} == {}

@@ -113,6 +113,21 @@ def test_costs_are_on_a_log_axis_and_accuracy_goes_up():
     assert heights == sorted(heights, reverse=True)
 
 
+def test_ticks_of_costs_have_room_for_their_text():
+    root = drawn([Point("a", 80.0, None, 16_000, None), Point("b", 85.0, None, 70_000, None)])
+    ticks = [text for text in root.iter(f"{SVG}text") if text.text.endswith("kB")]
+    found = [float(re.search(r"translate\((\S+)|x=", ET.tostring(text, encoding="unicode"))[1]) for text in ticks]
+    assert len(found) >= 3
+    assert all(after - before > 20 for before, after in pairwise(found))
+
+
+def test_perfect_accuracy_has_a_tick_of_its_own():
+    root = drawn([Point("a", 100.0, None, 1, None), Point("b", 98.0, None, 2, None)])
+    tick = next(text for text in root.iter(f"{SVG}text") if text.text == "100")
+    assert height(tick) == pytest.approx(dots(root)[0][1], abs=5)
+    assert not {"99", "98.5", "99.5"} & set(texts(root))
+
+
 def test_untrusted_names_and_titles_are_escaped():
     name = '<script>a</script> & $x$ \x1b[31m"'
     text = pareto_svg([Point(name[:25], 50.0, None, 1000, 1.0)], title=name)

@@ -72,7 +72,9 @@ def loss_panel(network: str, terms: Terms) -> Markup:
         axes.set_ylim(low, high if high > low else low + 1)
     for by_epoch, (_, shade, line) in zip(terms.values(), _legend(terms), strict=True):
         epochs, drawn = thinned(by_epoch)
-        axes.plot(epochs, [max(value, low) for value in drawn], color=color(shade), linestyle=line, linewidth=2)
+        mark = "o" if len(epochs) == 1 else ""
+        heights = [max(value, low) for value in drawn]
+        axes.plot(epochs, heights, mark, color=color(shade), linestyle=line, linewidth=2, markersize=5)
     return svg(figure, f"{network}: losses by epoch", ", ".join(terms))
 
 

@@ -44,6 +44,11 @@ def test_extreme_losses_are_drawn(values):
     assert not re.search("nan|inf", drawn)
 
 
+def test_loss_of_a_single_epoch_is_a_dot():
+    assert "<use " in loss_panel("network", {"kd": {1: 0.5}})
+    assert "<use " not in loss_panel("network", {"kd": {1: 0.5, 2: 0.4}})
+
+
 def test_losses_are_means_over_seeds_by_term(tmp_path):
     run = made_run(tmp_path / "run")
     seeds = ([{"kd": 0.5, "hard_labels": 2.0}, {"kd": 0.25}], [{"kd": 1.0, "hard_labels": math.nan}])
