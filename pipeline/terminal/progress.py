@@ -27,6 +27,9 @@ LINE_EVERY_S = 10.0
 MAX_LOSSES = 3
 """The losses that are named; the rest is "..."."""
 
+WIDE = 120
+"""Columns from which a bar shows accuracy and loss too, which would cut other numbers; finished jobs print them."""
+
 MAX_BARS = 4
 """With more jobs at once, the one that reported longest ago is printed as a line instead."""
 
@@ -144,7 +147,9 @@ class Bars:
             refresh_per_second=5,
         )
         self._rates, self._whole = RateTracker(), whole
-        self._all = self.progress.add_task("", total=len(whole.jobs), speed="", metrics="") if whole else None
+        self._all: TaskID | None = None
+        if whole is not None:
+            self._all = self.progress.add_task(whole.position(), total=len(whole.jobs), speed="", metrics="")
         self._jobs: dict[tuple[str, str], tuple[TaskID, ProgressEvent, Rate]] = {}
 
     def report(self, event: ProgressEvent) -> None:
@@ -162,7 +167,7 @@ class Bars:
             return
         task = known[0] if known else self.progress.add_task(printable(event.job), speed="", metrics="")
         self.progress.update(task, completed=event.step, total=event.total, speed=", ".join(_speed(event, rate)))
-        if event.metrics:
+        if event.metrics and self.progress.console.width >= WIDE:
             self.progress.update(task, metrics=", ".join(_metrics(event)))
         self._jobs[key] = (task, event, rate)
         if len(self._jobs) > MAX_BARS:

@@ -199,11 +199,12 @@ def test_a_whole_run_is_above_its_network(clock):
     whole = WholeRun(planned_jobs(RECIPE, ("train-teacher", "cache-teacher", "train-student")))
     bars = Bars(terminal(), whole)
     for number in (1, 1501):
-        bars.report(step(number, 3000, "student alone, seed 1"))
+        losses = {"hard_labels": 1.0, "kd_0": 2.0, "hint_1": 0.5}
+        bars.report(step(number, 3000, "student alone, seed 1", accuracy=0.5, losses=losses))
         clock.now += 15
     first, second = drawn(bars)
     assert "stage 3 of 3, seed 2 of 2" in first and "4/6" in first and "left for all" in first
-    assert "student alone, seed 1" in second
+    assert "student alone, seed 1" in second and "100 steps/s" in second and "…" not in first + second
     line = progress.plain_line(step(1501, 3000, "student alone, seed 1"), Rate.start(1, 2, clock.now), whole)
     assert line.endswith("(stage 3 of 3, seed 2 of 2, about 30 s left for all)")
 
