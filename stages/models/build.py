@@ -204,7 +204,7 @@ def _construct(
         _refuse_scripted(config.name, built)
         if (model := unwrap_all(built)) is not built:
             notify(f"{config.name} returns {type(built).__name__}: the {type(model).__name__} inside is used.")
-        return model
+        return model.cpu()  # DataParallel moves what it wraps to a GPU
     return build_small_image_network(config.name, config.args, **offered)
 
 
