@@ -21,18 +21,19 @@ MEAN, STD = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
 
 
 def draw(name: str, generator: np.random.Generator) -> Image.Image:
-    """Draw a shape of any color and size on a noisy background."""
+    """Draw a shape of any size, in shades of its class's color, on a noisy background."""
     image = Image.fromarray(generator.integers(0, 110, (SIZE, SIZE, 3), dtype=np.uint8))
     radius = int(generator.integers(12, 30))
     x, y = (int(generator.integers(radius, SIZE - radius)) for _ in range(2))
-    color = tuple(int(value) for value in generator.integers(90, 256, 3))
+    color = generator.integers(40, 130, 3)
+    color[CLASSES.index(name)] += 125
     box, pen = (x - radius, y - radius, x + radius, y + radius), ImageDraw.Draw(image)
     if name == "circle":
-        pen.ellipse(box, fill=color)
+        pen.ellipse(box, fill=tuple(color.tolist()))
     elif name == "square":
-        pen.rectangle(box, fill=color)
+        pen.rectangle(box, fill=tuple(color.tolist()))
     else:
-        pen.polygon([(x, box[1]), (box[0], box[3]), (box[2], box[3])], fill=color)
+        pen.polygon([(x, box[1]), (box[0], box[3]), (box[2], box[3])], fill=tuple(color.tolist()))
     return image
 
 
@@ -56,10 +57,10 @@ def train_teacher(folder: Path, file: Path, epochs: int) -> None:
     images = normalize(torch.from_numpy(pixels).permute(0, 3, 1, 2) / 255, MEAN, STD)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
     for epoch in range(epochs):
-        for rows in torch.randperm(len(images)).split(32):
+        for rows in torch.split(torch.randperm(len(images)), 12):
             loss = cross_entropy(model(images[rows]), labels[rows])
             optimizer.zero_grad()
-            loss.backward()
+            torch.autograd.backward(loss)
             optimizer.step()
         print(f"teacher, epoch {epoch + 1} of {epochs}: loss {loss.item():.3f}")
     torch.save(model.state_dict(), file)
