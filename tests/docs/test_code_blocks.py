@@ -25,6 +25,7 @@ from support.warm_process import WarmProcess
 
 from kdpipe.pipeline.main import app
 from kdpipe.pipeline.recipe.load import load_recipe, parse_recipe
+from kdpipe.pipeline.recipe.sweep import sweep_overrides
 
 BLOCKS = {page: code_blocks(page) for page in pages()}
 RUNS = ("python", "setup")
@@ -167,6 +168,7 @@ def check_command(arguments: list[str]) -> None:
         _, command, arguments = command.resolve_command(context, rest)
     if overrides := context.params.get("set_"):
         recipe = ROOT / context.params.get("recipe", "")
+        overrides = sweep_overrides(overrides) if command.name == "sweep" else overrides
         load_recipe(recipe if recipe.is_file() else ROOT / "recipes/digits.toml", overrides)
 
 
