@@ -152,9 +152,7 @@ def print_clean(folder: Path, entries: list[Entry]) -> None:
         users = ", ".join(name_in(user, root) for user in entry.used_by) or (
             "removed" if entry.is_removed else "no run"
         )
-        table.add_row(
-            *map(printable, (entry.what, name_in(entry.path, root), size_text(entry.num_bytes), ", ".join(users)))
-        )
+        table.add_row(*map(printable, (entry.what, name_in(entry.path, root), size_text(entry.num_bytes), users)))
     if entries:
         console().print(table)
     removed = sum(entry.num_bytes for entry in entries if entry.is_removed)

@@ -171,23 +171,29 @@ def _networks(recipe: Mapping[str, Any], folder: Path) -> list[NetworkEntry]:
 
 
 def _accuracies(networks: list[NetworkEntry], folder: Path, budget: Budget) -> Iterator[tuple[str, float]]:
-    """Yield the mean test accuracy in percent of the main networks, and of the best variant of `kdpipe compare`."""
+    """Yield the mean test accuracy in percent of the main networks, and of the best of `kdpipe compare` and `sweep`."""
     by_kind = {network.kind: network for network in networks}
     smallest = next((by_kind[kind] for kind in ("int8", "int4", "pruned") if kind in by_kind), None)
     for network in (by_kind.get("alone"), by_kind.get("student"), smallest):
         if network and (known := _known_accuracies(network.jobs)):
             yield network.name.removeprefix("student "), mean(known)
+    for command, what in (("compare", "variants"), ("sweep", "settings")):
+        yield from _best_of(folder / command, what, budget)
+
+
+def _best_of(folder: Path, what: str, budget: Budget) -> Iterator[tuple[str, float]]:
+    """Yield the mean test accuracy of the best variant in a folder: on the validation images, if all have these."""
     means: dict[str, float] = {}
     deciding: dict[str, float] = {}
-    for variant in budget.entries(folder / "compare", MAX_SEEDS):
+    for variant in budget.entries(folder, MAX_SEEDS):
         jobs = [Path(job.path) for job in budget.entries(variant.path, MAX_SEEDS)]
-        if known := _known_accuracies(jobs):
+        if not variant.name.startswith("alone,") and (known := _known_accuracies(jobs)):
             name = text(variant.name)
             means[name], validated = mean(known), _known_accuracies(jobs, "validation")
             deciding |= {name: mean(validated)} if validated else {}
     if means:
         best = max(means, key=(deciding if len(deciding) == len(means) else means).__getitem__)
-        yield f"best of {len(means)} variants: {best}", means[best]
+        yield f"best of {len(means)} {what}: {best}", means[best]
 
 
 def _known_accuracies(jobs: Iterable[Path], part: str = "test") -> list[float]:

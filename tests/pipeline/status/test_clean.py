@@ -39,7 +39,10 @@ def test_what_no_run_needs_is_shown_then_removed(workspace: Path, capsys: pytest
     assert [len(entry.used_by) for entry in shown if entry.what == "store"] == [2, 1, 0]
     assert all(Path(entry.path).exists() for entry in shown)
     print_clean(workspace, shown)
-    assert "--remove" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "--remove" in printed
+    users = {line.split()[1]: line.split()[4:] for line in printed.splitlines() if "store.zarr" in line}
+    assert users == {"a/store.zarr": ["a,", "b"], "b/store.zarr": ["c"], "c/store.zarr": ["no", "run"]}
     removed = clean(workspace, remove=True)
     assert not any((workspace / name).exists() for name in (*unneeded, "c/store.test.zarr"))
     assert all(Path(entry.path).exists() for entry in removed if entry.is_needed)

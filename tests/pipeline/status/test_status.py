@@ -165,14 +165,19 @@ def test_a_run_without_events_goes_by_its_results(tmp_path):
     assert found.accuracies == pytest.approx({"alone": 90, "distilled": 90, "pruned": 80})
 
 
-def test_the_best_compared_variant_is_shown(tmp_path):
-    jobs = {f"compare/{way}/seed{seed}": accuracy for way, accuracy in (("kd", 0.9), ("at", 0.8)) for seed in (0, 1)}
+@pytest.mark.parametrize(
+    ("command", "what", "names"), [("compare", "variants", ("kd", "at")), ("sweep", "settings", ("lr=0.1", "lr=0.2"))]
+)
+def test_the_best_of_a_comparison_or_sweep_is_shown(tmp_path, command, what, names):
+    best, other = names
+    found = {best: (0.9, 0.5), other: (0.8, 0.6), "alone,lr=0.1": (0.95, 0.9)}
+    jobs = {f"{command}/{way}/seed{seed}": accuracy for way, (accuracy, _) in found.items() for seed in (0, 1)}
     run_folder(tmp_path / "run", jobs)
-    assert only_run(tmp_path).accuracies == pytest.approx({"best of 2 variants: kd": 90})
-    for way, accuracy, validated in (("kd", 0.9, 0.5), ("at", 0.8, 0.6)):
-        for path in (tmp_path / "run" / "compare" / way).glob("seed*/result.json"):
+    assert only_run(tmp_path).accuracies == pytest.approx({f"best of 2 {what}: {best}": 90})
+    for way, (accuracy, validated) in found.items():
+        for path in (tmp_path / "run" / command / way).glob("seed*/result.json"):
             path.write_text(json.dumps({"accuracy": accuracy, "validation": {"accuracy": validated}}))
-    assert only_run(tmp_path).accuracies == pytest.approx({"best of 2 variants: at": 80})
+    assert only_run(tmp_path).accuracies == pytest.approx({f"best of 2 {what}: {other}": 80})
 
 
 def test_a_run_size_excludes_its_stores(tmp_path, made):
