@@ -283,9 +283,12 @@ class Run:
         if self.stores == [self.store]:
             require_same_training(self.recipe.teacher, self.recipe.seed, self.context)
             identity = teacher_identity(self.recipe.teacher, self.context)
-            stored = read_store_manifest(self.store)
-            expected["teacher"] = {"weights_sha256": stored.identity.teacher.get("weights_sha256"), **identity}
-            if stored.layout.num_views < self.recipe.views.num_views:  # of another teacher, views cannot be added
-                beside = replace(self.context, run_dir=self.store.parent)
+            stored = read_store_manifest(self.store).identity.teacher.get("weights_sha256")
+            expected["teacher"] = {"weights_sha256": stored, **identity}
+            beside = replace(self.context, run_dir=self.store.parent)
+            if (
+                self.recipe.teacher.train
+                and teacher_identity(self.recipe.teacher, beside).get("weights_sha256") == stored
+            ):
                 require_same_training(self.recipe.teacher, self.recipe.seed, beside)
         return open_distillation(self.stores, losses, student, expected, self.context)

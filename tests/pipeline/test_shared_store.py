@@ -10,31 +10,18 @@ from pathlib import Path
 
 import pytest
 from support.made_store import folder_bytes
-from support.tiny_run import CACHE, STUDENT, TEACHER, VIEWS
+from support.tiny_run import CACHE, RECIPE
 
 from kdpipe.pipeline import steps
 from kdpipe.pipeline.recipe.load import Recipe
 from kdpipe.pipeline.run import Run
 from kdpipe.stages.cache_teacher.cache import CacheJob
-from kdpipe.stages.data.config import DataConfig
 from kdpipe.stages.losses.features.hint import Hint
 from kdpipe.stages.losses.logits.kd import KD
 from kdpipe.stages.runtime.events import RunMonitor
 from kdpipe.stages.workspace import NOWHERE, Workspace, store_of_run
+from kdpipe.store import FingerprintMismatch
 from kdpipe.store.fs.checksums import SUMS, damages
-
-TRAIN = replace(TEACHER.train, epochs=1)
-RECIPE = Recipe(
-    name="tiny",
-    device="cpu",
-    num_threads=1,
-    data=DataConfig(name="digits", num_train=64),
-    views=replace(VIEWS, num_views=2),
-    teacher=replace(TEACHER, train=TRAIN),
-    cache=CACHE,
-    student=replace(STUDENT, train=TRAIN),
-    distill=(KD(loss="kd"),),
-)
 
 
 @pytest.fixture
@@ -118,7 +105,7 @@ class Trained(Exception):
     ("key", "value"),
     [
         ("seed", 1),
-        ("teacher", replace(RECIPE.teacher, train=replace(TRAIN, lr=0.01))),
+        ("teacher", replace(RECIPE.teacher, train=replace(RECIPE.teacher.train, lr=0.01))),
         ("views", replace(RECIPE.views, seed=7)),
         ("data", replace(RECIPE.data, num_train=90)),
         ("teacher", replace(RECIPE.teacher, expected_accuracy=100.0)),
@@ -136,6 +123,18 @@ def test_another_teacher_is_not_taken_for_it(
     run.begin()
     with nullcontext() if key == "name" else pytest.raises(Trained):
         steps.run_train_teacher(run)
+
+
+@pytest.mark.parametrize("num_views", [1, 2])
+def test_a_named_store_beside_another_training_of_the_teacher_is_refused(
+    num_views: int, first: Path, tmp_path: Path
+) -> None:
+    recipe = replace(RECIPE, seed=1, cache=replace(CACHE, store=str(first / "store.zarr")))
+    recipe = replace(recipe, views=replace(recipe.views, num_views=num_views))
+    run = Run(recipe, tmp_path / "b", RunMonitor(), workspace=Workspace(tmp_path))
+    run.begin()
+    with pytest.raises(FingerprintMismatch, match="seed: stored 0, wanted 1"):
+        steps.run_train_student(run)
 
 
 def test_the_teacher_beside_a_named_store_is_used(first: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

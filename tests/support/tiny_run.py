@@ -13,9 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from kdpipe.pipeline.recipe.load import Recipe
 from kdpipe.pipeline.steps import cache_teacher, train_teacher
 from kdpipe.stages.cache_teacher.plan import CacheConfig
 from kdpipe.stages.context import StageContext
+from kdpipe.stages.data.config import DataConfig
 from kdpipe.stages.data.image_set import ImageSet
 from kdpipe.stages.distillation.spec import DistillationSpec
 from kdpipe.stages.distillation.stores import open_distillation
@@ -39,6 +41,17 @@ OPERATIONS = ({"name": "RandomCrop", "padding": 1}, {"name": "RandomHorizontalFl
 VIEWS = Views(num_views=3, operations=OPERATIONS)
 CACHE = CacheConfig(shard_bytes=4096, batch_size=50)
 LAYERS = [FeatureSpec("stage2")]
+RECIPE = Recipe(
+    name="tiny",
+    device="cpu",
+    num_threads=1,
+    data=DataConfig(name="digits", num_train=64),
+    views=dataclasses.replace(VIEWS, num_views=2),
+    teacher=dataclasses.replace(TEACHER, train=dataclasses.replace(TRAIN, epochs=1)),
+    cache=CACHE,
+    student=dataclasses.replace(STUDENT, train=dataclasses.replace(TRAIN, epochs=1)),
+    distill=(KD(loss="kd"),),
+)
 
 
 def squares(num_samples: int, seed: int, split: str = "train") -> ImageSet:

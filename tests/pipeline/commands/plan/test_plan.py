@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 from rich.console import Console
-from support.tiny_run import CACHE, STUDENT, TEACHER, VIEWS
+from support.tiny_run import RECIPE as TINY
+from support.tiny_run import TEACHER
 
 from kdpipe.pipeline import steps
 from kdpipe.pipeline.commands.plan import printing
@@ -20,24 +21,11 @@ from kdpipe.pipeline.run import Run
 from kdpipe.stages.compress import compress as stage
 from kdpipe.stages.compress.compress import CompressConfig, fine_tunings
 from kdpipe.stages.compress.pruning.prune import PruneConfig
-from kdpipe.stages.data.config import DataConfig
 from kdpipe.stages.losses.logits.kd import KD
 from kdpipe.stages.runtime.events import RunMonitor
 from kdpipe.stages.workspace import NOWHERE, Workspace
 
-TRAIN = replace(TEACHER.train, epochs=1)
-RECIPE = Recipe(
-    name="tiny",
-    device="cpu",
-    num_threads=1,
-    data=DataConfig(name="digits", num_train=64),
-    views=replace(VIEWS, num_views=2),
-    teacher=replace(TEACHER, train=TRAIN),
-    cache=CACHE,
-    student=replace(STUDENT, train=TRAIN, seeds=(0, 1)),
-    distill=(KD(loss="kd"),),
-    compress=CompressConfig(steps=()),
-)
+RECIPE = replace(TINY, student=replace(TINY.student, seeds=(0, 1)), compress=CompressConfig(steps=()))
 
 
 @pytest.fixture(autouse=True)
