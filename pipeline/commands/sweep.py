@@ -14,10 +14,11 @@ from typing import Any
 from tabulate import tabulate
 
 from kdpipe.pipeline.commands.compare import accuracy_row, prepare_store
-from kdpipe.pipeline.recipe.sweep import SweepPoint, alone_of, short_names
+from kdpipe.pipeline.preflight import try_distillation
+from kdpipe.pipeline.recipe.sweep import SweepPoint, alone_of, as_override, short_names
 from kdpipe.pipeline.report.variants import RESULTS, ranking_accuracy, sweep_table
 from kdpipe.pipeline.run import Run
-from kdpipe.pipeline.steps import train_student, try_distillation
+from kdpipe.pipeline.steps import train_student
 from kdpipe.pipeline.terminal.output import console
 from kdpipe.pipeline.terminal.tables import print_table
 from kdpipe.stages.distillation.spec import DistillationSpec
@@ -210,7 +211,7 @@ def print_sweep(recipe: str, folder: Path, found: Mapping[str, Any]) -> None:
     num_seeds = max(len(row["accuracies"]) for row in rows)
     for name, number in found["num_diverged"].items():
         out.print(f"{name}: {number} of {num_seeds} seeds diverged.")
-    settings = " ".join(f"--set {key}={value}" for key, value in rows[0]["settings"].items())
+    settings = " ".join(as_override(key, value) for key, value in rows[0]["settings"].items())
     images = "test" if rows[0]["validation_mean"] is None else "validation"
     out.print(f"best on the {images} images: {settings}", soft_wrap=True)
     out.print(f"the table as CSV, Markdown, LaTeX and JSON: {folder / 'sweep'}", soft_wrap=True)

@@ -6,6 +6,7 @@ import copy
 import itertools
 import json
 import re
+import shlex
 import tomllib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -91,6 +92,11 @@ def _is_text(word: str) -> bool:
     except tomllib.TOMLDecodeError:
         return True
     return False
+
+
+def as_override(key: str, value: Any) -> str:
+    """Return a setting as an option that can be pasted into a shell."""
+    return shlex.join(["--set", f"{key}={value if isinstance(value, str) else _toml(value)}"])
 
 
 def _toml(value: Any) -> str:

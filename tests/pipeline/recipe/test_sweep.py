@@ -1,13 +1,14 @@
 """The combinations of a sweep: their names, students and losses, and what is refused."""
 
 import re
+import shlex
 import tomllib
 
 import pytest
 from support.kdpipe_process import RECIPE
 
 from kdpipe.pipeline.recipe.load import load_recipe, parse_recipe, recipe_json, students_of
-from kdpipe.pipeline.recipe.sweep import alone_of, sweep_overrides
+from kdpipe.pipeline.recipe.sweep import alone_of, as_override, sweep_overrides
 from kdpipe.stages.errors import RecipeError
 
 
@@ -70,6 +71,14 @@ def test_several_values_are_a_sweep(text, values):
     assert tomllib.loads(f"values = {listed}")["values"] == values
 
 
+@pytest.mark.parametrize("value", [0.1, True, "cosine", [1, 2], {"start": 1.0, "end": "x"}, "two words"])
+def test_a_setting_is_shown_as_an_option_that_can_be_pasted(value):
+    option, text = shlex.split(as_override("student.key", value))
+    key, _, written = text.partition("=")
+    read = written if isinstance(value, str) else tomllib.loads(f"value = {written}")["value"]
+    assert (option, key, read) == ("--set", "student.key", value)
+
+
 def test_keys_with_equal_ends_have_longer_names(tmp_path):
     found = points("distill.0.weight=1,2", "distill.1.weight=3", "sweep.distill.1.weight=[3]", tmp_path=tmp_path)
     assert [point.name for point in found] == ["0.weight=1,1.weight=3", "0.weight=2,1.weight=3"]
@@ -81,7 +90,7 @@ def test_names_of_folders_are_plain_and_differ(tmp_path):
     assert len(set(names)) == 2 and all(re.fullmatch(r"[\w.+-]+", name) for name in names)
 
 
-def test_points_that_differ_in_the_losses_alone_share_a_student_alone(tmp_path):
+def test_points_of_other_losses_share_a_student_alone(tmp_path):
     keys = ("student.hard_label_weight=0.1,0.5", "distill.0.temperature=1,4", "student.train.lr=0.1,0.2")
     found = points(*keys, tmp_path=tmp_path)
     assert len(found) == 8

@@ -71,7 +71,7 @@ def test_precisions_of_a_cpu(tmp_path):
         assert has_bfloat16(cpuinfo) is expected
 
 
-def test_changed_weights_are_used_inside_the_callers_autocast_region():
+def test_changed_weights_are_used_in_a_callers_autocast():
     model, images = nn.Linear(4, 2), torch.ones(3, 4)
 
     def logits():
