@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 
 from kdpipe.pipeline.recipe.load import trainings_of
@@ -10,8 +11,9 @@ from kdpipe.stages.cache_teacher.choice import COMPILE as CACHE_COMPILE
 from kdpipe.stages.compress.compress import CompressConfig, dry_run, is_done
 from kdpipe.stages.compute.compiled import require_compiler, require_traceable
 from kdpipe.stages.context import StageContext
+from kdpipe.stages.distillation.spec import DistillationSpec
 from kdpipe.stages.distillation.student_config import ALONE, DISTILLED, StudentConfig, student_folder
-from kdpipe.stages.distillation.task_builder import build_student
+from kdpipe.stages.distillation.task_builder import build_student, build_task
 from kdpipe.stages.errors import RecipeError
 from kdpipe.stages.models.bundle import ModelBundle
 from kdpipe.stages.teacher import TeacherConfig, build_teacher, teacher_folder
@@ -19,6 +21,7 @@ from kdpipe.stages.training.class_balance import class_weights
 from kdpipe.stages.training.job_dir import JobDir
 from kdpipe.stages.training.preflight import try_network
 from kdpipe.stages.training.set_up import require_compilable
+from kdpipe.stages.training.task import TrainingTask
 
 
 def preflight(run: Run, *, with_teacher: bool = True, compresses: bool = True) -> None:
@@ -71,6 +74,39 @@ def try_student(config: StudentConfig, student: ModelBundle, job_dir: JobDir, co
     """
     if _is_new(job_dir):
         try_network(student, config.train, role="student", device=context.device, exports=config.export)
+
+
+def try_distillation(run: Run, spec: DistillationSpec, config: StudentConfig) -> TrainingTask:
+    """Build a first training task, so that errors and warnings come before any training."""
+    seed, context = config.seeds[0], run.context.resized(config.image_size)
+    task = build_task(build_student(config, seed, context, spec.losses), spec, seed, context)
+    if task.targets and task.targets.num_without_targets:
+        count = f"{task.targets.num_without_targets:,} of {task.num_samples:,} samples have no targets"
+        run.monitor.warn("train-student", f"{count}: they are trained on their labels alone.")
+    warn_of_absent_samples(run, spec)
+    return task
+
+
+def warn_of_absent_samples(run: Run, spec: DistillationSpec) -> None:
+    """Warn of a store's samples that the data set has lost; a recipe that selects some of them says so itself."""
+    data = run.recipe.data
+    if data.num_train is not None or data.classes is not None or data.validation_share:
+        return
+    for store in spec.stores:
+        absent = store.samples.ids[~np.isin(store.samples.ids, run.context.train_set.sample_ids.numpy())]
+        if len(absent):
+            count = f"{len(absent):,} of the {len(store.samples.ids):,} samples of {store.path}"
+            some = f"such as {absent[:3].tolist()}"
+            run.monitor.warn("train-student", f"{count}, {some}, are not in the data set: it is trained on the others.")
+
+
+def require_losses(run: Run) -> None:
+    """Raise RecipeError for a recipe without a distillation loss."""
+    if not run.recipe.distill:
+        raise RecipeError(
+            f"the recipe {run.recipe.name} has no [[distill]]: add a loss (`kdpipe losses` lists them), or compare "
+            "students without a teacher with `kdpipe compare`."
+        )
 
 
 def require_export(student: StudentConfig, compression: CompressConfig) -> None:

@@ -13,9 +13,14 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-from kdpipe.pipeline.preflight import preflight, require_export, try_student, try_teacher
+from kdpipe.pipeline.preflight import (
+    preflight,
+    require_export,
+    require_losses,
+    try_distillation,
+    try_student,
+    try_teacher,
+)
 from kdpipe.pipeline.recipe.load import faults_of_trainings
 from kdpipe.pipeline.run import Run
 from kdpipe.pipeline.shared_store import needs_teacher, shared_stores
@@ -307,39 +312,6 @@ def _build_hint_task(
     student: ModelBundle, spec: DistillationSpec, context: StageContext, loss: Loss, seed: int
 ) -> TrainingTask:
     return build_task(student, spec.with_losses([loss]), seed, context)
-
-
-def try_distillation(run: Run, spec: DistillationSpec, config: StudentConfig) -> TrainingTask:
-    """Build a first training task, so that errors and warnings come before any training."""
-    seed, context = config.seeds[0], run.context.resized(config.image_size)
-    task = build_task(build_student(config, seed, context, spec.losses), spec, seed, context)
-    if task.targets and task.targets.num_without_targets:
-        count = f"{task.targets.num_without_targets:,} of {task.num_samples:,} samples have no targets"
-        run.monitor.warn("train-student", f"{count}: they are trained on their labels alone.")
-    warn_of_absent_samples(run, spec)
-    return task
-
-
-def warn_of_absent_samples(run: Run, spec: DistillationSpec) -> None:
-    """Warn of a store's samples that the data set has lost; a recipe that selects some of them says so itself."""
-    data = run.recipe.data
-    if data.num_train is not None or data.classes is not None or data.validation_share:
-        return
-    for store in spec.stores:
-        absent = store.samples.ids[~np.isin(store.samples.ids, run.context.train_set.sample_ids.numpy())]
-        if len(absent):
-            count = f"{len(absent):,} of the {len(store.samples.ids):,} samples of {store.path}"
-            some = f"such as {absent[:3].tolist()}"
-            run.monitor.warn("train-student", f"{count}, {some}, are not in the data set: it is trained on the others.")
-
-
-def require_losses(run: Run) -> None:
-    """Raise RecipeError for a recipe without a distillation loss."""
-    if not run.recipe.distill:
-        raise RecipeError(
-            f"the recipe {run.recipe.name} has no [[distill]]: add a loss (`kdpipe losses` lists them), or compare "
-            "students without a teacher with `kdpipe compare`."
-        )
 
 
 # --- Stage 3: prune, quantize and export the distilled students

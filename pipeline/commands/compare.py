@@ -8,12 +8,12 @@ from functools import partial
 from statistics import mean, stdev
 from typing import Any
 
-from kdpipe.pipeline.preflight import preflight
+from kdpipe.pipeline.preflight import preflight, try_distillation
 from kdpipe.pipeline.report.differences import Outcomes, between
 from kdpipe.pipeline.report.variants import RESULTS, compare_table
 from kdpipe.pipeline.run import Run
 from kdpipe.pipeline.shared_store import needs_teacher
-from kdpipe.pipeline.steps import run_cache_teacher, run_train_teacher, train_student, try_distillation
+from kdpipe.pipeline.steps import run_cache_teacher, run_train_teacher, train_student
 from kdpipe.pipeline.terminal.output import console
 from kdpipe.pipeline.terminal.tables import print_table
 from kdpipe.stages.distillation.student_config import ALONE, view_warning

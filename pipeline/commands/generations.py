@@ -12,11 +12,11 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
-from kdpipe.pipeline.preflight import preflight
+from kdpipe.pipeline.preflight import preflight, require_losses, try_distillation
 from kdpipe.pipeline.recipe.load import Recipe
 from kdpipe.pipeline.report.formatting import interval_text, mean_std
 from kdpipe.pipeline.run import Run
-from kdpipe.pipeline.steps import require_losses, run_cache_teacher, run_train_teacher, train_student, try_distillation
+from kdpipe.pipeline.steps import run_cache_teacher, run_train_teacher, train_student
 from kdpipe.pipeline.terminal.output import console
 from kdpipe.pipeline.terminal.tables import Table, print_table
 from kdpipe.stages.distillation.student_config import DISTILLED, student_folder

@@ -29,7 +29,8 @@ SHORT = {
 @pytest.mark.slow
 def test_every_command_of_the_tutorial_runs(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    lines = [line for block in code_blocks(ROOT / "docs" / "tutorial.md") for line in block.code.splitlines()]
+    blocks = [block.code.replace("\\\n", "") for block in code_blocks(ROOT / "docs" / "tutorial.md")]
+    lines = [line for block in blocks for line in block.splitlines()]
     ended = {line: run(shlex.split(line)) for line in lines}
     assert not [one.stderr[-500:] for one in ended.values() if one.returncode]
     assert (tmp_path / "runs" / "mine" / "report.html").exists()

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from kdpipe.pipeline.steps import warn_of_absent_samples
+from kdpipe.pipeline.preflight import warn_of_absent_samples
 from kdpipe.stages.data.config import DataConfig
 from kdpipe.stages.runtime.events import RunMonitor
 
