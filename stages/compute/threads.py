@@ -7,6 +7,7 @@ thread or to all. Work whose last bits depend on it keeps its number.
 
 from __future__ import annotations
 
+import math
 import os
 import time
 from collections import deque
@@ -29,8 +30,11 @@ T = TypeVar("T")
 PROBE_SHARE = 0.01
 """The share of the time that may be lost by trying the number of threads that was slower before."""
 
+PERIOD_S = 0.01
+"""A number of threads is used and timed for this long at least."""
+
 NUM_TIMES = 5
-"""Timings of a number of threads that count: the last ones. Their median ignores two interruptions."""
+"""Periods of a number of threads that count: the last ones. Their median ignores two interruptions."""
 
 MIN_THREAD_GAIN = 1.5
 """More threads must be this many times as fast as fewer where a job keeps their number: they lose more when another
@@ -112,40 +116,53 @@ def restored_threads() -> Iterator[None]:
 class AdaptiveThreads:
     """Runs work on one thread or on `max_threads()`, whichever is faster at present.
 
-    Only for work whose results are the same with any number of threads. The other number is tried again as often as
-    the time that this loses allows: all the time if both are alike, rarely if it is much slower.
+    Only for work whose results are the same with any number of threads. A number is used for PERIOD_S at least, so that
+    choosing costs nothing beside small batches. The other number is tried again as often as the time that this loses
+    allows: all the time if both are alike, rarely if it is much slower.
     """
 
     def __init__(self, clock: Callable[[], float] = time.perf_counter) -> None:
         self._clock = clock
-        self._times: dict[int, deque[float]] = {}  # seconds per item, by number of threads
+        self._times: dict[int, deque[float]] = {}  # seconds per item in periods, by number of threads
         self._allowance = 0.0  # seconds that trying the slower number may lose
+        self._best = self._count = 0  # the faster number before this period, and the one in use
+        self._seconds, self._num_items = math.inf, 0  # of this period
 
     def run(self, num_items: int, work: Callable[[], T]) -> T:
         """Return the result of `work`, which takes time in proportion to `num_items`."""
         most = max_threads()
         if most == 1:
             return work()
-        best, count = self._choose((1, most), num_items)
-        with threads(count):
+        if self._seconds >= PERIOD_S or self._count > most:
+            self._start_period(most)
+        with threads(self._count):
             started = self._clock()
             result = work()
-            seconds = self._clock() - started
-        if count != best:
-            self._allowance -= max(0.0, seconds - self._expected(best) * num_items)
-        elif len(self._times) > 1:
-            self._allowance += PROBE_SHARE * seconds
-        self._times.setdefault(count, deque(maxlen=NUM_TIMES)).append(seconds / max(num_items, 1))
+            self._seconds += self._clock() - started
+        self._num_items += num_items
         return result
 
-    def _choose(self, counts: tuple[int, int], num_items: int) -> tuple[int, int]:
+    def _start_period(self, most: int) -> None:
+        if self._num_items:
+            self._record_period()
+        self._best, self._count = self._choose((1, most))
+        self._seconds, self._num_items = 0.0, 0
+
+    def _record_period(self) -> None:
+        if self._count != self._best:
+            self._allowance -= max(0.0, self._seconds - self._expected(self._best) * self._num_items)
+        elif len(self._times) > 1:
+            self._allowance += PROBE_SHARE * self._seconds
+        self._times.setdefault(self._count, deque(maxlen=NUM_TIMES)).append(self._seconds / self._num_items)
+
+    def _choose(self, counts: tuple[int, int]) -> tuple[int, int]:
         """Return the faster number of threads so far, and the one to use now."""
         for count in counts:
             if count not in self._times:
                 return count, count
         best = choose({count: self._expected(count) for count in counts}, min_gain=MIN_ADAPTIVE_GAIN)
         (other,) = set(counts) - {best}
-        loss = (self._expected(other) - self._expected(best)) * num_items
+        loss = (self._expected(other) / self._expected(best) - 1) * max(PERIOD_S, self._seconds)
         return best, other if self._allowance >= loss else best
 
     def _expected(self, count: int) -> float:

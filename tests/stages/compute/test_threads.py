@@ -5,6 +5,7 @@ import torch
 
 from kdpipe.stages.compute import threads as threads_module
 from kdpipe.stages.compute.threads import (
+    PERIOD_S,
     PROBE_SHARE,
     AdaptiveThreads,
     CheckedThreads,
@@ -71,6 +72,12 @@ def test_one_interruption_changes_nothing(box):
     assert box.share_of(4, 50) > 0.8
 
 
+def test_small_batches_keep_a_number_for_a_while(box):
+    adaptive = AdaptiveThreads(lambda: box.now)
+    run(box, adaptive, {1: PERIOD_S / 8, 4: PERIOD_S / 4}, 12)
+    assert box.used == [1] * 8 + [4] * 4
+
+
 def test_number_is_restored_even_after_an_error(four_threads):
     with pytest.raises(ZeroDivisionError):
         AdaptiveThreads().run(1, lambda: 1 // 0)
@@ -116,7 +123,8 @@ def test_processes_that_wait_for_each_other_run_equally_often(box, monkeypatch):
 
 
 @pytest.mark.parametrize(("depends", "used"), [(False, {1, 4}), (True, {4})])
-def test_checked_work_adapts_only_if_no_bit_depends_on_it(box, depends, used):
+def test_checked_work_adapts_only_if_no_bit_depends_on_it(box, monkeypatch, depends, used):
+    monkeypatch.setattr(threads_module, "PERIOD_S", 0.0)
     checked, box.costs = CheckedThreads(4), {1: 1.0, 4: 1.0}
 
     def work():
