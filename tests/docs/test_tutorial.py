@@ -43,7 +43,7 @@ def test_every_command_of_the_tutorial_runs(tmp_path, monkeypatch):
 def run(words: list[str]) -> subprocess.CompletedProcess[str]:
     """Run a command as users do, or, where it takes torch, in a process that has imported it."""
     environ = {**environment(), **SHORT, "PYTHONPATH": PYTHONPATH}
-    words = words + [word for start, more in LESS.items() if words[: len(start.split())] == start.split() for word in more]
+    words = [*words, *(word for start, more in LESS.items() if shlex.join(words).startswith(start) for word in more)]
     if words[0] == "python" and words[1].startswith("runs/"):
         return subprocess.run(
             [sys.executable, *words[1:]], check=False, env=environ, capture_output=True, text=True, timeout=300
