@@ -10,7 +10,6 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 from markupsafe import Markup
 
@@ -28,9 +27,6 @@ from kdpipe.pipeline.report.html.sections.summary import summary
 from kdpipe.pipeline.report.html.sections.tables import has_variants, results, tradeoff, variants
 from kdpipe.pipeline.report.html.templating import LeftOutError, render
 from kdpipe.store import KdpipeError, write_atomically
-
-MAX_BYTES = 1_000_000
-"""Of a page. The largest sections are left out of a larger one."""
 
 Context = Mapping[str, object]
 Message = Callable[[str], None]
@@ -103,33 +99,10 @@ def page(runs: Sequence[PageRun], on_message: Message) -> str:
         }
         for run in runs
     ]
-
-    def text() -> str:
-        return with_unique_ids(render("page.html", title=title, comparison=together, parts=parts))
-
-    excess = len(text().encode()) - MAX_BYTES
-    if excess > 0:
-        _leave_out_largest(parts, excess, on_message)
-    return text()
+    return with_unique_ids(render("page.html", title=title, comparison=together, parts=parts))
 
 
-def _leave_out_largest(parts: Sequence[dict[str, Any]], excess: int, on_message: Message) -> None:
-    """Replace the largest sections by a sentence until `excess` bytes are saved; the results stay."""
-    sections = [(part["run"], section) for part in parts for section in part["sections"] if section["key"] != "results"]
-    advice = (
-        "the page of each run alone has room for more." if len(parts) > 1 else "`kdpipe report --full` prints more."
-    )
-    for run, section in sorted(sections, key=lambda found: -len(found[1]["body"])):
-        size = len(section["body"].encode())
-        reason = f"It takes {size / 1e6:.2f} MB, and a page has {MAX_BYTES / 1e6:.0f} MB: {advice}"
-        section["body"] = render("left_out.html", reason=reason)
-        on_message(f"{run.report.recipe}: {section['title']} is left out: {reason}")
-        excess -= size - len(section["body"])
-        if excess <= 0:
-            return
-
-
-def _sections(run: PageRun, on_message: Message) -> list[dict[str, Any]]:
+def _sections(run: PageRun, on_message: Message) -> list[dict[str, object]]:
     def body(section: Section) -> Markup:
         name = f"{run.report.recipe}: {section.title}"
         return _attempt(f"{section.key}.html", partial(section.make, run), name, on_message, run)

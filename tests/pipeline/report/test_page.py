@@ -19,7 +19,6 @@ from support.report_page import examined, leave_job, made_run, page_of
 from kdpipe.pipeline.job import _print_results
 from kdpipe.pipeline.report.chart import spread, with_unique_ids
 from kdpipe.pipeline.report.formatting import interval_text
-from kdpipe.pipeline.report.html import write
 from kdpipe.pipeline.report.html.write import SECTIONS, write_page
 from kdpipe.pipeline.report.report import read_report
 from kdpipe.stages.compress.artifacts.load import rebuild
@@ -214,16 +213,6 @@ def test_top_has_data_networks_losses_and_what_to_ship(tmp_path):
 def test_page_is_deterministic(tmp_path):
     run = made_run(tmp_path / "run")
     assert page_of(run, file=tmp_path / "a")[0] == page_of(run, file=tmp_path / "b")[0]
-
-
-def test_largest_sections_of_too_large_a_page_are_left_out(tmp_path, monkeypatch):
-    runs = [made_run(tmp_path / "one"), made_run(tmp_path / "two")]
-    whole, _, _ = page_of(*runs)
-    limit = len(whole.encode()) * 3 // 4
-    monkeypatch.setattr(write, "MAX_BYTES", limit)
-    text, read, messages = page_of(*runs)
-    assert len(text.encode()) <= limit and sum("a page has" in message for message in messages) < 6
-    assert [title for _, title in read.headings].count("Results") == 2 and "It takes 0." in text
 
 
 def test_tables_have_headers_and_charts_have_titles(tmp_path):
