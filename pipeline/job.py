@@ -305,7 +305,7 @@ def _print_results(command: str, run: Run, results: dict[str, Any], as_json: boo
     if as_json:
         print_json({"command": command, "run": str(run.folder), **results})
     elif command == "compare":
-        print_compare(run.recipe.name, results)
+        print_compare(run.recipe.name, run.folder, results)
     elif command == "sweep":
         print_sweep(run.recipe.name, run.folder, results)
     elif command == "generations":

@@ -5,17 +5,19 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import asdict
 from functools import partial
+from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
 from kdpipe.pipeline.preflight import preflight, try_distillation
 from kdpipe.pipeline.report.differences import Outcomes, between
+from kdpipe.pipeline.report.printing import full_report
 from kdpipe.pipeline.report.variants import RESULTS, compare_table
 from kdpipe.pipeline.run import Run
 from kdpipe.pipeline.shared_store import needs_teacher
 from kdpipe.pipeline.steps import run_cache_teacher, run_train_teacher, train_student
 from kdpipe.pipeline.terminal.output import console
-from kdpipe.pipeline.terminal.tables import print_table
+from kdpipe.pipeline.terminal.tables import print_short_table
 from kdpipe.stages.distillation.student_config import ALONE, view_warning
 from kdpipe.stages.errors import NotFiniteError, RecipeError
 from kdpipe.stages.evaluation.correct_images import outcome_of
@@ -143,9 +145,9 @@ def _mean(values: Sequence[float | None], factor: float) -> float | None:
     return mean(known) if known else None
 
 
-def print_compare(recipe: str, results: dict[str, Any]) -> None:
+def print_compare(recipe: str, folder: Path, results: dict[str, Any]) -> None:
     """Print the table to stdout, the best variant first."""
     out, num_seeds = console(), len(results["rows"][0]["accuracies"])
-    print_table(out, compare_table(recipe, results))
+    print_short_table(out, compare_table(recipe, results), full_report(folder))
     for name, number in results["num_diverged"].items():
         out.print(f"{name}: {number} of {num_seeds} seeds diverged: try a lower weight or learning rate.")

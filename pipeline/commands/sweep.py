@@ -16,11 +16,12 @@ from tabulate import tabulate
 from kdpipe.pipeline.commands.compare import accuracy_row, prepare_store
 from kdpipe.pipeline.preflight import try_distillation
 from kdpipe.pipeline.recipe.sweep import SweepPoint, alone_of, as_override, short_names
+from kdpipe.pipeline.report.printing import full_report
 from kdpipe.pipeline.report.variants import RESULTS, ranking_accuracy, sweep_table
 from kdpipe.pipeline.run import Run
 from kdpipe.pipeline.steps import train_student
 from kdpipe.pipeline.terminal.output import console
-from kdpipe.pipeline.terminal.tables import print_table
+from kdpipe.pipeline.terminal.tables import print_short_table
 from kdpipe.stages.distillation.spec import DistillationSpec
 from kdpipe.stages.distillation.student_config import ALONE, StudentConfig, student_folder
 from kdpipe.stages.errors import NotFiniteError, RecipeError
@@ -207,7 +208,7 @@ def write_tables(folder: Path, found: Mapping[str, Any]) -> None:
 def print_sweep(recipe: str, folder: Path, found: Mapping[str, Any]) -> None:
     """Print the table to stdout, the best combination first, and where its files are."""
     out, rows = console(), found["rows"]
-    print_table(out, sweep_table(recipe, found))
+    print_short_table(out, sweep_table(recipe, found), full_report(folder))
     num_seeds = max(len(row["accuracies"]) for row in rows)
     for name, number in found["num_diverged"].items():
         out.print(f"{name}: {number} of {num_seeds} seeds diverged.")

@@ -19,7 +19,7 @@ from kdpipe.pipeline.report.variants import recorded_tables
 from kdpipe.pipeline.session.paths import require_writable
 from kdpipe.pipeline.terminal.exit_codes import DONE, DONE_IN_PART
 from kdpipe.pipeline.terminal.output import console, print_json
-from kdpipe.pipeline.terminal.tables import Table, print_table
+from kdpipe.pipeline.terminal.tables import Table, print_short_table, print_table
 
 
 def print_reports(runs: Sequence[Path], as_json: bool, *, full: bool = False, page: Path | None = None) -> int:
@@ -96,16 +96,21 @@ def print_short(run: PageRun, page: Path | None) -> None:
                 row.name,
                 mean_std(row.accuracy_mean, row.accuracy_std),
                 f"{row.interval.low:.1f}–{row.interval.high:.1f}" if row.interval else "-",
-                integer(row.num_parameters),
                 kib(row.file_bytes),
                 size_ratio(row.of_teacher),
+                integer(row.num_parameters),
             ]
             for row in rows
         ]
-        headers = ["network", "test accuracy %", "95 % interval", "parameters", "ONNX file", "size / teacher's"]
-        print_table(screen, Table("", headers, cells))
+        headers = ["network", "test accuracy %", "95 % interval", "ONNX file", "size / teacher's", "parameters"]
+        print_short_table(screen, Table("", headers, cells), full_report(run.path))
     for name, text in _places(run, best, page):
         screen.print(Text(f"{name:<8} {text}"), soft_wrap=True)
+
+
+def full_report(run: Path) -> str:
+    """Return the command that prints all tables of a run."""
+    return f"kdpipe report --full {shlex.quote(str(run))}"
 
 
 def _wrapped(text: str, width: int) -> str:
@@ -133,6 +138,6 @@ def _places(run: PageRun, best: tuple[str, Path] | None, page: Path | None) -> I
         yield "try", f"python {shlex.quote(str(best[1] / 'predict.py'))} IMAGE"
         yield "next", f"kdpipe bench {shlex.quote(str(best[1] / 'model.onnx'))}"
     yield "page", str(page) if page else f"kdpipe report {folder}"
-    yield "tables", f"kdpipe report --full {folder}"
+    yield "tables", full_report(run.path)
     if run.report.missing:
         yield "missing", f"{', '.join(run.report.missing)}: run the recipe again to complete them"

@@ -29,7 +29,8 @@ def compare_table(recipe: str, results: Mapping[str, Any]) -> Table:
     first, teacher = results["rows"][0], results["teacher"]  # the student alone, unless student.baseline is false
     validates = all(row["validation_mean"] is not None for row in results["rows"])
     headers = ["variant", "test accuracy %", f"over {first['name']}", "95 % interval", "p"]
-    headers += ["validation %"] * validates + ["best epoch %", "agreement %", "KL, nats"]
+    headers += ["validation %"] * validates
+    headers += [f"vs {first['name']}", "ms / step", "agreement %", "KL, nats", "best epoch %"]
     cells = [["teacher", f"{100 * teacher['accuracy']:.2f}", *[""] * len(headers)]] if teacher else []
     for row in sorted(results["rows"], key=ranking_accuracy, reverse=True):
         interval = Interval(**row["interval"]) if row["interval"] else None
@@ -41,14 +42,13 @@ def compare_table(recipe: str, results: Mapping[str, Any]) -> Table:
                 interval_text(interval, signed=True),
                 p_text(row["p"]),
                 *[mean_std(row["validation_mean"])] * validates,
-                f"{row['best_accuracy_mean']:.2f}",
+                f"{row['ratio']:.2f}",
+                f"{row['step_ms']:.2f}",
                 mean_std(row["agreement_mean"]),
                 mean_std(row["teacher_kl_mean"], digits=3),
-                f"{row['step_ms']:.2f}",
-                f"{row['ratio']:.2f}",
+                f"{row['best_accuracy_mean']:.2f}",
             ]
         )
-    headers += ["ms / step", f"vs {first['name']}"]
     return Table(f"{recipe}: comparison over {num_seeds(len(first['accuracies']))}", headers, cells)
 
 
@@ -57,7 +57,7 @@ def sweep_table(recipe: str, found: Mapping[str, Any]) -> Table:
     names, rows = short_names(found["keys"]), found["rows"]
     validates = all(row["validation_mean"] is not None for row in rows)
     headers = [*names.values(), "test accuracy %", "alone %", "gain", "its 95 % interval"]
-    headers += ["validation %"] * validates + ["best epoch %", "agreement %", "KL, nats"]
+    headers += ["validation %"] * validates + ["agreement %", "KL, nats", "best epoch %"]
     cells = [
         [
             *map(str, row["settings"].values()),
@@ -66,9 +66,9 @@ def sweep_table(recipe: str, found: Mapping[str, Any]) -> Table:
             mean_std(row["gain_mean"], signed=True),
             interval_text(Interval(**row["interval"]) if row["interval"] else None, signed=True),
             *[mean_std(row["validation_mean"])] * validates,
-            f"{row['best_accuracy_mean']:.2f}",
             mean_std(row["agreement_mean"]),
             mean_std(row["teacher_kl_mean"], digits=3),
+            f"{row['best_accuracy_mean']:.2f}",
         ]
         for row in rows
     ]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import textwrap
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from kdpipe.pipeline.terminal.output import new_table, printable
@@ -43,6 +43,28 @@ def print_table(out: Console, table: Table) -> None:
         return
     for columns in _spread(out, table):
         out.print(_drawn(table, columns, out.width))
+
+
+def print_short_table(out: Console, table: Table, full: str) -> None:
+    """Print a table without the columns that say nothing, and without the last ones that do not fit.
+
+    `full` is the command that prints all of them; a line names those that did not fit.
+    """
+    names = list(range(table.num_names))
+    told = [
+        n for n in range(len(table.headers)) if n in names or any(str(row[n]) not in ("", "-") for row in table.rows)
+    ]
+    shown = list(told)
+    while len(shown) > len(names) + 1 and not _fits(out, _drawn(table, shown, out.width)):
+        shown.pop()
+    print_table(out, _columns_of(table, shown))
+    if more := [str(table.headers[column]) for column in told[len(shown) :]]:
+        out.print(printable(f"more: {', '.join(more)}: {full}"), soft_wrap=True)
+
+
+def _columns_of(table: Table, columns: Sequence[int]) -> Table:
+    rows = [[row[column] for column in columns] for row in table.rows]
+    return replace(table, headers=[table.headers[column] for column in columns], rows=rows)
 
 
 def _spread(out: Console, table: Table) -> Iterator[Sequence[int]]:

@@ -32,6 +32,20 @@ IMPORTED = (PREFIX, USER_PREFIX)
 FUSED = ("sgd", "adam", "adamw")
 """Optimizers of torch that have a fused kernel on CUDA."""
 
+UNCOMMON = (
+    "betas",
+    "optimizer_args",
+    "layer_decay",
+    "schedule_args",
+    "clip_grad_mode",
+    "class_weights",
+    "sampler",
+    "precision",
+    "memory_format",
+    "compile",
+)
+"""Keys that a network or an optimizer may refuse."""
+
 Fraction = Annotated[float, Field(ge=0, lt=1)]
 ClassWeight = Annotated[float, Field(ge=0, le=1e6)]
 
@@ -192,7 +206,7 @@ def check_training(config: TrainConfig, where: str, *, imports: bool) -> None:
         imports: Whether to import what `python:` and `timm:` name, and to try everything with one weight.
     """
     try:
-        if imports:
+        if imports and not is_common(config):
             make_optimizer(config.optimizer, [nn.Parameter(torch.zeros(2, 2))], _offered(config), config.optimizer_args)
             for step in {0, max(0, 10 * config.epochs - 1)}:
                 learning_rate(config, step, 10)
@@ -203,6 +217,15 @@ def check_training(config: TrainConfig, where: str, *, imports: bool) -> None:
             build_schedule(config, 10)
     except RecipeError as error:
         raise RecipeError(str(error).replace("train.", f"{where}.", 1)) from error
+
+
+def is_common(config: TrainConfig) -> bool:
+    """Return whether a training has a built-in optimizer and schedule, and no key that one of them may refuse.
+
+    Making an optimizer imports torch's compiler, which takes a second.
+    """
+    plain, built_in = TrainConfig(), config.optimizer in OPTIMIZERS.builtin and config.schedule in SCHEDULES.builtin
+    return built_in and all(getattr(config, key) == getattr(plain, key) for key in UNCOMMON)
 
 
 def idle_keys(config: TrainConfig) -> Iterator[tuple[str, str]]:

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
 
 from kdpipe.stages.compute.compiled import require_traceable
 from kdpipe.stages.config import config_fingerprint
@@ -20,11 +21,12 @@ from kdpipe.stages.errors import ModelError, cause
 from kdpipe.stages.export.trial import try_export
 from kdpipe.stages.models.bundle import ModelBundle
 from kdpipe.stages.models.clone import clone_without_hooks
+from kdpipe.stages.models.registry import SMALL_IMAGE_NETWORKS
 from kdpipe.stages.runtime.memory import is_out_of_memory
 from kdpipe.stages.training.job import TrainJob
 from kdpipe.stages.training.job_dir import JobDir
 from kdpipe.stages.training.loop import time_steps
-from kdpipe.stages.training.optim import TrainConfig
+from kdpipe.stages.training.optim import TrainConfig, is_common
 from kdpipe.stages.training.set_up import COMPILE
 from kdpipe.stages.training.task import TrainingTask
 from kdpipe.store import KdpipeError
@@ -134,7 +136,11 @@ def _try_training(
         )
         advice = "Change its forward." if size > 1 else "Raise batch_size, or change its forward."
         with _explained(network.model, f"the {role} cannot be trained on a batch of {size}", advice):
-            time_steps(job, device, 1)
+            if network.architecture.get("model") in SMALL_IMAGE_NETWORKS and is_common(config):  # the step cannot fail
+                logits = network.model.train()(network.normalize(images[:size].to(device)))
+                cross_entropy(logits, ids[:size].to(device) % num_classes).backward()
+            else:
+                time_steps(job, device, 1)
     if config.compile:
         require_traceable(network.model.train(), network.normalize(images.to(device)), COMPILE)
 

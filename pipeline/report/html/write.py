@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from markupsafe import Markup
 
@@ -64,6 +65,21 @@ SECTIONS = (
     Section("provenance", "Provenance", provenance),
 )
 
+MAX_BYTES = 1_000_000
+
+FIRST_LEFT_OUT = (
+    "samples",
+    "similarity",
+    "confusions",
+    "losses",
+    "reliability",
+    "tradeoff",
+    "curves",
+    "variants",
+    "provenance",
+)
+"""The sections that a page above MAX_BYTES leaves out, in this order, in all of its runs."""
+
 
 def write_page(runs: Sequence[Path], file: Path, on_message: Message) -> None:
     """Write the page of run folders to `file`, replacing it.
@@ -99,7 +115,25 @@ def page(runs: Sequence[PageRun], on_message: Message) -> str:
         }
         for run in runs
     ]
-    return with_unique_ids(render("page.html", title=title, comparison=together, parts=parts))
+    draw = partial(render, "page.html", title=title, comparison=together, parts=parts)
+    return _fitted(parts, lambda: with_unique_ids(draw()), on_message)
+
+
+def _fitted(parts: Sequence[Mapping[str, Any]], draw: Callable[[], str], on_message: Message) -> str:
+    """Return the page that `draw` makes of the parts; sections are left out until it has MAX_BYTES."""
+    text, left_out = draw(), []
+    for key in FIRST_LEFT_OUT:
+        if len(text.encode()) <= MAX_BYTES:
+            break
+        found = [section for part in parts for section in part["sections"] if section["key"] == key]
+        for section in found:
+            reason = f"The page would have more than {MAX_BYTES // 10**6} MB: the page of this run alone may have it."
+            section["body"] = render("left_out.html", reason=reason)
+        left_out += [section["title"] for section in found[:1]]
+        text = draw()
+    if left_out:
+        on_message(f"{', '.join(left_out)}: left out, the page would have more than {MAX_BYTES // 10**6} MB.")
+    return text
 
 
 def _sections(run: PageRun, on_message: Message) -> list[dict[str, object]]:

@@ -24,6 +24,7 @@ from kdpipe.stages.compress.pruning.exclusions import (
     is_depthwise,
     written,
 )
+from kdpipe.stages.compress.pruning.library import import_torch_pruning
 from kdpipe.stages.compress.pruning.widths import SIZES
 from kdpipe.stages.errors import ModelError, cause
 from kdpipe.stages.models.clone import preserve_modes
@@ -121,14 +122,12 @@ def find_channels(
     size is not in the record of widths (attention, positional embeddings), and, for `with_batch_norm`, those without
     one. `full_widths` are those of the unpruned network.
     """
-    import torch_pruning  # imports timm where it is installed, which takes seconds
-
     outputs = output_layers(model, example)
     groups = []
     excluded: dict[nn.Module, str] = {}
     with follow_channels():
         # In a list: a bare tensor would be unpacked along its first axis.
-        graph = torch_pruning.DependencyGraph().build_dependency(model, [example], verbose=False)
+        graph = import_torch_pruning().DependencyGraph().build_dependency(model, [example], verbose=False)
         names = ModuleNames(model, outputs, exclude)
         for found in _all_groups(graph):
             reason = exclusion_reason(found, names, with_batch_norm=with_batch_norm)

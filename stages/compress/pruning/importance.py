@@ -8,6 +8,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from kdpipe.stages.compress.pruning.library import import_torch_pruning
 from kdpipe.stages.errors import ModelError
 
 Importance = Literal["l1", "l2", "taylor", "bn_scale"]
@@ -30,8 +31,7 @@ def measure_of(kind: Importance) -> Callable[[Any], Tensor]:
     "bn_scale": an entry is |gamma| of a batch norm, and nothing else counts (network slimming, Liu et al. 2017,
         arXiv:1708.06519). The group must have one (`batch_norms_of`).
     """
-    import torch_pruning  # imports timm where it is installed, which takes seconds
-
+    torch_pruning = import_torch_pruning()
     measure: Any
     if kind == "taylor":
         measure = torch_pruning.importance.GroupTaylorImportance(normalizer=None)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
 from kdpipe.pipeline.commands.compare import print_compare
@@ -25,7 +27,7 @@ def test_differences_name_the_first_variant(first: str, capsys: pytest.CaptureFi
         {**ROW, "name": first, "accuracy_mean": 90.0, "ratio": 1.0},
         {**ROW, "name": "dkd", "accuracy_mean": 91.5, "ratio": 1.2},
     ]
-    print_compare("mine", {"teacher": None, "rows": rows, "num_diverged": {}})
+    print_compare("mine", Path("run"), {"teacher": None, "rows": rows, "num_diverged": {}})
     printed = capsys.readouterr().out
     assert f"over {first}" in printed
     assert f"vs {first}" in printed
@@ -45,7 +47,7 @@ def test_validation_images_decide_which_variant_is_the_best(capsys: pytest.Captu
             "p": 0.25,
         },
     ]
-    print_compare("mine", {"teacher": {"accuracy": 0.95}, "rows": rows, "num_diverged": {}})
+    print_compare("mine", Path("run"), {"teacher": {"accuracy": 0.95}, "rows": rows, "num_diverged": {}})
     printed = capsys.readouterr().out
     assert printed.index("dkd") < printed.index("  kd ")
     assert "-2.00 to +0.50 over images" in printed and "0.250" in printed

@@ -6,7 +6,7 @@ import re
 import pytest
 from rich.console import Console
 
-from kdpipe.pipeline.terminal.tables import Table, print_table
+from kdpipe.pipeline.terminal.tables import Table, print_short_table, print_table
 
 ROWS = [
     ["teacher", "99.25", "1,234,567", "1615.2 KiB", "0.017 (0.027)", "-", "9: 92.89 ± 0.61"],
@@ -39,3 +39,15 @@ def test_long_names_are_folded():
 
 def test_a_table_of_names_alone():
     assert "only" in printed(Table("", ["network"], [["only"]]), 80)
+
+
+def test_short_tables_leave_out_what_does_not_fit():
+    file = io.StringIO()
+    out = Console(file=file, width=80, markup=False, highlight=False)
+    print_short_table(
+        out, Table("Results", [*HEADERS[:2], "nothing", *HEADERS[2:]], [[*r[:2], "-", *r[2:]] for r in ROWS]), "all"
+    )
+    *lines, last = file.getvalue().splitlines()
+    assert sum("teacher " in line for line in lines) == 1  # one table
+    assert max(map(len, lines)) <= 80 and "97.47 ± 0.18" in "".join(lines)
+    assert last == "more: batch of 64, size / teacher's, worst class %: all"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -120,3 +121,23 @@ def test_networks_are_tried_once_in_a_process(monkeypatch: pytest.MonkeyPatch) -
     for config in (TRAIN, TRAIN, TrainConfig(epochs=3, batch_size=8)):
         attempt(Net(), config, exports=True)
     assert len(exported) == 2
+
+
+@pytest.mark.parametrize(
+    ("name", "config", "steps"),
+    [
+        ("resnet8", TRAIN, False),
+        ("mine", TRAIN, True),
+        ("resnet8", replace(TRAIN, layer_decay=0.5), True),
+    ],
+)
+def test_optimizers_that_cannot_fail_are_not_made(
+    name: str, config: TrainConfig, steps: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sizes: list[int] = []
+    monkeypatch.setattr(preflight, "time_steps", lambda job, *_: sizes.append(job.config.batch_size))
+    network = ModelBundle(
+        Net(), {"model": name, "num_classes": 3, "in_channels": 1, "image_size": [8, 8]}, Normalization((0.5,), (0.5,))
+    )
+    try_network(network, config, role="student", device=DEVICE)
+    assert sizes == ([2, 3] if steps else [])
