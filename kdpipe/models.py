@@ -116,10 +116,11 @@ def create_model(
 
     Args:
         name: A network for small images (`cnn`, `resnet20`, `wrn_16_2`, ...), one of torchvision's classifiers,
-            `python:module:factory`, or a name given to `register_model`.
+            `timm:NAME`, `hf:OWNER/NAME` or `hf:FOLDER`, `python:module:factory`, or a name given to `register_model`.
         dataset: The data set, for the shape of its images and the number of its classes.
         seed: Decides the initial weights.
-        weights: "published" for torchvision's, or the path of a .safetensors file or torch state dict.
+        weights: "published" for those of torchvision, timm or the Hugging Face hub, or the path of a .safetensors file
+            or torch state dict.
         classes: The names of the classes that the weights are of, where they are more than the data's or in another
             order: "published", or the path of a file with one class a line. The rows of the data's classes are kept.
         weights_key: The key in the file, and prefix, of the weights to take, where there are several:

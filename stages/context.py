@@ -16,8 +16,9 @@ from kdpipe.stages.data.loader.image_loader import ImageLoader
 from kdpipe.stages.data.splits import VALIDATION
 from kdpipe.stages.errors import DataError, RecipeError
 from kdpipe.stages.evaluation.evaluate import Evaluation, LogitsAt
-from kdpipe.stages.models.build import ModelConfig, architecture
+from kdpipe.stages.models.build import PUBLISHED, ModelConfig, architecture
 from kdpipe.stages.models.classes import build_for_classes
+from kdpipe.stages.models.libraries.by_name import prefix_of, scaling_of_weights
 from kdpipe.stages.models.normalization import Normalization
 from kdpipe.stages.runtime.distributed import SINGLE, ProcessGroup
 from kdpipe.stages.runtime.events import RunMonitor
@@ -28,8 +29,6 @@ from kdpipe.store import Samples
 
 VIEW_SIZE = "view_size"
 """Key of an architecture record: (H, W) of the views, if a network gets them resized."""
-
-IMAGENET = Normalization((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 
 
 def _no_logits() -> None:
@@ -269,9 +268,12 @@ def require_fitting_test_images(context: StageContext) -> None:
 
 
 def model_normalization(
-    image_set: ImageSet, weights: str | None, mean: tuple[float, ...] | None, std: tuple[float, ...] | None
+    image_set: ImageSet, model: ModelConfig | None, mean: tuple[float, ...] | None, std: tuple[float, ...] | None
 ) -> Normalization:
-    """Return a model's input scaling: the recipe's, that of published weights, or the training images' statistics."""
+    """Return a model's input scaling: the recipe's, that of its library's weights, or the training images' statistics.
+
+    timm and transformers state one for the weights by name, whether they are downloaded or in a file.
+    """
     if (mean is None) != (std is None):
         raise RecipeError("a model's mean and std must be given together.")
     if mean is not None and std is not None:
@@ -281,8 +283,9 @@ def model_normalization(
                 "one number a channel, std above 0."
             )
         return Normalization(mean, std)
-    if weights == "published" and image_set.in_channels == 3:
-        return IMAGENET
+    if model is not None and (model.weights == PUBLISHED or (model.weights and prefix_of(model.name))):
+        for stated in scaling_of_weights(model.name, image_set.in_channels).values():
+            return stated
     return Normalization(*normalization(image_set))
 
 

@@ -8,15 +8,15 @@ from typing import Any
 
 from torch import nn
 
-from kdpipe.stages.context import IMAGENET, StageContext
+from kdpipe.stages.context import StageContext
 from kdpipe.stages.errors import NotLogitsError, RecipeError
 from kdpipe.stages.evaluation.evaluate import Evaluation
 from kdpipe.stages.evaluation.metrics import EvalReport
 from kdpipe.stages.evaluation.trials import try_class_order, try_scalings
 from kdpipe.stages.models.build import PUBLISHED, ModelConfig
 from kdpipe.stages.models.bundle import ModelBundle
-from kdpipe.stages.models.normalization import Normalization
-from kdpipe.stages.models.torchvision import published_categories
+from kdpipe.stages.models.libraries.by_name import num_published_classes
+from kdpipe.stages.models.normalization import IMAGENET, Normalization
 from kdpipe.stages.numerics import PROBABILITIES
 from kdpipe.stages.teacher import TeacherConfig, stated_by_weights
 from kdpipe.stages.training.job_dir import read_json_file
@@ -71,7 +71,9 @@ def known_scaling(config: ModelConfig, model: nn.Module, context: StageContext) 
 def has_new_head(config: ModelConfig, num_classes: int) -> bool:
     """Return whether a network gets a new, random classifier: its weights are of other classes than the data."""
     return config.fresh_head or (
-        config.weights == PUBLISHED and config.classes is None and len(published_categories(config.name)) != num_classes
+        config.weights == PUBLISHED
+        and config.classes is None
+        and num_published_classes(config.name, config.args) != num_classes
     )
 
 

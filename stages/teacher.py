@@ -11,10 +11,11 @@ from pydantic import Field
 from torch import nn
 
 from kdpipe.stages.config import config_fingerprint, section
-from kdpipe.stages.context import IMAGENET, StageContext, model_normalization
+from kdpipe.stages.context import StageContext, model_normalization
 from kdpipe.stages.errors import ANOTHER_RUN, RecipeError
 from kdpipe.stages.models.build import PUBLISHED, ModelConfig, weights_path
 from kdpipe.stages.models.bundle import ModelBundle
+from kdpipe.stages.models.libraries.by_name import prefix_of, scaling_of_network, scaling_of_weights
 from kdpipe.stages.models.normalization import Normalization, stated_scalings
 from kdpipe.stages.models.user_models import is_user_model
 from kdpipe.stages.models.weights.state_dict import weights_sha256
@@ -133,7 +134,7 @@ def teacher_identity(config: TeacherConfig, context: StageContext) -> dict[str, 
     `weights_sha256` comes from its results, and is left out if the run folder has none.
     """
     result = teacher_folder(context.run_dir).result()
-    normalize = model_normalization(context.train_set, config.model.weights, config.mean, config.std)
+    normalize = model_normalization(context.train_set, config.model, config.mean, config.std)
     identity = {"architecture": context.architecture(config.model), "normalization": normalize.to_json()}
     if result and config.mean is None:
         identity["normalization"] = result["identity"].get("normalization")
@@ -143,7 +144,7 @@ def teacher_identity(config: TeacherConfig, context: StageContext) -> dict[str, 
 def build_teacher(config: TeacherConfig, seed: int, context: StageContext) -> ModelBundle:
     """Build the untrained teacher, or the one with the weights that are taken as they are."""
     model = context.build_model(config.model, seed)
-    normalize = model_normalization(context.train_set, config.model.weights, config.mean, config.std)
+    normalize = model_normalization(context.train_set, config.model, config.mean, config.std)
     if config.train is None and config.mean is None:
         normalize = next(iter(stated_by_weights(config.model, model, context).values()), normalize)
     return ModelBundle(model, context.architecture(config.model), normalize)
@@ -152,6 +153,10 @@ def build_teacher(config: TeacherConfig, seed: int, context: StageContext) -> Mo
 def stated_by_weights(config: ModelConfig, model: nn.Module, context: StageContext) -> dict[str, Normalization]:
     """Return the input scalings that the teacher and its weights come with, by the place where each is stated."""
     weights = config.weights
-    if weights == PUBLISHED:
-        return {"torchvision": IMAGENET} if context.train_set.in_channels == len(IMAGENET.mean) else {}
-    return stated_scalings(model, weights_path(weights) if weights else None, context.train_set.in_channels)
+    channels = context.train_set.in_channels
+    if weights == PUBLISHED or prefix_of(config.name):
+        by_name = scaling_of_weights(config.name, channels)
+    else:
+        by_name = scaling_of_network(model, channels)
+    file = weights_path(weights) if weights and weights != PUBLISHED else None
+    return by_name if weights == PUBLISHED else by_name | stated_scalings(model, file, channels)

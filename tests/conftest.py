@@ -13,10 +13,12 @@ os.environ["COLUMNS"] = "200"  # tables in one piece; xdist's workers have 80
 import gc
 import shutil
 import sys
+import tempfile
 from collections.abc import Callable, Generator
 from pathlib import Path
 
 import pytest
+from support.export_cache import FOLDER, keep_exports
 from support.made_store import MadeStore, make_store
 from support.onnx_registry import cache_onnx_registry
 
@@ -35,6 +37,8 @@ def pytest_configure(config: pytest.Config) -> None:
     os.environ["TESTS_DEVICE"] = "cuda:0" if device == "cuda" else device  # read by support.device
     if IN_MEMORY.is_dir() and os.access(IN_MEMORY, os.W_OK) and shutil.disk_usage(IN_MEMORY).free > MIN_FREE_BYTES:
         os.environ.setdefault("PYTEST_DEBUG_TEMPROOT", str(IN_MEMORY))
+    if not hasattr(config, "workerinput"):  # which inherits it
+        os.environ[FOLDER] = tempfile.mkdtemp(dir=os.environ.get("PYTEST_DEBUG_TEMPROOT"))
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -55,10 +59,13 @@ def pytest_collection() -> Generator[None, object, object]:
         gc.enable()
         if "kdpipe.stages.export.onnx_export" in sys.modules:
             cache_onnx_registry()
+            keep_exports()
 
 
-def pytest_unconfigure() -> None:
+def pytest_unconfigure(config: pytest.Config) -> None:
     gc.unfreeze()  # some libraries list all objects when they end
+    if not hasattr(config, "workerinput"):
+        shutil.rmtree(os.environ[FOLDER], ignore_errors=True)
 
 
 @pytest.fixture

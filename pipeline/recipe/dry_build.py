@@ -14,7 +14,7 @@ from torch import nn
 from kdpipe.pipeline.recipe.load import Recipe, fault_of, faults_of_each, students_of
 from kdpipe.stages.cache_teacher.plan import top_k_of
 from kdpipe.stages.compress.compress import dry_run
-from kdpipe.stages.context import IMAGENET, StageContext
+from kdpipe.stages.context import StageContext
 from kdpipe.stages.data.image_set import ImageSet
 from kdpipe.stages.data.load import list_source
 from kdpipe.stages.data.names import KINDS, NUM_CLASSES, SHAPES
@@ -27,7 +27,7 @@ from kdpipe.stages.losses.base import Loss
 from kdpipe.stages.models.build import PUBLISHED, build_model, weights_path
 from kdpipe.stages.models.bundle import ModelBundle
 from kdpipe.stages.models.classes import read_class_list
-from kdpipe.stages.models.normalization import Normalization
+from kdpipe.stages.models.normalization import IMAGENET, Normalization
 from kdpipe.stages.models.registry import SMALL_IMAGE_NETWORKS
 from kdpipe.stages.models.user_models import is_user_model
 from kdpipe.stages.runtime.events import RunMonitor

@@ -112,10 +112,13 @@ def _weights(text: str, answers: Answers) -> str:
 
 def _model(text: str, answers: Answers) -> str:
     from kdpipe.stages.models.build import TORCHVISION, list_models
+    from kdpipe.stages.models.libraries.by_name import prefix_of
 
     if is_small_network(text):
         require_factory(text, "model.name")
         return str(_path(text, answers))
+    if prefix_of(text):
+        return text
     known = list_models()
     if text in known or (text.startswith(TORCHVISION) and text.removeprefix(TORCHVISION) in known):
         return text

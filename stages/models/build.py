@@ -16,9 +16,12 @@ from torch import Tensor, nn
 from kdpipe.stages.config import PathStr, section
 from kdpipe.stages.errors import ModelError, NotLogitsError, UnknownModelError, cause
 from kdpipe.stages.models.clone import clone_without_hooks, unwrap, unwrap_all
+from kdpipe.stages.models.libraries.by_name import BY_PREFIX, prefix_of
+from kdpipe.stages.models.libraries.torchvision import WITH_AUXILIARY_HEADS, build_classifier, classifier_names, refusal
+from kdpipe.stages.models.libraries.transformers import PREFIX as HF
+from kdpipe.stages.models.libraries.transformers import recorded_args
 from kdpipe.stages.models.main_logits import keep_main_logits, require_repeatable
 from kdpipe.stages.models.registry import SMALL_IMAGE_NETWORKS, build_small_image_network
-from kdpipe.stages.models.torchvision import WITH_AUXILIARY_HEADS, build_classifier, classifier_names, refusal
 from kdpipe.stages.models.user_models import MODELS, build_user_model, is_user_model, model_source_sha256
 from kdpipe.stages.models.weights.state_dict import load_weights
 from kdpipe.stages.numerics import PROBABILITIES, kinds_of_outputs
@@ -44,9 +47,9 @@ class ModelConfig:
 
     Attributes:
         name: One of `list_models()`, registered ones among them, `torchvision:NAME` where the plain name is a
-            small-image network's, or `python:package.module:factory`.
+            small-image network's, `timm:NAME`, `hf:OWNER/NAME` or `hf:FOLDER`, or `python:package.module:factory`.
         args: The network's own arguments, such as a width.
-        weights: None (random), "published" (torchvision's), or the path of a .safetensors file or torch state dict.
+        weights: None (random), "published" (the library's own), or the path of a .safetensors file or torch state dict.
         classes: The names of the classes that the weights are of, where they are more than the data's or in another
             order: "published", or the path of a file with one class a line. The rows of the data's classes are kept.
         weights_key: The key in the file, and prefix, of the weights to take, where there are several:
@@ -96,8 +99,9 @@ def build_model(
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
         model = _construct(config, num_classes, in_channels, image_size, notify)
-        if is_user_model(config.name) or config.name.removeprefix(TORCHVISION) in WITH_AUXILIARY_HEADS:
-            keep_main_logits(config.name, model, image_shape, notify)
+        if _may_return_more(config.name):
+            is_known = prefix_of(config.name) is not None  # transformers always returns an object
+            keep_main_logits(config.name, model, image_shape, _silent if is_known else notify)
         _check_fit(config.name, model, num_classes, image_shape)
     if config.weights is not None and config.weights != PUBLISHED:
         load_weights(
@@ -120,7 +124,8 @@ def architecture(
     Defaults of small-image networks are included, and the digest of the source of a user's own network. Raises
     ModelError if there is no source, or `args` are no JSON.
     """
-    args = _default_args(config.name) | config.args
+    args = recorded_args(config.name, config.args) if config.name.startswith(HF) else config.args
+    args = _default_args(config.name) | args
     own = network_sha256(config.module) if isinstance(config, GivenModel) and config.name.startswith(OBJECT) else {}
     try:
         args = json.loads(json.dumps(args, allow_nan=False))
@@ -181,6 +186,17 @@ def _construct(
     notify: Callable[[str], None],
 ) -> nn.Module:
     name, is_published = config.name.removeprefix(TORCHVISION), config.weights == PUBLISHED
+    if prefix := prefix_of(config.name):
+        return BY_PREFIX[prefix](
+            config.name,
+            config.args,
+            num_classes=num_classes,
+            in_channels=in_channels,
+            image_size=image_size,
+            published=is_published,
+            fresh_head=config.fresh_head,
+            notify=notify,
+        )
     is_small, is_own = config.name in SMALL_IMAGE_NETWORKS, is_user_model(config.name)
     if not is_small and not is_own and name in classifier_names():
         return build_classifier(
@@ -206,6 +222,15 @@ def _construct(
             notify(f"{config.name} returns {type(built).__name__}: the {type(model).__name__} inside is used.")
         return model.cpu()  # DataParallel moves what it wraps to a GPU
     return build_small_image_network(config.name, config.args, **offered)
+
+
+def _silent(notice: str) -> None:
+    pass
+
+
+def _may_return_more(name: str) -> bool:
+    """Return whether a network may return more than its logits."""
+    return is_user_model(name) or bool(prefix_of(name)) or name.removeprefix(TORCHVISION) in WITH_AUXILIARY_HEADS
 
 
 def _unknown(name: str) -> ModelError:

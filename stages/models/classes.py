@@ -14,7 +14,9 @@ from torch import nn
 
 from kdpipe.stages.errors import ModelError, RecipeError, cause, first_few
 from kdpipe.stages.models.build import PUBLISHED, ModelConfig, build_model, weights_path
-from kdpipe.stages.models.torchvision import published_categories
+from kdpipe.stages.models.libraries.by_name import class_names_of_weights, prefix_of
+from kdpipe.stages.models.registry import SMALL_IMAGE_NETWORKS
+from kdpipe.stages.models.user_models import is_user_model
 
 WORDNET_ID = re.compile(r"(n\d{8})[\s,]+(.+)")
 
@@ -36,6 +38,7 @@ def build_for_classes(
     """
     shape: dict[str, Any] = {"in_channels": in_channels, "image_size": image_size, "seed": seed, "notify": notify}
     if config.classes is None:
+        _require_same_order(config, class_names, notify)
         return build_model(config, num_classes=len(class_names), **shape)
     known = read_class_list(config)
     rows = _find(class_names, known, config.classes)
@@ -44,6 +47,31 @@ def build_for_classes(
     found = [f"{name} is {row}" for name, row in zip(class_names, rows, strict=True)]
     notify(f"{config.name} keeps {len(rows)} of its {len(known):,} classes: {first_few(found)}.")
     return model
+
+
+def _require_same_order(config: ModelConfig, class_names: Sequence[str], notify: Callable[[str], None]) -> None:
+    """Compare the classes of published weights with the data's, where there are as many and both have names.
+
+    Raises:
+        RecipeError: A class is another output of the network.
+    """
+    if config.weights != PUBLISHED or config.fresh_head or config.name in SMALL_IMAGE_NETWORKS:
+        return
+    if is_user_model(config.name) or len(known := class_names_of_weights(config.name, config.args)) != len(class_names):
+        return
+    outputs = _outputs_by_name(known)
+    found = [outputs.get(_plain(name), set()) for name in class_names]
+    for row, (name, rows) in enumerate(zip(class_names, found, strict=True)):
+        if rows and row not in rows:
+            raise RecipeError(
+                f"class {row} of the data is {name!r}, which is output {min(rows)} of {config.name}: set the model's "
+                "classes = 'published', which takes the outputs by the names of their classes."
+            )
+    if not any(found):
+        notify(
+            f"the classes of {config.name} ({known[0][0]}, ...) and of the data ({class_names[0]}, ...) have no name "
+            "in common: their order is not checked."
+        )
 
 
 def read_class_list(config: ModelConfig) -> list[tuple[str, ...]]:
@@ -57,9 +85,13 @@ def read_class_list(config: ModelConfig) -> list[tuple[str, ...]]:
     """
     assert config.classes is not None
     if config.classes == PUBLISHED:
-        if config.weights != PUBLISHED:
-            raise RecipeError("model.classes = 'published' is for published weights: give a file with a class a line.")
-        return [(name,) for name in published_categories(config.name)]
+        by_name = config.weights == PUBLISHED or (config.weights is not None and prefix_of(config.name))
+        if not (names := class_names_of_weights(config.name, config.args) if by_name else []):
+            raise RecipeError(
+                "model.classes = 'published' is for published weights whose classes have names: give a file with a "
+                "class a line."
+            )
+        return names
     path = weights_path(config.classes)
     try:
         text = path.read_text()
@@ -96,10 +128,7 @@ def _names(entry: str | list[str]) -> Iterator[str]:
 
 def _find(class_names: Sequence[str], known: Sequence[Sequence[str]], where: str) -> list[int]:
     """Return the position of each of the data's classes among the network's."""
-    rows_of: dict[str, set[int]] = {}
-    for row, names in enumerate(known):
-        for name in names:
-            rows_of.setdefault(_plain(name), set()).add(row)
+    rows_of = _outputs_by_name(known)
     found = [sorted(rows_of.get(_plain(name), ())) for name in class_names]
     absent = [name for name, rows in zip(class_names, found, strict=True) if not rows]
     if absent:
@@ -115,6 +144,14 @@ def _find(class_names: Sequence[str], known: Sequence[Sequence[str]], where: str
     if twice := [name for name, row in zip(class_names, rows, strict=True) if rows.count(row) > 1]:
         raise RecipeError(f"model.classes: the data's classes {first_few(twice)} are the same class of {where}.")
     return rows
+
+
+def _outputs_by_name(known: Sequence[Sequence[str]]) -> dict[str, set[int]]:
+    rows_of: dict[str, set[int]] = {}
+    for row, names in enumerate(known):
+        for name in names:
+            rows_of.setdefault(_plain(name), set()).add(row)
+    return rows_of
 
 
 def _plain(name: str) -> str:

@@ -76,6 +76,8 @@ def _per_channel_on(device: torch.device, values: tuple[float, ...]) -> Tensor:
         return torch.tensor(values, dtype=torch.float32, device=device).view(-1, 1, 1)
 
 
+IMAGENET = Normalization((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+
 Numbers = float | Sequence[float]
 """A number for all channels, or one for each."""
 
@@ -131,14 +133,20 @@ def stated_scalings(model: nn.Module, weights: Path | None, in_channels: int) ->
     """
     found: dict[str, Normalization] = {}
     for where, record in _records(model, weights):
-        values = [record[key] for key in ("mean", "std") if key in record]
-        values = values or [record[key] for key in ("image_mean", "image_std") if key in record]
-        try:
-            mean, std = values
-            found[where] = as_normalization((mean, std), in_channels)
-        except (TypeError, ValueError, RecipeError):
-            continue
+        if (scaling := scaling_of_record(record, in_channels)) is not None:
+            found[where] = scaling
     return found
+
+
+def scaling_of_record(record: Mapping[str, Any], in_channels: int) -> Normalization | None:
+    """Return the input scaling that a record of timm, transformers or kdpipe states, None if it fits no channels."""
+    values = [record[key] for key in ("mean", "std") if key in record]
+    values = values or [record[key] for key in ("image_mean", "image_std") if key in record]
+    try:
+        mean, std = values
+        return as_normalization((mean, std), in_channels)
+    except (TypeError, ValueError, RecipeError):
+        return None
 
 
 def _records(model: nn.Module, weights: Path | None) -> Iterator[tuple[str, Mapping[str, Any]]]:

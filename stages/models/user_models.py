@@ -9,8 +9,8 @@ from torch import nn
 
 from kdpipe.stages.errors import ModelError, RecipeError, UnknownModelError, cause
 from kdpipe.stages.models.arguments import call_with_args
+from kdpipe.stages.models.libraries.torchvision import classifier_names
 from kdpipe.stages.models.registry import SMALL_IMAGE_NETWORKS
-from kdpipe.stages.models.torchvision import classifier_names
 from kdpipe.stages.plugins.registry import Registry
 from kdpipe.stages.plugins.user_code import import_callable, is_user_reference, user_code_context
 

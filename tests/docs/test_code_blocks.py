@@ -36,6 +36,7 @@ MINIMAL: dict[str, Any] = {
     "teacher": {"model": {"name": "cnn"}, "train": {}},
     "student": {"model": {"name": "cnn"}},
 }
+FEWER_IMAGES = ('load_dataset("digits"', 'load_dataset("digits", num_train=200')
 BEFORE_A_COMMAND = ("run", "until", "do", "&&", "||", "|", ";", "--", "--no-python", "--rm")
 END_OF_COMMAND = re.compile(r"[;&|<>()]+")
 OUR_FILE = re.compile(r"(benchmarks|docs|recipes|tests|examples|\.ci)/[\w./-]+")
@@ -66,7 +67,7 @@ def script_of(page: Path) -> str:
     for block in BLOCKS[page]:
         if block.language in RUNS and block.not_run is None:
             if block.title is None:
-                code = block.code.splitlines()
+                code = block.code.replace(*FEWER_IMAGES).splitlines()
                 lines[block.line - 1 : block.line - 1 + len(code)] = code
             elif block.title.endswith(".py"):
                 modules.append(f"import {block.title.removesuffix('.py')}")

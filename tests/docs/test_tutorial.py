@@ -5,7 +5,6 @@ from __future__ import annotations
 import shlex
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 from support.kdpipe_process import environment
@@ -13,7 +12,11 @@ from support.markdown import code_blocks
 from support.paths import PYTHONPATH, ROOT
 from support.warm_process import WarmProcess
 
-LESS = {"shapes.py": ["--train", "12", "--test", "8", "--epochs", "10"]}
+LESS = {
+    "python examples/shapes.py": ["--train", "12", "--test", "8", "--epochs", "5"],
+    "kdpipe recipe new": ["--student", "cnn"],
+    "kdpipe bench": ["--rounds", "3"],
+}
 SHORT = {
     "KDPIPE_VIEWS__NUM_VIEWS": "1",
     "KDPIPE_STUDENT__SEEDS": "[0]",
@@ -38,11 +41,13 @@ def test_every_command_of_the_tutorial_runs(tmp_path, monkeypatch):
 
 
 def run(words: list[str]) -> subprocess.CompletedProcess[str]:
+    """Run a command as users do, or, where it takes torch, in a process that has imported it."""
     environ = {**environment(), **SHORT, "PYTHONPATH": PYTHONPATH}
-    if words[0] == "kdpipe":
-        process = WarmProcess(words, environ)
-        out, errors = process.communicate(timeout=300)
-        return subprocess.CompletedProcess(words, process.wait(), out, errors)
-    script = words[1] if words[1].startswith("runs/") else str(ROOT / words[1])
-    command = [sys.executable, script, *words[2:], *LESS.get(Path(words[1]).name, [])]
-    return subprocess.run(command, check=False, env=environ, capture_output=True, text=True, timeout=300)
+    words = [*words, *(word for start, more in LESS.items() if shlex.join(words).startswith(start) for word in more)]
+    if words[0] == "python" and words[1].startswith("runs/"):
+        return subprocess.run(
+            [sys.executable, *words[1:]], check=False, env=environ, capture_output=True, text=True, timeout=300
+        )
+    process = WarmProcess(words if words[0] == "kdpipe" else [str(ROOT / words[1]), *words[2:]], environ)
+    out, errors = process.communicate(timeout=300)
+    return subprocess.CompletedProcess(words, process.wait(), out, errors)

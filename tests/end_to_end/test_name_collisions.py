@@ -20,7 +20,7 @@ def tiny(num_classes, in_channels, image_size, **settings):
     return mlp(num_classes=num_classes, in_channels=in_channels, image_size=image_size, hidden=[4])
 """
 RECIPE = """
-# Command: kdpipe plan tiny.toml. Hardware: any. Time: seconds. Expect: the size of a store.
+# Command: kdpipe modules tiny.toml. Hardware: any. Time: seconds. Expect: the layers of both networks.
 name = "tiny"
 data = { name = "digits" }
 teacher = { model = { name = "python:own_networks:tiny" }, train = { epochs = 1 } }
@@ -58,6 +58,6 @@ def test_python_imports_both(run_beside):
 def test_a_factory_imports_its_own_store_py(run_beside, tmp_path):
     # As an installed `kdpipe` does: neither the current folder nor the sources are at the head of the path.
     code = f"import sys; from kdpipe.pipeline.main import main; sys.path.remove({str(ROOT)!r}); main()"
-    ended = run_beside(sys.executable, "-P", "-c", code, "plan", str(tmp_path / "tiny.toml"), "--json")
+    ended = run_beside(sys.executable, "-P", "-c", code, "modules", str(tmp_path / "tiny.toml"), "--json")
     assert ended.returncode == 0, ended.stderr
-    assert '"command": "plan"' in ended.stdout
+    assert '"command": "modules"' in ended.stdout

@@ -15,12 +15,12 @@ from support.tiny_run import TEACHER, squares, tiny_context
 from torch import Tensor, nn
 
 from kdpipe.pipeline.steps import train_teacher
-from kdpipe.stages.context import IMAGENET, StageContext
+from kdpipe.stages.context import StageContext
 from kdpipe.stages.errors import RecipeError
 from kdpipe.stages.given_teacher import is_as_expected, require_given
 from kdpipe.stages.models.build import ModelConfig
 from kdpipe.stages.models.bundle import ModelBundle
-from kdpipe.stages.models.normalization import Normalization
+from kdpipe.stages.models.normalization import IMAGENET, Normalization
 from kdpipe.stages.models.user_models import MODELS
 from kdpipe.stages.runtime.events import ProgressEvent, RunMonitor
 from kdpipe.stages.teacher import TeacherConfig, build_teacher

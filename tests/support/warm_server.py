@@ -26,6 +26,7 @@ import traceback
 from pathlib import Path
 from typing import Any, NoReturn
 
+from support.export_cache import keep_exports
 from support.onnx_registry import cache_onnx_registry
 
 MAX_BYTES = 1 << 17
@@ -69,6 +70,7 @@ def warm_up() -> None:
         with contextlib.suppress(ImportError):
             importlib.import_module(name)
     cache_onnx_registry(compiled=True)
+    keep_exports()
     gc.freeze()  # keep the garbage collector of forks from scanning it
     gc.enable()
 

@@ -223,3 +223,16 @@ def _first_few(kind: str, entries: list[str]) -> list[str]:
         return []
     more = f" and {len(entries) - MAX_NAMED} more" if len(entries) > MAX_NAMED else ""
     return [f"{kind}{', '.join(entries[:MAX_NAMED])}{more}"]
+
+
+def replace_head(model: nn.Module, published_classes: int, num_classes: int) -> None:
+    """Replace the last layer of `published_classes`, a linear or a convolution, by a new one of `num_classes`."""
+    path, head = [(path, module) for path, module in model.named_modules() if width_of(module) == published_classes][-1]
+    parent, _, name = path.rpartition(".")
+    bias = head.bias is not None
+    fresh = (
+        nn.Conv2d(head.in_channels, num_classes, head.kernel_size, bias=bias)  # type: ignore[arg-type]
+        if isinstance(head, nn.Conv2d)
+        else nn.Linear(head.in_features, num_classes, bias=bias)
+    )
+    setattr(model.get_submodule(parent), name, fresh)

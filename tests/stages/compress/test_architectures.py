@@ -84,7 +84,7 @@ def config_for(path):
 
 def compress_with_stops(config, student, run):
     for _ in range(100):
-        context = setup_in(run, RunMonitor(should_stop=StopAfter(4)))
+        context = setup_in(run, RunMonitor(should_stop=StopAfter(9)))
         spec = open_distillation([run / "store.zarr"], (KD(loss="kd"),), student, {}, context)
         try:
             return compress(

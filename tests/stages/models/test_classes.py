@@ -13,7 +13,7 @@ from torch import nn
 from kdpipe.stages.errors import ModelError, RecipeError
 from kdpipe.stages.models.build import ModelConfig, build_model
 from kdpipe.stages.models.classes import build_for_classes, read_class_list
-from kdpipe.stages.models.torchvision import published_categories
+from kdpipe.stages.models.libraries.torchvision import published_categories
 from kdpipe.stages.models.user_models import MODELS
 
 SHAPE: dict[str, Any] = {"in_channels": 1, "image_size": (8, 8), "seed": 0}

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from kdpipe.stages.errors import ModelError, cause
 from kdpipe.stages.models.arguments import refuse_unknown_args
-from kdpipe.stages.models.weights.match import width_of
+from kdpipe.stages.models.weights.match import replace_head
 from kdpipe.stages.models.weights.state_dict import load_entries
 
 CHANNELS = 3
@@ -73,7 +73,7 @@ def build_classifier(
             f"the published weights of {name} are of {published_classes:,} classes, the data has {num_classes:,}: the "
             "classifier is new, drawn from the seed."
         )
-        _replace_head(model, published_classes, num_classes)
+        replace_head(model, published_classes, num_classes)
     return model
 
 
@@ -124,16 +124,3 @@ def _download(name: str, weights: Any) -> Mapping[str, Tensor]:
             f"the published weights of {name} cannot be loaded from {weights.url} ({cause(error)}): download them "
             "elsewhere and put them into $TORCH_HOME/hub/checkpoints."
         ) from error
-
-
-def _replace_head(model: nn.Module, published_classes: int, num_classes: int) -> None:
-    """Replace the last layer of `published_classes`, a linear or a convolution, by a new one of `num_classes`."""
-    path, head = [(path, module) for path, module in model.named_modules() if width_of(module) == published_classes][-1]
-    parent, _, name = path.rpartition(".")
-    bias = head.bias is not None
-    fresh = (
-        nn.Conv2d(head.in_channels, num_classes, head.kernel_size, bias=bias)  # type: ignore[arg-type]
-        if isinstance(head, nn.Conv2d)
-        else nn.Linear(head.in_features, num_classes, bias=bias)
-    )
-    setattr(model.get_submodule(parent), name, fresh)
