@@ -58,7 +58,7 @@ def _workspace(folder: Path, options: CommonOptions) -> Workspace:
 
 
 @contextmanager
-def open_run(recipe: Path, options: CommonOptions, *, keeps_images: bool = True) -> Iterator[Run]:
+def open_run(recipe: Path, options: CommonOptions, *, keeps_images: bool = True, sweeps: bool = False) -> Iterator[Run]:
     """Yield the run of a recipe for work that only reads its run folder: with signals and progress, without a lock."""
     with handle_signals(options.max_duration) as should_stop:
         _say_at_once(recipe, options)
@@ -66,7 +66,7 @@ def open_run(recipe: Path, options: CommonOptions, *, keeps_images: bool = True)
         from kdpipe.pipeline.terminal.progress import reporter
         from kdpipe.stages.runtime.events import RunMonitor
 
-        loaded, folder = _load(recipe, options)
+        loaded, folder = _load(recipe, options, sweeps=sweeps)
         workspace = _workspace(folder, options)
         with reporter(options.as_json) as report:
             run = Run(

@@ -306,13 +306,14 @@ def _with_baseline(options: JobOptions, baseline: bool | None) -> JobOptions:
 
 def _plan(recipe: Path, options: CommonOptions, *, with_probe: bool) -> None:
     """Print what a run would do; fail if the disk is too small, as `cache-teacher` would."""
-    with guarded(), open_run(recipe, options, keeps_images=False) as run:
+    with guarded(), open_run(recipe, options, keeps_images=False, sweeps=True) as run:
         from kdpipe.pipeline.commands.plan.plan import run_plan
         from kdpipe.pipeline.commands.plan.printing import print_plan, settings_json
         from kdpipe.pipeline.recipe.load import load_recipe_with_origins
+        from kdpipe.pipeline.recipe.sweep import sweep_overrides
         from kdpipe.stages.cache_teacher.plan import require_room
 
-        _, settings = load_recipe_with_origins(recipe, options.set_ or (), os.environ)
+        _, settings = load_recipe_with_origins(recipe, sweep_overrides(options.set_ or ()), os.environ)
         planned = run_plan(run, with_probe)
         document = {"command": "plan", **planned, "settings": settings_json(settings)}
         print_result(options.as_json, document, lambda: print_plan(planned, settings))

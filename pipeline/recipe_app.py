@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import shlex
 from collections.abc import Iterator
@@ -78,7 +79,7 @@ def recipe_check(
     as_json: AsJson = False,
 ) -> None:
     """Report all errors in recipes. Keys, values, models, layers, losses and compression; needs no data and no GPU."""
-    with guarded():
+    with guarded(), _without_collection():
         from kdpipe.pipeline.recipe.check import check_recipe, print_checked
         from kdpipe.pipeline.terminal.exit_codes import USAGE
 
@@ -91,6 +92,16 @@ def recipe_check(
             print_json({"command": "recipe check", "recipes": [result.to_json() for result in checked]})
         if not all(result.ok for result in checked):
             raise typer.Exit(USAGE)
+
+
+@contextmanager
+def _without_collection() -> Iterator[None]:
+    """Do not look for garbage: among what torch loads that takes a tenth of a short command."""
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()
 
 
 @recipe_app.command("schema")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -72,27 +73,21 @@ def shared_stores(
 
     With `in_turn`, wait while another process of the workspace makes the same, and let others wait inside the block.
     """
-    is_alone = run.workspace.folder is None and not run.used_stores
-    if run.recipe.cache.store or run.own_store.exists() or is_alone:
+    group, is_alone = run.process_group, run.workspace.folder is None and not run.used_stores
+    if run.recipe.cache.store or is_alone or group.on_main(run.own_store.exists):
         yield None
         return
     samples = samples_in_row_order(run.context)
     planned = plan_store(run.recipe.cache, teacher, features, samples, run.context)
+    choose = partial(_choose, run, teacher, planned, samples)
     with ExitStack() as turn:
-
-        def find() -> str | None:
-            path = _choose(run, teacher, planned, samples)
-            if path is None and in_turn and run.process_group.count == 1:
-                what, inputs = "store of this teacher", planned.identity.to_json()
-                turn.enter_context(run.workspace.turn("cache-teacher", what, inputs, run.monitor))
-                path = _choose(run, teacher, planned, samples)
-            for gone in run.used_stores if path is None else ():
-                why = f"the store {shown(gone)} that this run used is not there, or has too little"
-                run.monitor.warn("cache-teacher", f"{why}: {shown(run.own_store)} is made instead.")
-                run.use_store(None)
-            return None if path is None else str(path)
-
-        if (found := run.process_group.on_main(find)) is None:
+        found = group.on_main(choose)
+        if found is None and in_turn:
+            what, inputs = "store of this teacher", planned.identity.to_json()
+            turn.enter_context(run.workspace.turn("cache-teacher", what, inputs, run.monitor, group))
+            found = group.on_main(choose)
+        if found is None:
+            group.on_main(partial(_forget, run))
             yield None
             return
         path = Path(found)
@@ -101,12 +96,21 @@ def shared_stores(
         yield {name: store_figures(one) for name, one in {"store": path, **beside}.items()}
 
 
-def _choose(run: Run, teacher: ModelBundle, planned: Manifest, samples: Samples) -> Path | None:
+def _choose(run: Run, teacher: ModelBundle, planned: Manifest, samples: Samples) -> str | None:
     """Find a store, and record that the run uses it."""
     with run.workspace.unchanged():  # a store that is found must not be removed before that is recorded
-        if (path := _find(run, teacher, planned, samples)) is not None:
-            run.use_store(path)
-        return path
+        if (path := _find(run, teacher, planned, samples)) is None:
+            return None
+        run.use_store(path)
+        return str(path)
+
+
+def _forget(run: Run) -> None:
+    """Record that the run has its own store, in place of one that is gone."""
+    for gone in run.used_stores:
+        why = f"the store {shown(gone)} that this run used is not there, or has too little"
+        run.monitor.warn("cache-teacher", f"{why}: {shown(run.own_store)} is made instead.")
+        run.use_store(None)
 
 
 def offered_store(run: Run, teacher: ModelBundle, features: Sequence[FeatureSpec]) -> Path | None:

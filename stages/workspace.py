@@ -7,11 +7,13 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from kdpipe.stages.errors import RunError
+from kdpipe.stages.runtime.distributed import SINGLE, ProcessGroup
 from kdpipe.stages.runtime.events import ProgressEvent, RunMonitor
 from kdpipe.store import Claim, KdpipeError, claim, exclusive, is_url
 from kdpipe.store.format.identity import sha256_of
@@ -55,21 +57,36 @@ class Workspace:
         return self if self.folder is None else replace(self, more=(*self.more, *named))
 
     @contextmanager
-    def turn(self, stage: str, what: str, fingerprint: Mapping[str, Any], monitor: RunMonitor) -> Iterator[None]:
-        """Keep other processes of the workspace from making the same inside the block; wait while one does.
+    def turn(
+        self,
+        stage: str,
+        what: str,
+        fingerprint: Mapping[str, Any],
+        monitor: RunMonitor,
+        process_group: ProcessGroup = SINGLE,
+    ) -> Iterator[None]:
+        """Keep other jobs of the workspace from making the same inside the block; wait while one does.
 
         Args:
             stage: The stage, for the message.
             what: What is made, for the message.
             fingerprint: All that determines it, as JSON.
             monitor: Its stop flag ends the waiting.
+            process_group: The processes of this job, which all wait.
         """
-        held = self._wait(stage, what, sha256_of({"stage": stage, "inputs": fingerprint}), monitor)
+        name, held = sha256_of({"stage": stage, "inputs": fingerprint}), list[Claim]()
+        is_told = False
+        while (other := process_group.on_main(partial(self._claim, name, held))) is not None:
+            if not is_told and process_group.is_main:
+                monitor.report(ProgressEvent(stage, f"waits for the {what} that {other} makes", 0, 1, "turn"))
+                is_told = True
+            process_group.check_stop(monitor)
+            time.sleep(PROBE_S)
         try:
             yield
         finally:
-            if held is not None:
-                held.release()
+            for claimed in held:
+                claimed.release()
 
     @contextmanager
     def unchanged(self) -> Iterator[None]:
@@ -80,19 +97,15 @@ class Workspace:
                     lock.enter_context(exclusive(self.folder, self.folder / ".workspace.lock", wait=True))
             yield
 
-    def _wait(self, stage: str, what: str, name: str, monitor: RunMonitor) -> Claim | None:
-        """Return the claim; None where nothing is shared, or no lock can be had: then work may be done twice."""
+    def _claim(self, name: str, held: list[Claim]) -> str | None:
+        """Add a claim to `held`, or return who holds it; no claim where nothing is shared, or no lock can be had."""
         if self.folder is None or not os.access(self.folder, os.W_OK):
-            return None
-        is_told = False
+            return None  # then work may be done twice
         with suppress(KdpipeError):
-            while not isinstance(found := claim(self.folder / "workspace", name), Claim):
-                if not is_told:
-                    monitor.report(ProgressEvent(stage, f"waits for the {what} that {found} makes", 0, 1, "turn"))
-                    is_told = True
-                monitor.check()
-                time.sleep(PROBE_S)
-            return found
+            found = claim(self.folder / "workspace", name)
+            if not isinstance(found, Claim):
+                return str(found)
+            held.append(found)
         return None
 
 

@@ -9,6 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from tabulate import tabulate
@@ -39,7 +40,7 @@ Key = tuple[str, int]
 
 
 @dataclass(frozen=True)
-class _Training:
+class Training:
     """One training of a sweep; `spec` is None for a student alone."""
 
     name: str
@@ -64,7 +65,7 @@ def run_sweep(run: Run) -> dict[str, Any]:
         teacher = prepare_store(run, "sweep")
     specs = {point.name: _open(run, point) for point in points}
     alone = _names_of_alone(run, points) if run.recipe.student.baseline else {}
-    results = _train_all(run, list(_trainings(run, points, specs, alone)))
+    results = _train_all(run, list(sweep_trainings(run, points, specs)))
     if not any(results.values()):
         raise NotFiniteError("every training diverged: try a lower learning rate, or lower weights of the losses.")
     rows = [_row(point, results, alone, run.recipe.student.seeds) for point in points]
@@ -104,17 +105,18 @@ def _names_of_alone(run: Run, points: Sequence[SweepPoint]) -> dict[str, tuple[s
     return found
 
 
-def _trainings(
-    run: Run,
-    points: Sequence[SweepPoint],
-    specs: Mapping[str, DistillationSpec],
-    alone: Mapping[str, tuple[str, StudentConfig]],
-) -> Iterator[_Training]:
+def sweep_trainings(
+    run: Run, points: Sequence[SweepPoint], specs: Mapping[str, DistillationSpec] = MappingProxyType({})
+) -> Iterator[Training]:
+    """Yield the trainings of a sweep in their order; without `specs` only to look at their folders."""
+    alone = _names_of_alone(run, points) if run.recipe.student.baseline else {}
     for seed in run.recipe.student.seeds:
         for name, student in dict(alone.values()).items():
-            yield _Training(name, seed, student, None, _alone_run(run.folder, name, seed))
+            yield Training(name, seed, student, None, _alone_run(run.folder, name, seed))
         for point in points:
-            yield _Training(point.name, seed, point.student, specs[point.name], _run_of(run.folder, point.name, seed))
+            yield Training(
+                point.name, seed, point.student, specs.get(point.name), _run_of(run.folder, point.name, seed)
+            )
 
 
 def _run_of(folder: Path, name: str, seed: int) -> StudentRun:
@@ -128,7 +130,7 @@ def _alone_run(folder: Path, name: str, seed: int) -> StudentRun:
     return StudentRun(student_folder(folder, ALONE, seed), f"student {ALONE}, seed {seed}", with_onnx=False)
 
 
-def _train_all(run: Run, trainings: Sequence[_Training]) -> dict[Key, dict[str, Any] | None]:
+def _train_all(run: Run, trainings: Sequence[Training]) -> dict[Key, dict[str, Any] | None]:
     """Train all that no other process works on, and wait for the others; diverged ones have None."""
     results: dict[Key, dict[str, Any] | None] = {}
     waiting = list(trainings)
@@ -153,7 +155,7 @@ def _train_all(run: Run, trainings: Sequence[_Training]) -> dict[Key, dict[str, 
     return results
 
 
-def _trained(run: Run, training: _Training) -> dict[str, Any] | None:
+def _trained(run: Run, training: Training) -> dict[str, Any] | None:
     try:
         return train_student(
             training.student, training.seed, training.spec, run.context, student_run=training.student_run

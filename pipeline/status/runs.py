@@ -32,6 +32,9 @@ RATE_WINDOW_S = 600.0
 STATES = {DONE: "done", DONE_IN_PART: "done in part", STOPPED_EARLY: "stopped early", INTERRUPTED: "interrupted"}
 
 
+VARIANTS = {"compare": "variants", "sweep": "settings"}
+"""Commands that train several variants of the student, and what these are called."""
+
 COMPUTED = ("step", "unit", "turn")
 """Units of the progress of work, unlike those of checks."""
 
@@ -116,8 +119,11 @@ def run_status(folder: Path, size: Measure, budget: Budget) -> RunStatus:
     current = progress.current if progress else None
     stored = read_intact_json(folder / RECIPE)
     networks = _networks(stored or {}, folder)
-    in_python = (folder / MADE_IN_PYTHON).exists()  # networks that were never begun are not missing there
-    jobs = [job for network in networks for job in network.jobs if not in_python or job.exists()]
+    in_python, command = (folder / MADE_IN_PYTHON).exists(), progress.last.command if progress else ""
+    only_begun = in_python or command in VARIANTS  # which do not make all networks of the recipe
+    jobs = [job for network in networks for job in network.jobs if not only_begun or job.exists()]
+    if command in VARIANTS:
+        jobs += [job for _, own in _variants(folder / command, budget) for job in own]
     num_done, num_networks = sum((job / "result.json").exists() for job in jobs), len(jobs)
     state, who = _state(folder, progress, now)
     if state == "idle" and num_done == num_networks > 0:
@@ -131,7 +137,7 @@ def run_status(folder: Path, size: Measure, budget: Budget) -> RunStatus:
         name=text((stored or {}).get("name")),
         state="damaged" if stored is None else state,
         who=who,
-        command=progress.last.command if progress else "python" if in_python else "",
+        command=command or ("python" if in_python else ""),
         stage=current.stage if current else "",
         job=current.job if current else "",
         step=current.step if current else None,
@@ -177,7 +183,7 @@ def _accuracies(networks: list[NetworkEntry], folder: Path, budget: Budget) -> I
     for network in (by_kind.get("alone"), by_kind.get("student"), smallest):
         if network and (known := _known_accuracies(network.jobs)):
             yield network.name.removeprefix("student "), mean(known)
-    for command, what in (("compare", "variants"), ("sweep", "settings")):
+    for command, what in VARIANTS.items():
         yield from _best_of(folder / command, what, budget)
 
 
@@ -185,15 +191,22 @@ def _best_of(folder: Path, what: str, budget: Budget) -> Iterator[tuple[str, flo
     """Yield the mean test accuracy of the best variant in a folder: on the validation images, if all have these."""
     means: dict[str, float] = {}
     deciding: dict[str, float] = {}
-    for variant in budget.entries(folder, MAX_SEEDS):
-        jobs = [Path(job.path) for job in budget.entries(variant.path, MAX_SEEDS)]
-        if not variant.name.startswith("alone,") and (known := _known_accuracies(jobs)):
-            name = text(variant.name)
+    for name, jobs in _variants(folder, budget):
+        if not name.startswith("alone,") and (known := _known_accuracies(jobs)):
+            name = text(name)
             means[name], validated = mean(known), _known_accuracies(jobs, "validation")
             deciding |= {name: mean(validated)} if validated else {}
     if means:
         best = max(means, key=(deciding if len(deciding) == len(means) else means).__getitem__)
         yield f"best of {len(means)} {what}: {best}", means[best]
+
+
+def _variants(folder: Path, budget: Budget) -> Iterator[tuple[str, list[Path]]]:
+    """Yield the variants in a folder with the folders of their jobs."""
+    for variant in budget.entries(folder, MAX_SEEDS):
+        jobs = [Path(job.path) for job in budget.entries(variant.path, MAX_SEEDS)]
+        if jobs:
+            yield variant.name, [job for job in jobs if job.name.startswith("seed")]
 
 
 def _known_accuracies(jobs: Iterable[Path], part: str = "test") -> list[float]:

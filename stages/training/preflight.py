@@ -138,7 +138,8 @@ def _try_training(
         with _explained(network.model, f"the {role} cannot be trained on a batch of {size}", advice):
             if network.architecture.get("model") in SMALL_IMAGE_NETWORKS and is_common(config):  # the step cannot fail
                 logits = network.model.train()(network.normalize(images[:size].to(device)))
-                cross_entropy(logits, ids[:size].to(device) % num_classes).backward()
+                loss = cross_entropy(logits, ids[:size].to(device) % num_classes)
+                loss.backward()  # type: ignore[no-untyped-call]
             else:
                 time_steps(job, device, 1)
     if config.compile:

@@ -46,20 +46,23 @@ def begun_job(
         FingerprintMismatch: The folder holds another job.
     """
     with ExitStack() as turn:
+        group, workspace = context.process_group, context.workspace
 
         def begin() -> dict[str, Any] | None:
             job_dir.begin(fingerprint)
-            if (done := job_dir.result()) is not None or context.workspace.folder is None:
-                return done
-            if context.process_group.count == 1:  # the first of several must not wait, and stop, alone
-                turn.enter_context(context.workspace.turn(stage, name, fingerprint, context.monitor))
+            return job_dir.result()
+
+        def adopt() -> dict[str, Any] | None:
             if source := _adopt(job_dir, context, accept):
                 used = f"uses the {name} of {shown(source)}"
                 context.monitor.report(ProgressEvent(stage, used, 1, 1, "network"))
-            job_dir.begin(fingerprint)
-            return job_dir.result()
+            return begin()
 
-        yield context.process_group.on_main(begin)
+        done = group.on_main(begin)
+        if done is None and workspace.folder is not None:
+            turn.enter_context(workspace.turn(stage, name, fingerprint, context.monitor, group))
+            done = group.on_main(adopt)
+        yield done
 
 
 def _adopt(job_dir: JobDir, context: StageContext, accept: Accept) -> Path | None:

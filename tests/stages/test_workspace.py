@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from kdpipe.stages.errors import RunError, StoppedEarly
+from kdpipe.stages.runtime.distributed import ProcessGroup
 from kdpipe.stages.runtime.events import RunMonitor
 from kdpipe.stages.workspace import NOWHERE, Workspace, workspace_of
 
@@ -25,6 +29,30 @@ def test_a_waiting_run_stops_at_a_signal(tmp_path: Path) -> None:
     with workspace.turn("train-teacher", "teacher", inputs, monitor):  # free again
         pass
     assert list(tmp_path.iterdir()) == []
+
+
+def test_all_processes_of_a_job_wait_together(tmp_path: Path) -> None:
+    """The first one asks, and all of them look at the stop flag: none waits at a barrier for hours."""
+    others, asked, looked = ExitStack(), [], []
+
+    class Two(ProcessGroup):
+        def on_main(self, work: Callable[[], Any]) -> Any:
+            asked.append(result := work() if self.is_main else "process 7 on box")
+            return result
+
+        def check_stop(self, monitor: RunMonitor) -> None:
+            looked.append(self.rank)
+            others.close()
+            if not self.is_main:
+                raise StoppedEarly
+
+    workspace, inputs = Workspace(tmp_path), {"seed": 0}
+    others.enter_context(workspace.turn("train-teacher", "teacher", inputs, RunMonitor()))
+    with workspace.turn("train-teacher", "teacher", inputs, RunMonitor(), Two(0, 2)):
+        assert looked == [0]
+        assert str(asked[0]).startswith("process ") and asked[1] is None
+    with pytest.raises(StoppedEarly), workspace.turn("train-teacher", "teacher", inputs, RunMonitor(), Two(1, 2)):
+        pass
 
 
 def test_other_work_and_other_workspaces_do_not_wait(tmp_path: Path) -> None:

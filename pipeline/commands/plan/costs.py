@@ -10,6 +10,7 @@ from typing import Any
 
 from kdpipe.pipeline.commands.plan.existing import unfinished_compressions
 from kdpipe.pipeline.commands.plan.probe import Probe, Seconds
+from kdpipe.pipeline.commands.sweep import sweep_trainings
 from kdpipe.pipeline.run import Run
 from kdpipe.stages.compress.compress import fine_tunings
 from kdpipe.stages.distillation.spec import DistillationSpec
@@ -60,8 +61,11 @@ def total(costs: Sequence[StageCost]) -> list[float] | None:
 
 
 def student_costs(probe: Probe, students: dict[tuple[str, int], Path]) -> Iterator[StageCost]:
-    """Yield the costs of the students, alone and distilled, and of their compression."""
+    """Yield the costs of the students, alone and distilled, and of their compression; or of those of a sweep."""
     recipe, run = probe.run.recipe, probe.run
+    if recipe.points:
+        yield from _sweep_costs(probe)
+        return
     compresses = recipe.student.export and recipe.distill and recipe.compress.steps
     compressions = list(unfinished_compressions(run)) if compresses else []
     num_done = {kind: sum(each == kind for each, _ in students) for kind in (ALONE, DISTILLED)}
@@ -79,6 +83,21 @@ def student_costs(probe: Probe, students: dict[tuple[str, int], Path]) -> Iterat
         measure = partial(_compression_time, probe, compressions, spec)
         seconds, note = _measured(measure, why, "without exports and latencies")
         yield StageCost("compress", what, count, count - len(compressions), seconds, note)
+
+
+def _sweep_costs(probe: Probe) -> Iterator[StageCost]:
+    """Yield the costs of a sweep's students, which are timed as the recipe's own and scaled by their epochs."""
+    run, recipe = probe.run, probe.run.recipe
+    spec, why = _opened(probe)
+    trainings = list(sweep_trainings(run, recipe.points))
+    names = {point.name for point in recipe.points}
+    for kind in [ALONE] * recipe.student.baseline + [DISTILLED]:
+        own = [one for one in trainings if (one.name in names) == (kind == DISTILLED)]
+        left = [one for one in own if one.student_run.job_dir.result() is None]
+        share = sum(one.student.train.epochs for one in left) / max(1, recipe.student.train.epochs)
+        what = f"students, {len(recipe.points)} settings" if kind == DISTILLED else f"students, {ALONE}"
+        seconds, note = _measured(partial(_student_time, probe, kind, spec, share), why * (kind == DISTILLED))
+        yield StageCost("sweep", what, len(own), len(own) - len(left), seconds, note)
 
 
 def teacher_cost(probe: Probe, found: Path | None) -> StageCost:
@@ -105,7 +124,7 @@ def _opened(probe: Probe) -> tuple[DistillationSpec | None, str]:
     return spec, "" if spec else "the stores of the students are not complete, or not on this machine"
 
 
-def _student_time(probe: Probe, kind: str, spec: DistillationSpec | None, count: int) -> Seconds:
+def _student_time(probe: Probe, kind: str, spec: DistillationSpec | None, count: float) -> Seconds:
     return probe.student_training(spec if kind == DISTILLED else None).times(count)
 
 

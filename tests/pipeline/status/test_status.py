@@ -178,6 +178,10 @@ def test_the_best_of_a_comparison_or_sweep_is_shown(tmp_path, command, what, nam
         for path in (tmp_path / "run" / command / way).glob("seed*/result.json"):
             path.write_text(json.dumps({"accuracy": accuracy, "validation": {"accuracy": validated}}))
     assert only_run(tmp_path).accuracies == pytest.approx({f"best of 2 {what}: {other}": 80})
+    done = [(-9, {"kind": "begin", "command": command}), (-1, {"kind": "end", "command": command, "exit_code": 0})]
+    write_events(tmp_path / "run", *done)
+    status = only_run(tmp_path)
+    assert (status.state, status.num_networks_done, status.num_networks) == ("done", 6, 6)
 
 
 def test_a_run_size_excludes_its_stores(tmp_path, made):

@@ -23,6 +23,7 @@ from kdpipe.stages.compress.compress import CompressConfig, fine_tunings
 from kdpipe.stages.compress.pruning.prune import PruneConfig
 from kdpipe.stages.losses.logits.kd import KD
 from kdpipe.stages.runtime.events import RunMonitor
+from kdpipe.stages.training.job_dir import JobDir
 from kdpipe.stages.workspace import NOWHERE, Workspace
 
 RECIPE = replace(TINY, student=replace(TINY.student, seeds=(0, 1)), compress=CompressConfig(steps=()))
@@ -68,9 +69,12 @@ def printed(plan: dict, monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 def test_a_plan_finds_what_the_workspace_offers(tmp_path: Path) -> None:
     done = Run(RECIPE, tmp_path / "a", RunMonitor())
+    promised = run_plan(done, with_probe=False)["missing_bytes"]
     done.begin()
     for run_stage in (steps.run_train_teacher, steps.run_cache_teacher, steps.run_train_student):
         run_stage(done)
+    outputs = (path for path in tmp_path.glob("a/store*.zarr/logits/c/**/*") if path.is_file())
+    assert sum(path.stat().st_size for path in outputs) == promised
     shutil.rmtree(tmp_path / "a" / "students" / "distilled-seed1")
     plan = planned(tmp_path / "b", workspace=Workspace(tmp_path))
     assert plan["store"] == str(tmp_path / "a" / "store.zarr")
@@ -87,6 +91,17 @@ def test_a_plan_finds_what_the_workspace_offers(tmp_path: Path) -> None:
     other = replace(RECIPE, distill=(KD(loss="kd", temperature=2.0),))
     run = Run(other, tmp_path / "b", RunMonitor(), workspace=Workspace(tmp_path))
     assert list(find_students(run, tmp_path / "a" / "store.zarr")) == [("alone", 0), ("alone", 1)]
+
+
+def test_the_plan_of_a_sweep_has_its_settings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two temperatures, two lengths and two seeds: the students alone have no temperature."""
+    swept = replace(RECIPE, sweep={"distill.0.temperature": [1.0, 2.0], "student": {"train": {"epochs": [1, 3]}}})
+    done = tmp_path / "a" / "sweep" / "temperature=1.0,epochs=3" / "seed0"
+    monkeypatch.setattr(JobDir, "result", lambda job_dir: {} if job_dir.path == done else None)
+    plan = planned(tmp_path / "a", swept)
+    made = {stage["what"]: (stage["count"], stage["num_done"]) for stage in plan["stages"]}
+    assert made == {"teacher": (1, 0), "store": (1, 0), "students, alone": (4, 0), "students, 4 settings": (8, 1)}
+    assert all(stage["wall_s"][0] > 0 for stage in plan["stages"])
 
 
 def test_the_number_of_fine_tunings_follows_the_recipe() -> None:
