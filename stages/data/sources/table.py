@@ -12,6 +12,7 @@ import unicodedata
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from sys import intern
 from typing import Any
 
 import numpy as np
@@ -31,14 +32,19 @@ LABEL_COLUMNS = ("label", "class", "class_name", "target", "category")
 SPLIT_COLUMN = "split"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class _Row:
-    """A sample: its path and label as they stand in the table, and where that is."""
+    """A sample: its path and label as they stand in a row of the table, of which there may be millions."""
 
     path: str
     label: int | str
     role: Role | None
-    where: str
+    place: str
+    number: int
+
+    @property
+    def where(self) -> str:
+        return f"{self.place} {self.number}"
 
 
 def list_table(path: Path, split: Split, spec: DecodeSpec) -> Listing:
@@ -144,8 +150,10 @@ def _rows(file: Path) -> Iterator[_Row]:
     Raises:
         DataError: It cannot be read, or a column or cell is missing, ambiguous or invalid.
     """
-    read = _read_parquet if file.suffix.lower() == ".parquet" else _read_text
-    for where, path, label, split in read(file):
+    is_text = file.suffix.lower() != ".parquet"
+    place = f"{file}, {'line' if is_text else 'row'}"
+    for number, path, label, split in (_read_text if is_text else _read_parquet)(file):
+        where = f"{place} {number}"
         if not isinstance(path, str) or not path.strip():
             raise DataError(f"{where}: the image's path must be text, found {str(path)[:40]!r}.")
         if "://" in path:
@@ -155,11 +163,11 @@ def _rows(file: Path) -> Iterator[_Row]:
         role = role_of(split) if isinstance(split, str) else None
         if split is not None and role is None:
             raise DataError(f"{where}: the split must be train, val or test, found {split!r}.")
-        yield _Row(path.strip(), label, role, where)
+        yield _Row(path.strip(), intern(label) if isinstance(label, str) else label, role, place, number)
 
 
-Cells = tuple[str, Any, Any, Any]
-"""Where a row is, and its path, label and split; None where there is no such column."""
+Cells = tuple[int, Any, Any, Any]
+"""The number of a row, and its path, label and split; None where there is no such column."""
 
 
 def _read_text(file: Path) -> Iterator[Cells]:
@@ -172,11 +180,12 @@ def _read_text(file: Path) -> Iterator[Cells]:
             header = next(reader, [])
             columns = [header.index(name) if name else None for name in _columns(file, header)]
             for cells in filter(None, reader):
-                where = f"{file}, line {reader.line_num}"
                 if len(cells) != len(header):
-                    raise DataError(f"{where}: {len(cells)} cells, and the header has {len(header)}.")
+                    raise DataError(
+                        f"{file}, line {reader.line_num}: {len(cells)} cells, and the header has {len(header)}."
+                    )
                 path, label, split = (None if column is None else cells[column].strip() for column in columns)
-                yield where, path, label, split
+                yield reader.line_num, path, label, split
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise DataError(f"{file} cannot be read as a table in UTF-8 ({cause(error)}).") from error
 
@@ -194,7 +203,7 @@ def _read_parquet(file: Path) -> Iterator[Cells]:
             columns = [batch.column(name).to_pylist() if name else [None] * len(batch) for name in names]
             for path, label, split in zip(*columns, strict=True):
                 number += 1
-                yield f"{file}, row {number}", path, label, split
+                yield number, path, label, split
     except DataError:
         raise
     except Exception as error:  # a damaged file can raise anything

@@ -133,7 +133,7 @@ def test_parquet_of_image_bytes_is_refused(folder):
 
 @given(st.lists(st.integers(0, 50), min_size=1) | st.lists(st.text("abc1", min_size=1), min_size=1))
 def test_whole_numbers_are_classes_and_all_else_is_names(labels):
-    names = _class_names("x", [_Row("p", label, None, "w") for label in labels])
+    names = _class_names("x", [_Row("p", label, None, "x, line", 2) for label in labels])
     assert {str(label) for label in labels} <= set(names) or "0" in names
     numbers = all(str(label).isdigit() and str(int(label)) == str(label) for label in labels)
     assert names == (
