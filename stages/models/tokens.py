@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -37,11 +38,12 @@ def hooked(module: nn.Module, layer: str, form: str | None) -> Iterator[nn.Modul
     inner, fused = getattr(module, "attn_drop", None), getattr(module, "fused_attn", None)
     if not isinstance(inner, nn.Module) or fused is None:
         raise ModelError(f"{layer!r}: {type(module).__name__} is no attention of timm, which ends in `attn`.")
-    module.fused_attn = False
+    attention: Any = module
+    attention.fused_attn = False
     try:
         yield inner
     finally:
-        module.fused_attn = fused
+        attention.fused_attn = fused
 
 
 def token_part(model: nn.Module, layer: str, form: str | None) -> Callable[[Tensor], Tensor]:
