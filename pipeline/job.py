@@ -167,8 +167,10 @@ def _nothing_left_if_refused(folder: Path) -> Iterator[None]:
     """Remove the run folder that this command made if it is refused before it made anything else."""
     from kdpipe.stages.errors import DataError, ModelError, RecipeError
     from kdpipe.store import LockedError, exclusive
+    from kdpipe.store.fs.checksums import SUMS
 
-    is_new, records = not folder.exists(), {"recipe.json", "run.json", "events.jsonl", ".run.json.lock", ".kdpipe.lock"}
+    is_new = not folder.exists()
+    records = {"recipe.json", "run.json", "events.jsonl", SUMS, ".run.json.lock", ".kdpipe.lock"}
     try:
         yield
     except (DataError, ModelError, RecipeError):

@@ -13,6 +13,7 @@ from support.paths import PYTHONPATH
 from kdpipe.pipeline import job
 from kdpipe.stages.errors import RecipeError
 from kdpipe.store import exclusive
+from kdpipe.store.fs.checksums import write_with_sum
 
 FIRST_LINE = """
 import sys
@@ -41,7 +42,8 @@ def test_a_refused_command_leaves_no_folder_of_records(made: str | None, tmp_pat
     if made == "recipe.json":  # it was there before
         folder.mkdir()
     with pytest.raises(RecipeError), job._nothing_left_if_refused(folder), exclusive(folder, folder / ".kdpipe.lock"):
-        for name in ("recipe.json", "run.json", "events.jsonl", made or "run.json"):
+        write_with_sum(folder / "recipe.json", b"{}")
+        for name in ("run.json", "events.jsonl", ".run.json.lock", made or "run.json"):
             (folder / name).write_text("{}")
         raise RecipeError("refused")
     assert folder.exists() == (made is not None)
