@@ -17,7 +17,8 @@ def load_dataset(name: str = "digits", **options: Any) -> tuple[ImageSet, ...]:
     """Load the training and the test split of a data set.
 
     Args:
-        name: `digits`, `MNIST`, `FashionMNIST`, `CIFAR10`, `CIFAR100`, `imagefolder:PATH`, `npz:PATH`,
+        name: `digits`, `MNIST`, `FashionMNIST`, `CIFAR10`, `CIFAR100`, `imagefolder:PATH`,
+            `table:PATH`, `npz:PATH`,
             `python:module:function`, or a name given to `register_dataset`.
         **options: Keys of a recipe's `data` section, such as `root`, `image_size`, `classes` or `num_train`.
 

@@ -32,7 +32,7 @@ def recipe_new(
     file: Annotated[Path | None, typer.Argument(metavar="[FILE]", help="File to write [default: NAME.toml].")] = None,
     *,
     name: Annotated[str | None, typer.Option(help="Name of the experiment and its run folder.")] = None,
-    data: Annotated[str | None, typer.Option(help="digits, CIFAR100, imagefolder:PATH, npz:PATH and so on.")] = None,
+    data: Annotated[str | None, typer.Option(help="digits, CIFAR100, imagefolder:PATH, table:PATH and so on.")] = None,
     root: Annotated[str | None, typer.Option(help="The folder of the data.")] = None,
     image_size: Annotated[str | None, typer.Option(help="Size to resize photos to, in pixels.")] = None,
     teacher: Annotated[str | None, typer.Option(help="Model of the teacher.")] = None,

@@ -32,7 +32,7 @@ from kdpipe.pipeline.recipe.template import (
     is_small_network,
 )
 from kdpipe.stages.config import PathStr
-from kdpipe.stages.data.names import KINDS, KNOWN_NAMES
+from kdpipe.stages.data.names import FILE_KINDS, KINDS, KNOWN_NAMES
 from kdpipe.stages.errors import RecipeError
 from kdpipe.store.errors import did_you_mean
 
@@ -87,7 +87,7 @@ _path = _typed(PathStr)
 def _data(text: str, answers: Answers) -> str:
     kind, colon, path = text.partition(":")
     kind = {name.lower(): name for name in KINDS}.get(kind.lower(), kind)
-    needs_path = kind in ("imagefolder", "npz", "python")
+    needs_path = kind in (*FILE_KINDS, "npz", "python")
     if kind in KINDS and needs_path == bool(colon and path):
         require_factory(text, "data.name")
         return str(_path(kind + colon + path, answers))
@@ -193,7 +193,7 @@ QUESTIONS = (
         "Side of the images in pixels, to which they are cropped and resized",
         lambda _: "224",
         _typed(Annotated[int, Field(ge=8, le=2**14)]),
-        lambda answers: answers.kind == "imagefolder",
+        lambda answers: answers.kind in FILE_KINDS,
     ),
     Question("teacher", "Network of the teacher", lambda answers: answers.defaults.teacher, _model),
     Question(

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from kdpipe.stages.data.names import SHAPES
+from kdpipe.stages.data.names import FILE_KINDS, SHAPES
 
 TRAINED_HERE, PUBLISHED = "train", "published"
 """The answers for a teacher that is trained by the recipe, and for torchvision's weights."""
@@ -55,6 +55,7 @@ DEFAULTS = {
     "CIFAR10": COLOR,
     "CIFAR100": COLOR,
     "imagefolder": PHOTOS,
+    "table": PHOTOS,
 }
 
 
@@ -163,7 +164,7 @@ def _views(answers: Answers) -> Iterator[str]:
     defaults = answers.defaults
     yield "[views]"
     yield _line("num_views", defaults.num_views, "augmented views cached of every image; start with 4 to 16")
-    if answers.kind == "imagefolder":
+    if answers.kind in FILE_KINDS:
         yield _line("engine", "transforms", "torchvision's transforms, image by image in worker processes")
         yield "operations = ["
         yield f'  {{ name = "RandomResizedCrop", size = {answers.image_size}, scale = [0.35, 1.0] }},'

@@ -20,19 +20,19 @@ class DataConfig:
     """Configuration of the data set.
 
     Attributes:
-        name: digits, MNIST, FashionMNIST, CIFAR10, CIFAR100, imagefolder:PATH, npz:PATH, python:MODULE:FUNCTION, or a
-            registered name.
+        name: digits, MNIST, FashionMNIST, CIFAR10, CIFAR100, imagefolder:PATH, table:PATH, npz:PATH,
+            python:MODULE:FUNCTION, or a registered name.
         root: Folder of the named sets, and base of a relative PATH.
         download: Whether torchvision may download a named set.
         channels: Convert to grayscale (1) or RGB (3).
         image_size: Crop the largest centered square and resize it to this many pixels.
-        test_crop: Fraction of that square kept for the test images of an image folder.
+        test_crop: Fraction of that square kept for the test images of files.
         classes: Keep only samples of these classes.
         num_train: Keep a fixed stratified subset of the training split.
         test_share: Fraction split off for testing where the set has no test split.
         validation_share: Fraction of the training images, of every class, that is not trained on or cached but decides
             instead of the test images: accuracy of each epoch, weights of teachers by accuracy, the best of variants.
-        cache_bytes: Keep the decoded images of a folder in memory if they take no more than this.
+        cache_bytes: Keep the decoded images of files in memory if they take no more than this.
         unreadable: "stop" the job at an image that cannot be read, or "drop" the sample.
         num_workers: Processes that decode images not in memory; None means one for each core of this process.
     """

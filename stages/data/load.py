@@ -13,11 +13,12 @@ from kdpipe.stages.data.config import DataConfig
 from kdpipe.stages.data.decode import DecodeSpec, with_channels, with_size
 from kdpipe.stages.data.image_files import ImageFileList
 from kdpipe.stages.data.image_set import ImageSet
-from kdpipe.stages.data.names import KNOWN_NAMES, TORCHVISION_NAMES
+from kdpipe.stages.data.names import FILE_KINDS, KNOWN_NAMES, TORCHVISION_NAMES
 from kdpipe.stages.data.scan import OnImage, ScanResult, scan_images
 from kdpipe.stages.data.sources.image_folder import list_image_folder
 from kdpipe.stages.data.sources.listing import Listing, absent_classes
 from kdpipe.stages.data.sources.npz import list_npz
+from kdpipe.stages.data.sources.table import list_table
 from kdpipe.stages.data.sources.torchvision import list_digits, list_torchvision
 from kdpipe.stages.data.sources.user_function import DATASETS, is_user_dataset, list_user_dataset
 from kdpipe.stages.data.splits import Indices, Part, Split, stratified_split, stratified_subset, validation_split
@@ -84,11 +85,13 @@ def list_source(config: DataConfig, part: Part, size: int | None) -> Listing:
     split: Split = "test" if part == "test" else "train"
     kind, colon, argument = config.name.partition(":")
     root = _path(config.root)
-    if colon and argument and kind == "imagefolder":
-        return list_image_folder(_path(argument, config.root), split, _decode_spec(config, part, size))
+    if colon and argument and kind in FILE_KINDS:
+        list_files = list_image_folder if kind == "imagefolder" else list_table
+        return list_files(_path(argument, config.root), split, _decode_spec(config, part, size))
     if config.test_crop != 1:
         raise RecipeError(
-            f"data.test_crop applies only to imagefolder:PATH, but data.name is {config.name!r}: remove it."
+            f"data.test_crop applies only to imagefolder:PATH and table:PATH, and data.name is {config.name!r}: "
+            "remove it."
         )
     if config.name == "digits":
         return list_digits()

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 TORCHVISION_NAMES = ("MNIST", "FashionMNIST", "CIFAR10", "CIFAR100")
 
-KNOWN_NAMES = ("digits", *TORCHVISION_NAMES, "imagefolder:PATH", "npz:PATH", "python:MODULE:FUNCTION")
+KNOWN_NAMES = ("digits", *TORCHVISION_NAMES, "imagefolder:PATH", "table:PATH", "npz:PATH", "python:MODULE:FUNCTION")
+
+FILE_KINDS = ("imagefolder", "table")
+"""Data sets of image files, which are decoded on access."""
 
 KINDS = {name.partition(":")[0] for name in KNOWN_NAMES}
 

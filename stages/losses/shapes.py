@@ -50,5 +50,11 @@ def shape_mismatch_error(loss: str, pair: Pair, student: Shape, teacher: Shape, 
     """Build the error for a pair of layers whose shapes do not match; `expected` is which layers to choose instead."""
     return RecipeError(
         f"{loss} cannot join the student's {pair[0]}, of shape {list(student)}, to the teacher's {pair[1]}, of shape "
-        f"{list(teacher)}: choose {expected}."
+        f"{list(teacher)}: choose {expected}{token_advice(student)}."
     )
+
+
+def token_advice(*shapes: Shape) -> str:
+    """Return what to choose instead, to end a sentence, if a shape is that of tokens (N, D); else nothing."""
+    has_tokens = any(len(shape) == 2 for shape in shapes)
+    return ", or add .patch_map to the layer of a ViT's tokens" if has_tokens else ""

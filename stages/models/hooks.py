@@ -1,4 +1,4 @@
-"""Modules by their dotted path (`layer3`, `blocks.5`), and forward hooks that capture their outputs."""
+"""Modules by their dotted path (`layer3`, `blocks.5`), and hooks that capture their outputs, or parts of tokens."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from kdpipe.stages.compute.compiled import begin_step, compiled
 from kdpipe.stages.errors import ModelError, cause
 from kdpipe.stages.models.clone import preserve_modes
+from kdpipe.stages.models.tokens import hooked, split_form, token_part
 from kdpipe.stages.numerics import to_float32
 from kdpipe.store.errors import did_you_mean
 
@@ -190,10 +191,10 @@ class FeatureExtractor:
             self._captured = None
         return logits, [captured[layer] for layer in self.layers]
 
-    def hook(self, layer: str, module: nn.Module, inputs: Any, output: Any) -> None:
-        """Capture the output of a layer."""
+    def hook(self, layer: str, part: Callable[[Tensor], Tensor], module: nn.Module, inputs: Any, output: Any) -> None:
+        """Capture `part` of the output of a layer."""
         if self._captured is not None:
-            self._captured[layer] = output.clone() if layer in self.overwritten else output
+            self._captured[layer] = part(output.clone() if layer in self.overwritten else output)
             return
         record = self._record
         if record is None:
@@ -202,7 +203,7 @@ class FeatureExtractor:
             raise ModelError(f"module {layer!r} outputs {type(output).__name__}, not a tensor: choose another layer.")
         if layer in self.overwritten or output.is_inference():  # inference tensors count no versions
             output = output.clone()
-        record.add(layer, output)
+        record.add(layer, part(output))
         if self._no_further and record.num_calls == self._num_calls.get(self._model.training):
             raise _AllCaptured
 
@@ -277,7 +278,10 @@ def extract_features(
     extractor = FeatureExtractor(model, layers, no_further, None if no_further else compile_key)
     with ExitStack() as hooks:
         for layer in layers:
-            hooks.enter_context(get_module(model, layer).register_forward_hook(partial(extractor.hook, layer)))
+            path, form = split_form(model, layer)
+            module = hooks.enter_context(hooked(get_module(model, path), layer, form))
+            hook = partial(extractor.hook, layer, token_part(model, layer, form))
+            hooks.enter_context(module.register_forward_hook(hook))
         hooks.callback(extractor.stop_compiling)
         yield extractor
 

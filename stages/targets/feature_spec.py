@@ -103,9 +103,10 @@ def compute_statistic(feature: FeatureSpec, output: Tensor) -> Tensor:
         ModelError: The statistic needs feature maps, and these are not.
     """
     if output.dim() != 4 and feature.statistic not in (MAP, POOLED):
+        tokens = f", or {feature.layer}.patch_map of a ViT's tokens" if output.dim() == 3 else ""
         raise ModelError(
             f"{feature.layer} outputs {list(output.shape[1:])} per sample: {feature.statistic} needs feature maps "
-            "[C, H, W]. Store the output itself, or choose another layer."
+            f"[C, H, W]. Store the output itself, or choose another layer{tokens}."
         )
     return STATISTIC_FUNCTIONS[feature.statistic](pool_to(output, feature.size) if feature.size else output)
 

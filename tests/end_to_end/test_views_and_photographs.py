@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image
 from support.device import DEVICE
-from support.kdpipe_process import kdpipe_here, signal_when, start_cold
+from support.kdpipe_process import kdpipe_here, signal_when, start
 from support.made_store import folder_bytes
 
 from kdpipe.stages.data.sources.image_folder import sample_id
@@ -141,7 +141,7 @@ def test_student_resumes_identically_after_a_signal(place, done):
     run, recipe = place / "stopped", recipe_of(place)
     shutil.copytree(done[0], run, ignore=shutil.ignore_patterns("distilled-*"))
     checkpoint = run / "students" / "distilled-seed0" / "checkpoint.safetensors"
-    process = start_cold("train-student", recipe, "--run", run, WORKERS)
+    process = start("train-student", recipe, "--run", run, WORKERS)
     signal_when(process, checkpoint.exists, signal.SIGTERM)
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 75, errors

@@ -3,20 +3,19 @@
 import json
 import os
 import socket
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 from support.paths import PYTHONPATH
+from support.warm_process import WarmProcess
 
 
 def run_two_processes(script: str, folder: Path) -> list[dict[str, Any]]:
     """Run `script`, which forks, with `folder`; return the records 0.json and 1.json that the processes leave there."""
     environment = os.environ | {"PYTHONPATH": PYTHONPATH, "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, script, str(folder)]
-    ended = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, check=False)
-    assert ended.returncode == 0, ended.stderr
+    process = WarmProcess([script, str(folder)], environment)
+    _, errors = process.communicate(timeout=120)
+    assert process.wait() == 0, errors
     return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(2)]
 
 

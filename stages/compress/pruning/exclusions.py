@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import re
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
@@ -12,6 +13,10 @@ from kdpipe.stages.compress.pruning.widths import has_sizes
 
 if TYPE_CHECKING:
     import torch_pruning
+
+LIBRARIES = ("timm", "transformers")
+HEADS = ("num_heads", "num_attention_heads")
+PROJECTION = re.compile(r"(to_)?(qkv|kv|qk|q|k|v|query|key|value)(_proj)?")
 
 WEIGHT_LAYERS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)
 
@@ -29,6 +34,11 @@ class ModuleNames:
             for inner in module.modules()
         }
         self.reasons = {layer: "named in prune.exclude" for module in exclude for layer in module.modules()}
+        self.reasons |= {
+            layer: f"it is part of the attention {self.paths[attention]!r}, whose heads stay"
+            for attention in model.modules()
+            for layer in _projections(attention)
+        }
         self.reasons |= dict.fromkeys(outputs, "it writes the logits")
 
     def outside(self, graph: torch_pruning.DependencyGraph) -> dict[nn.Module, str]:
@@ -48,6 +58,16 @@ class ModuleNames:
         if isinstance(member, nn.MultiheadAttention):
             return f"the attention {self.paths[member]!r}"
         return f"{self.paths.get(member, '')!r} ({type(member).__name__}), which cannot be cut"
+
+
+def _projections(module: nn.Module) -> Iterator[nn.Module]:
+    """Yield what projects to queries, keys and values, if `module` is an attention of timm or transformers.
+
+    Their forward divides these channels by a number of heads that it knows.
+    """
+    is_attention = any(isinstance(getattr(module, name, None), int) for name in HEADS)
+    if is_attention and type(module).__module__.partition(".")[0] in LIBRARIES:
+        yield from (child for name, child in module.named_children() if PROJECTION.fullmatch(name))
 
 
 def exclusion_reason(found: Any, names: ModuleNames, *, with_batch_norm: bool) -> str | None:

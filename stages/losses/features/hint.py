@@ -15,7 +15,7 @@ from kdpipe.stages.config import section
 from kdpipe.stages.errors import RecipeError
 from kdpipe.stages.losses.base import FeatureLoss
 from kdpipe.stages.losses.schedules import Scheduled
-from kdpipe.stages.losses.shapes import Pair
+from kdpipe.stages.losses.shapes import Pair, token_advice
 from kdpipe.stages.numerics import to_float32
 from kdpipe.stages.targets.feature_spec import FeatureSpec, Shape
 
@@ -76,7 +76,7 @@ def adapter(student: Shape, teacher: Shape) -> nn.Module:
             return nn.Sequential(convolution, nn.BatchNorm2d(teacher[0]), nn.ReLU())
     raise RecipeError(
         f"a hint cannot join a student's feature of shape {list(student)} to a teacher's of shape {list(teacher)}: "
-        "choose layers whose maps have similar sizes."
+        f"choose layers whose maps have similar sizes{token_advice(student, teacher)}."
     )
 
 

@@ -23,7 +23,7 @@ PREFIX = "hf:"
 SET_HERE = ("num_labels", "id2label", "label2id", "num_channels")
 """Entries of a configuration that follow from the data."""
 
-NO_ARGS = ("id2label", "label2id", "architectures", "transformers_version", "dtype", "torch_dtype", "_name_or_path")
+NO_ARGS = ("id2label", "label2id", "transformers_version", "dtype", "torch_dtype", "_name_or_path")
 """Entries of a configuration that do not decide what the network is."""
 
 CONFIG, PROCESSOR, WEIGHTS = "config.json", "preprocessor_config.json", "model.safetensors"
@@ -59,6 +59,7 @@ def build_transformer(
     try:
         if not published:
             config.num_labels = num_classes
+            config.architectures = config.architectures or [_class_name(library, config)]
             model: nn.Module = library.AutoModelForImageClassification.from_config(config)
             return model
         model = _pretrained(library, name, config)
@@ -147,6 +148,12 @@ def _config(library: ModuleType, name: str, args: Mapping[str, Any]) -> Any:
             f"the configuration of {name} cannot be loaded ({cause(error)}): fetch {CONFIG}, {PROCESSOR} and {WEIGHTS} "
             "elsewhere into one folder, and name it as hf:FOLDER."
         ) from error
+
+
+def _class_name(library: ModuleType, config: Any) -> str:
+    """Return the plain image classifier of a configuration: DeiT has two."""
+    found = library.MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING[type(config)]
+    return str((found[0] if isinstance(found, tuple | list) else found).__name__)
 
 
 def _pretrained(library: ModuleType, name: str, config: Any) -> nn.Module:

@@ -47,8 +47,8 @@ def equalize(images: Tensor) -> Tensor:
 
 def _histograms(levels: Tensor) -> Tensor:
     """Count each level: uint8 [R, L] to int64 [R, 256]."""
-    starts = torch.arange(0, 256 * len(levels), 256, dtype=torch.int32, device=levels.device)
-    return torch.bincount((levels + starts[:, None]).ravel(), minlength=256 * len(levels)).reshape(-1, 256)
+    counts = torch.zeros(len(levels), 256, dtype=torch.int64, device=levels.device)
+    return counts.scatter_add_(1, levels.long(), counts.new_ones(()).expand(levels.shape))  # bincount waits for a GPU
 
 
 def _equalizing_tables(counts: Tensor, highest: Tensor, num_pixels: int) -> Tensor:

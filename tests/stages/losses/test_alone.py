@@ -3,10 +3,12 @@
 import dataclasses
 import doctest
 import pkgutil
+from contextlib import nullcontext
 from importlib import import_module
 
 import pytest
 import torch
+from support.device import DEVICE, needs_gpu, without_waits
 from support.loss_inputs import (
     DATASET,
     LABELS,
@@ -64,7 +66,7 @@ def outputs(name):
 
 
 def in_training(name, loss):
-    """Return the loss as training computes it, from targets as a store serves them."""
+    """Return the module of the loss in training, and its batch, with targets as a store serves them."""
     student, teacher = outputs(name)
     shapes = {"a": tuple(student.features["a"].shape[1:])}
     served = {
@@ -87,8 +89,7 @@ def in_training(name, loss):
         {f"{name}_0": NEGATIVES},
         extras.get("input_gradient"),
     )
-    (value,) = built(batch).values()
-    return value
+    return built, batch
 
 
 @pytest.mark.parametrize("name", LOSSES.builtin)
@@ -98,9 +99,50 @@ def test_loss_alone_equals_its_value_in_training(name):
     torch.manual_seed(0)
     module = loss.module(student, teacher, num_samples=DATASET.num_samples)
     value = module(student, teacher, LABELS, **EXTRAS.get(name, {}))
-    assert torch.equal(value, in_training(name, loss))
+    built, batch = in_training(name, loss)
+    assert torch.equal(value, *built(batch).values())
     if not list(module.parameters()):
         assert torch.equal(loss(student, teacher, LABELS, **EXTRAS.get(name, {})), value)
+
+
+def moved(one, device):
+    """Return a copy of a batch on a device."""
+    if isinstance(one, torch.Tensor):
+        return one.to(device, copy=True)
+    if isinstance(one, dict):
+        return {key: moved(value, device) for key, value in one.items()}
+    if isinstance(one, list):
+        return [moved(value, device) for value in one]
+    if isinstance(one, DistillationBatch | ModelOutput | DenseTargets | Negatives):
+        keys = [field.name for field in dataclasses.fields(one)]
+        return dataclasses.replace(one, **{key: moved(getattr(one, key), device) for key in keys})
+    return one
+
+
+def with_gradients(name, loss, device, waits):
+    """Return the loss in training, and the gradients of the student's outputs and of the loss's parameters."""
+    built, batch = in_training(name, loss)
+    built, batch = built.to(device), moved(batch, device)
+    leaves = [batch.student.logits, *batch.student.features.values(), batch.input_gradient, *built.parameters()]
+    leaves = [leaf.requires_grad_() for leaf in leaves if leaf is not None]
+    with waits():
+        (value,) = built(batch).values()
+    return value, *torch.autograd.grad(value, leaves, allow_unused=True)
+
+
+@needs_gpu
+@pytest.mark.parametrize("samples", [SampleSelection(), SampleSelection(filter="hard")], ids=["all", "hard"])
+@pytest.mark.parametrize("name", LOSSES.builtin)
+def test_loss_on_a_gpu_equals_the_cpus_without_waits(name, samples):
+    loss = loss_named(name)
+    if not loss.per_sample and samples != SampleSelection():
+        pytest.skip("takes whole batches")
+    loss = dataclasses.replace(loss, samples=samples)
+    for own, expected in zip(
+        with_gradients(name, loss, DEVICE, without_waits), with_gradients(name, loss, "cpu", nullcontext), strict=True
+    ):
+        assert (own is None) == (expected is None)
+        assert own is None or torch.allclose(own.cpu(), expected, rtol=1e-4, atol=1e-6)
 
 
 def test_half_precision_is_computed_in_float32():

@@ -25,6 +25,7 @@ from kdpipe.stages.compress.artifacts.load import rebuild
 from kdpipe.stages.data.image_files import ImageFileList, path_at
 from kdpipe.stages.data.load import list_source
 from kdpipe.stages.data.loader.image_loader import ViewRequest
+from kdpipe.stages.data.names import FILE_KINDS
 from kdpipe.stages.evaluation.evaluate import BATCH_SIZE
 from kdpipe.stages.export.onnx_session import INPUT, OUTPUT, open_session
 from kdpipe.stages.models.normalization import Normalization
@@ -124,10 +125,10 @@ def _open(page: PageRun) -> Run:
     run = Run(replace(recipe, device="cpu", data=data), page.path, RunMonitor())
     if any(map(is_url, run.stores)):
         raise LeftOutError("The stores of this run are remote, and a report downloads nothing.")
-    if recipe.data.name.startswith("imagefolder:"):
+    if recipe.data.name.partition(":")[0] in FILE_KINDS:
         job = read_json_file(page.networks[0].jobs[0].folder / "job.json") or {}
         if job.get("data", {}).get("num_samples", 0) > MAX_FILES:
-            raise LeftOutError(f"A report does not scan image folders of more than {MAX_FILES:,} files.")
+            raise LeftOutError(f"A report does not scan more than {MAX_FILES:,} files.")
     return run
 
 

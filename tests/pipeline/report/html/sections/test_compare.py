@@ -19,7 +19,7 @@ def test_several_runs_are_compared(tmp_path):
     assert [title for level, title in read.headings if level == 2] == ["Learning curves", "first", "second"]
 
 
-def test_several_runs_show_differing_keys_and_curves_over_each_other(tmp_path):
+def test_several_runs_show_differing_keys_and_overlaid_curves(tmp_path):
     runs = [made_run(tmp_path / name, name=name) for name in ("one", "two")]
     recipe = json.loads((runs[1] / "recipe.json").read_text())
     recipe["distill"][0]["temperature"] = 2.0

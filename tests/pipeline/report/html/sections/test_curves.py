@@ -14,7 +14,7 @@ from kdpipe.pipeline.report.html.sections.losses import loss_panel
 from kdpipe.pipeline.report.html.sections.reliability import pooled_bins
 
 
-def test_curves_of_pruning_and_quantization_have_axes_of_their_own(tmp_path):
+def test_curves_of_pruning_and_quantization_have_own_axes(tmp_path):
     run = made_run(tmp_path / "run")
     recipe = json.loads((run / "recipe.json").read_text())
     recipe["compress"]["steps"] = ["prune", "quantize"]

@@ -1,0 +1,256 @@
+"""`table:PATH`: the paths and labels of images in a CSV, TSV or Parquet file.
+
+PATH is one file, to be split unless its column `split` says how; or a folder with a file for each split, such as
+train.csv and test.csv (or val.csv, if there is no test.csv).
+"""
+
+from __future__ import annotations
+
+import csv
+import os
+import unicodedata
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from sys import intern
+from typing import Any
+
+import numpy as np
+
+from kdpipe.stages.data.decode import DecodeSpec
+from kdpipe.stages.data.image_files import ImageFileList, pack_paths
+from kdpipe.stages.data.sources.image_folder import sample_id
+from kdpipe.stages.data.sources.listing import Listing, numbered_classes
+from kdpipe.stages.data.sources.split_folders import Role, role_of
+from kdpipe.stages.data.splits import Split
+from kdpipe.stages.errors import DataError, cause, first_few
+
+SUFFIXES = (".csv", ".tsv", ".parquet")
+
+PATH_COLUMNS = ("path", "filepath", "file_path", "file_name", "filename", "file", "image_path", "img_path", "image")
+LABEL_COLUMNS = ("label", "class", "class_name", "target", "category")
+SPLIT_COLUMN = "split"
+
+
+@dataclass(frozen=True, slots=True)
+class _Row:
+    """A sample: its path and label as they stand in a row of the table, of which there may be millions."""
+
+    path: str
+    label: int | str
+    role: Role | None
+    place: str
+    number: int
+
+    @property
+    def where(self) -> str:
+        return f"{self.place} {self.number}"
+
+
+def list_table(path: Path, split: Split, spec: DecodeSpec) -> Listing:
+    """List the images of one split, sorted by path, to be decoded to `spec`.
+
+    Paths are relative to the table's folder. A sample's id is a hash of its path; the train split defines the classes:
+    labels that are all whole numbers are 0, 1, ... C - 1, others are names, sorted.
+
+    Raises:
+        DataError: A file, column or cell is missing, ambiguous or invalid; an image is listed twice; or a test class is
+            not in train.
+    """
+    title, folder, splits = f"table:{path.name}", path if path.is_dir() else path.parent, _splits(path)
+    unsplit = set(splits) == {None}
+    train = splits[None] if unsplit else splits["train"]
+    chosen = train if unsplit or split == "train" else splits.get("test") or splits["val"]
+    keyed = _by_key(chosen, folder)
+    class_names = _class_names(title, train)
+    label_of = {name: label for label, name in enumerate(class_names)}
+    if unknown := [row for row in keyed.values() if str(row.label) not in label_of]:
+        raise DataError(
+            f"{unknown[0].where}: the class {unknown[0].label!r} is missing from the train split: its classes are "
+            f"{first_few(class_names)}."
+        )
+    sample_ids = np.fromiter(map(sample_id, keyed), dtype=np.int64, count=len(keyed))
+    files = [os.path.join(folder, os.path.expanduser(row.path)) for row in keyed.values()]  # noqa: PTH111, PTH118
+    if not os.path.exists(files[0]):  # noqa: PTH110 - the scan finds the others
+        raise DataError(
+            f"{next(iter(keyed.values())).where}: there is no file {files[0]}: paths are relative to {folder}, the "
+            "table's folder."
+        )
+    return Listing(
+        name=title,
+        labels=np.array([label_of[str(row.label)] for row in keyed.values()], dtype=np.int64),
+        sample_ids=sample_ids,
+        class_names=class_names,
+        images=ImageFileList(title, folder, pack_paths(files), sample_ids, spec),
+        unsplit=unsplit,
+        notices=_notices(title, splits) if split == "train" and not unsplit else (),
+    )
+
+
+def _splits(path: Path) -> dict[Role | None, list[_Row]]:
+    """Return the rows by split; all of them by None if nothing says how to split them."""
+    if path.is_dir():
+        files = _split_files(path)
+        splits: dict[Role | None, list[_Row]] = {role: list(_rows(file)) for role, file in files.items()}
+    elif path.suffix.lower() in SUFFIXES and path.is_file():
+        splits = {}
+        for row in _rows(path):
+            splits.setdefault(row.role, []).append(row)
+    else:
+        raise DataError(
+            f"no table {path.absolute()}: table:PATH is relative to data.root unless absolute, and is a file "
+            f"({', '.join(SUFFIXES)}), or a folder with train.csv and test.csv."
+        )
+    if not splits or not all(splits.values()):
+        raise DataError(f"{path.absolute()} lists no images.")
+    if None not in splits:
+        _require_apart(path, splits)
+    return splits
+
+
+def _split_files(folder: Path) -> dict[Role, Path]:
+    found: dict[Role, Path] = {}
+    for file in sorted(folder.iterdir()):
+        role = role_of(file.stem) if file.suffix.lower() in SUFFIXES else None
+        if role and role in found:
+            raise DataError(f"{found[role]} and {file} are both the {role} split: remove or rename one.")
+        if role:
+            found[role] = file
+    if "train" not in found or not {"test", "val"} & set(found):
+        names = first_few([file.name for file in found.values()]) if found else "none"
+        raise DataError(
+            f"{folder.absolute()} needs a table of the train and one of the test split, such as train.csv and "
+            f"test.csv; found: {names}. One table for both is table:PATH of the file itself."
+        )
+    return found
+
+
+def _require_apart(path: Path, splits: dict[Role | None, list[_Row]]) -> None:
+    if "train" not in splits or not {"test", "val"} & set(splits):
+        found = ", ".join(sorted(str(role) for role in splits))
+        raise DataError(
+            f"{path.absolute()}: the column {SPLIT_COLUMN!r} must name a train and a test (or val) split, found only "
+            f"{found}: without the column the table is split by data.test_share."
+        )
+    trained = {row.path: row for row in splits["train"]}
+    for row in splits.get("test") or splits["val"]:
+        if row.path in trained:
+            raise DataError(f"{row.where}: {row.path} is an image of the train split, too ({trained[row.path].where}).")
+
+
+def _notices(title: str, splits: dict[Role | None, list[_Row]]) -> tuple[str, ...]:
+    if "test" not in splits:
+        return (f"{title}: the test split is its val split.",)
+    return (f"{title}: its val split is not used.",) if "val" in splits else ()
+
+
+def _rows(file: Path) -> Iterator[_Row]:
+    """Read a table's rows.
+
+    Raises:
+        DataError: It cannot be read, or a column or cell is missing, ambiguous or invalid.
+    """
+    is_text = file.suffix.lower() != ".parquet"
+    place = f"{file}, {'line' if is_text else 'row'}"
+    for number, path, label, split in (_read_text if is_text else _read_parquet)(file):
+        where = f"{place} {number}"
+        if not isinstance(path, str) or not path.strip():
+            raise DataError(f"{where}: the image's path must be text, found {str(path)[:40]!r}.")
+        if "://" in path:
+            raise DataError(f"{where}: {path} is an address, and a table lists files: download the images first.")
+        if isinstance(label, bool) or not isinstance(label, int | str) or label == "":
+            raise DataError(f"{where}: the label must be a whole number or a name, found {label!r}.")
+        role = role_of(split) if isinstance(split, str) else None
+        if split is not None and role is None:
+            raise DataError(f"{where}: the split must be train, val or test, found {split!r}.")
+        yield _Row(path.strip(), intern(label) if isinstance(label, str) else label, role, place, number)
+
+
+Cells = tuple[int, Any, Any, Any]
+"""The number of a row, and its path, label and split; None where there is no such column."""
+
+
+def _read_text(file: Path) -> Iterator[Cells]:
+    try:
+        with file.open(encoding="utf-8-sig", newline="") as opened:
+            first = opened.readline()
+            delimiter = next((mark for mark in "\t;," if mark in first), ",")
+            opened.seek(0)
+            reader = csv.reader(opened, delimiter=delimiter, strict=True)
+            header = next(reader, [])
+            columns = [header.index(name) if name else None for name in _columns(file, header)]
+            for cells in filter(None, reader):
+                if len(cells) != len(header):
+                    raise DataError(
+                        f"{file}, line {reader.line_num}: {len(cells)} cells, and the header has {len(header)}."
+                    )
+                path, label, split = (None if column is None else cells[column].strip() for column in columns)
+                yield reader.line_num, path, label, split
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise DataError(f"{file} cannot be read as a table in UTF-8 ({cause(error)}).") from error
+
+
+def _read_parquet(file: Path) -> Iterator[Cells]:
+    try:
+        from pyarrow import parquet
+    except ImportError as error:
+        raise DataError(f"{file}: Parquet files need pyarrow: pip install 'kdpipe[parquet]'.") from error
+    try:
+        opened = parquet.ParquetFile(file)
+        names = _columns(file, opened.schema_arrow.names)
+        number = 0
+        for batch in opened.iter_batches(columns=[name for name in names if name]):
+            columns = [batch.column(name).to_pylist() if name else [None] * len(batch) for name in names]
+            for path, label, split in zip(*columns, strict=True):
+                number += 1
+                yield number, path, label, split
+    except DataError:
+        raise
+    except Exception as error:  # a damaged file can raise anything
+        raise DataError(f"{file} cannot be read as Parquet ({cause(error)}).") from error
+
+
+def _columns(file: Path, header: Sequence[str]) -> tuple[str, str, str | None]:
+    """Return the names of the columns of paths, labels and splits."""
+
+    def only(what: str, known: Sequence[str]) -> str:
+        found = [name for name in header if name.strip().lower() in known]
+        if len(found) != 1:
+            number = "none" if not found else f"several ({', '.join(found)}): keep one"
+            raise DataError(
+                f"{file}: one column must hold the {what}, named {first_few(known)}; found {number}. The columns are "
+                f"{first_few(list(header)) or 'missing'}."
+            )
+        return found[0]
+
+    split = next((name for name in header if name.strip().lower() == SPLIT_COLUMN), None)
+    return only("paths", PATH_COLUMNS), only("labels", LABEL_COLUMNS), split
+
+
+def _by_key(rows: Sequence[_Row], folder: Path) -> dict[str, _Row]:
+    """Return the rows by path below `folder`, sorted, in one Unicode form."""
+    keyed: dict[str, _Row] = {}
+    for row in rows:
+        key = os.path.normpath(row.path).removeprefix(f"{folder}{os.sep}").replace(os.sep, "/")
+        twin = keyed.setdefault(unicodedata.normalize("NFC", key), row)
+        if twin is not row:
+            raise DataError(f"{row.where}: {row.path} is listed before ({twin.where}): keep one of the rows.")
+    return dict(sorted(keyed.items()))
+
+
+def _class_names(title: str, rows: Sequence[_Row]) -> tuple[str, ...]:
+    labels = {str(row.label) for row in rows}
+    if all(label.isascii() and label.isdigit() and str(int(label)) == label for label in labels):
+        return numbered_classes(title, np.array(sorted(map(int, labels))))
+    if all(map(_is_number, labels)):
+        row = next(row for row in rows if not str(row.label).isdigit())
+        raise DataError(f"{row.where}: labels that are numbers must be 0, 1, ... C - 1, found {row.label!r}.")
+    return tuple(sorted(labels))
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True

@@ -1,0 +1,82 @@
+"""Features of vision transformers: parts of the tokens that a module outputs, by a name that follows its path.
+
+`blocks.9.class_token`, `blocks.9.patch_mean` and `blocks.9.patch_map` are features like the output of a module, for
+every loss and store; `blocks.9.attn.attention` is the attention of each head of timm's networks.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from torch import Tensor, nn
+
+from kdpipe.stages.errors import ModelError
+
+CLASS_TOKEN, PATCH_MEAN, PATCH_MAP, ATTENTION = "class_token", "patch_mean", "patch_map", "attention"
+FORMS = (CLASS_TOKEN, PATCH_MEAN, PATCH_MAP, ATTENTION)
+
+PREFIX_TOKENS = ("cls_token", "class_token", "dist_token", "distillation_token", "reg_token", "register_tokens")
+"""Names of the parameters [1, n, D] that timm, transformers and torchvision put before the patches."""
+
+
+def split_form(model: nn.Module, layer: str) -> tuple[str, str | None]:
+    """Return the module's path and the form that follows it: None if `layer` is a module, or ends in no form."""
+    path, _, form = layer.rpartition(".")
+    is_form = form in FORMS and path and layer not in dict(model.named_modules(remove_duplicate=False))
+    return (path, form) if is_form else (layer, None)
+
+
+@contextmanager
+def hooked(module: nn.Module, layer: str, form: str | None) -> Iterator[nn.Module]:
+    """Give the module whose output has the form: of attention the one behind its softmax, without fused attention."""
+    if form != ATTENTION:
+        yield module
+        return
+    inner, fused = getattr(module, "attn_drop", None), getattr(module, "fused_attn", None)
+    if not isinstance(inner, nn.Module) or fused is None:
+        raise ModelError(f"{layer!r}: {type(module).__name__} is no attention of timm, which ends in `attn`.")
+    module.fused_attn = False
+    try:
+        yield inner
+    finally:
+        module.fused_attn = fused
+
+
+def token_part(model: nn.Module, layer: str, form: str | None) -> Callable[[Tensor], Tensor]:
+    """Return what takes the form from tokens [B, N, D]: [B, D], or for `patch_map` [B, D, H, W].
+
+    Maps [B, H, W, C] of timm's networks of that layout count as patches without others before them.
+    """
+    if form in (None, ATTENTION):
+        return lambda output: output
+    before, channels_last = num_prefix_tokens(model), str(getattr(model, "output_fmt", "")).endswith("NHWC")
+
+    def take(tokens: Tensor) -> Tensor:
+        if tokens.dim() == 4 and channels_last and form != CLASS_TOKEN:
+            return tokens.mean((1, 2)) if form == PATCH_MEAN else tokens.permute(0, 3, 1, 2).contiguous()
+        if tokens.dim() != 3 or (form == CLASS_TOKEN and not before):
+            found = f"{list(tokens.shape[1:])} per image, {before} of them before the patches"
+            wanted = "tokens [N, D] with a class token" if form == CLASS_TOKEN else "tokens [N, D]"
+            raise ModelError(f"{layer!r} needs {wanted}, not {found}.")
+        patches = tokens[:, before:]
+        if form != PATCH_MAP:
+            return tokens[:, 0] if form == CLASS_TOKEN else patches.mean(1)
+        side = math.isqrt(patches.shape[1])
+        if side * side != patches.shape[1]:
+            raise ModelError(
+                f"{layer!r}: {tokens.shape[1]} tokens less {before} before the patches are no square: choose "
+                f"{PATCH_MEAN} or {CLASS_TOKEN}."
+            )
+        return patches.transpose(1, 2).reshape(len(tokens), -1, side, side)
+
+    return take
+
+
+def num_prefix_tokens(model: nn.Module) -> int:
+    """Return the number of tokens before the patches: class, distillation and register tokens."""
+    if isinstance(stated := getattr(model, "num_prefix_tokens", None), int):
+        return stated
+    found = {name.rpartition(".")[2]: value.shape for name, value in model.named_parameters() if value.dim() == 3}
+    return sum(shape[1] for name, shape in found.items() if name in PREFIX_TOKENS)
