@@ -6,7 +6,7 @@ import os
 import shlex
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager, redirect_stdout
+from contextlib import ExitStack, contextmanager, redirect_stdout, suppress
 from dataclasses import replace
 from functools import partial
 from itertools import count
@@ -110,6 +110,7 @@ def run_job(
         loaded, folder = _load(recipe, options, sweeps=command == "sweep")
         workspace = _workspace(folder, options)
         advice.enter_context(_new_run_advised(command, recipe, options, folder))
+        advice.enter_context(_nothing_left_if_refused(folder))
         monitor = _monitor(loaded, folder, options, should_stop)
         work, work_shard = _work(command, count, only), _work_shard(part) if command == "cache-teacher" else None
         # Before the processes join: a group that uses GPUs asks CUDA for the devices, which works only once.
@@ -158,6 +159,28 @@ def _new_run_advised(command: str, recipe: Path, options: JobOptions, folder: Pa
         words += ["--workspace", str(options.workspace)] if options.workspace else []
         advised = f"a new run, which uses all that fits of this one (`{shlex.join(words)}`)"
         error.args = (redacted(str(error).replace(ANOTHER_RUN, advised)),)
+        raise
+
+
+@contextmanager
+def _nothing_left_if_refused(folder: Path) -> Iterator[None]:
+    """Remove the run folder that this command made if it is refused before it made anything else."""
+    from kdpipe.stages.errors import DataError, ModelError, RecipeError
+    from kdpipe.store import LockedError, exclusive
+    from kdpipe.store.fs.checksums import SUMS
+
+    is_new = not folder.exists()
+    records = {"recipe.json", "run.json", "events.jsonl", SUMS, ".run.json.lock", ".kdpipe.lock"}
+    try:
+        yield
+    except (DataError, ModelError, RecipeError):
+        with suppress(OSError, LockedError):
+            if is_new and {path.name for path in folder.iterdir()} <= records:
+                with exclusive(folder, folder / ".kdpipe.lock"):
+                    for name in records - {".kdpipe.lock"}:
+                        (folder / name).unlink(missing_ok=True)
+                (folder / ".kdpipe.lock").unlink(missing_ok=True)
+                folder.rmdir()
         raise
 
 

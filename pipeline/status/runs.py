@@ -191,9 +191,9 @@ def _best_of(folder: Path, what: str, budget: Budget) -> Iterator[tuple[str, flo
     """Yield the mean test accuracy of the best variant in a folder: on the validation images, if all have these."""
     means: dict[str, float] = {}
     deciding: dict[str, float] = {}
-    for name, jobs in _variants(folder, budget):
-        if not name.startswith("alone,") and (known := _known_accuracies(jobs)):
-            name = text(name)
+    for variant, jobs in _variants(folder, budget):
+        if not variant.startswith("alone,") and (known := _known_accuracies(jobs)):
+            name = text(variant)
             means[name], validated = mean(known), _known_accuracies(jobs, "validation")
             deciding |= {name: mean(validated)} if validated else {}
     if means:
