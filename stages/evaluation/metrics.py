@@ -7,6 +7,7 @@ are reproducible.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -159,18 +160,19 @@ class _MetricAccumulator(EvalAccumulator):
         confidences = self.confidences[seen].clamp(max=1 - torch.finfo(torch.float64).eps)
         correct, result = predicted == labels, self.result()
         counts = torch.stack([torch.bincount(some, minlength=num_classes) for some in (labels[correct], labels)], 1)
+        bins = _bins(confidences, correct)
         return EvalReport(
             top1=result.accuracy,
             top5=self.num_in_top5 / self.num_seen if num_classes >= MIN_CLASSES_FOR_TOP5 else None,
             cross_entropy=result.cross_entropy,
-            ece=_calibration_error(confidences, correct),
+            ece=_calibration_error(bins),
             agreement=self.num_agreed / self.num_compared if self.num_compared else None,
             teacher_kl=self.kl_sum / self.num_compared if self.num_compared else None,
             per_class=[
                 ClassMetrics(name, right / num if num else None, num)
                 for name, (right, num) in zip(class_names, counts.tolist(), strict=True)
             ],
-            bins=_bins(confidences, correct),
+            bins=bins,
             confusions=_confusions(labels[~correct], predicted[~correct], num_classes),
             chance=_chance(labels, predicted, num_classes),
             outputs=next(iter(self.kinds or ()), "logits"),
@@ -178,19 +180,16 @@ class _MetricAccumulator(EvalAccumulator):
         )
 
 
-def _calibration_error(confidences: Tensor, correct: Tensor) -> float:
-    from torchmetrics.functional.classification import binary_calibration_error
-
-    if confidences.isnan().any():
-        return math.nan
-    # On confidences the binary function equals the multiclass one, without its [N, C] logits.
-    return float(binary_calibration_error(confidences, correct.long(), NUM_BINS, "l1", validate_args=False))
+def _calibration_error(bins: Sequence[CalibrationBin] | None) -> float:
+    """Return the mean over the samples of |accuracy - confidence| of their bins: Naeini et al. 2015."""
+    gaps = [(one.num_samples, abs((one.accuracy or 0) - (one.confidence or 0))) for one in bins or ()]
+    return sum(num * gap for num, gap in gaps) / sum(num for num, _ in gaps) if bins else math.nan
 
 
 def _bins(confidences: Tensor, correct: Tensor) -> list[CalibrationBin] | None:
     if confidences.isnan().any():
         return None
-    edges = torch.linspace(0, 1, NUM_BINS + 1, dtype=torch.float64)  # as in torchmetrics
+    edges = torch.linspace(0, 1, NUM_BINS + 1, dtype=torch.float64)
     bins = torch.bucketize(confidences, edges, right=True) - 1
     counts, sums, hits = (
         torch.bincount(bins, weights, minlength=NUM_BINS).tolist() for weights in (None, confidences, correct.double())

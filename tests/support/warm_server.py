@@ -54,7 +54,6 @@ LATE_IMPORTS = (
     "torch.export._trace",
     "torch.onnx._internal.exporter._core",
     "torch.onnx._internal.exporter._torchlib.ops",
-    "torchmetrics.functional.classification",
     "torchvision.transforms.v2",
     "typer._adapters",
 )

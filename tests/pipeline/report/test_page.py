@@ -240,7 +240,7 @@ def test_charts_do_not_depend_on_the_users_settings(tmp_path):
     before = page_of(run, file=tmp_path / "a")[0]
     with matplotlib.rc_context({"font.size": 30, "svg.fonttype": "path", "axes.facecolor": "red"}):
         assert page_of(run, file=tmp_path / "b")[0] == before
-    assert "matplotlib.pyplot" not in set(sys.modules) - imported  # torchmetrics may have imported it before
+    assert "matplotlib.pyplot" not in set(sys.modules) - imported
 
 
 def test_chart_colors_follow_the_page(tmp_path):
