@@ -30,7 +30,7 @@ def compare_table(recipe: str, results: Mapping[str, Any]) -> Table:
     validates = all(row["validation_mean"] is not None for row in results["rows"])
     headers = ["variant", "test accuracy %", f"over {first['name']}", "95 % interval", "p"]
     headers += ["validation %"] * validates
-    headers += [f"vs {first['name']}", "ms / step", "agreement %", "KL, nats", "best epoch %"]
+    headers += [f"step vs {first['name']}", "ms / step", "agreement %", "KL, nats", "best epoch %"]
     cells = [["teacher", f"{100 * teacher['accuracy']:.2f}", *[""] * len(headers)]] if teacher else []
     for row in sorted(results["rows"], key=ranking_accuracy, reverse=True):
         interval = Interval(**row["interval"]) if row["interval"] else None

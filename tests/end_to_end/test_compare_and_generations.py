@@ -39,9 +39,9 @@ def test_the_table_has_every_variant_and_its_step_cost(compared):
     assert ended.exit_code == 0, ended.stderr
     for name in ("alone", "label-smoothing", "at", "kd-and-rkd"):
         assert re.search(
-            rf"^\s*{name}\s+\d+\.\d\d\s+[+-]\d+\.\d\d\s.*\s\d+\.\d\d\s+\d+\.\d\d\s*$", ended.stdout, re.M
+            rf"^\s*{name}\s+\d+\.\d\d\s+[+-]\d+\.\d\d\s.*\s\d+\.\d\d\s+\d+\.\d\d\s+\d+\.\d\d\s", ended.stdout, re.M
         ), name
-    assert re.search(r"^\s*alone\s.*\s1\.00\s*$", ended.stdout, re.M)
+    assert re.search(r"^\s*alone\s.*\s1\.00\s", ended.stdout, re.M)
 
 
 def test_the_store_has_the_smallest_form_for_all_variants(compared, recipe):
@@ -144,7 +144,7 @@ def test_variants_compare_without_the_student_alone(compared, recipe, tmp_path):
     ended = kdpipe_here("compare", recipe, "--run", run, *SHORT, "--set", "student.baseline=false")
     assert ended.exit_code == 0, ended.stderr
     assert not list(run.glob("students/*"))
-    assert re.search(r"^\s*label-smoothing\s.*\s\+0\.00\s.*\s1\.00\s*$", ended.stdout, re.MULTILINE)
+    assert re.search(r"^\s*label-smoothing\s.*\s\+0\.00\s.*\s1\.00\s", ended.stdout, re.MULTILINE)
 
 
 def test_shard_and_manifests_of_both_stores_are_repaired(compared, recipe, tmp_path):

@@ -217,7 +217,7 @@ def test_new_writes_a_valid_recipe_from_defaults(here):
     called("check", "blank.toml")
 
 
-@pytest.mark.parametrize("data", [*sorted(DEFAULTS.keys() - {"CIFAR10"}), "npz:my images"])
+@pytest.mark.parametrize("data", [*sorted(DEFAULTS.keys() - {"CIFAR10", "table"}), "npz:my images"])
 @pytest.mark.parametrize("losses", ["kd", "+".join(OFFERED_LOSSES)])
 def test_new_writes_recipes_for_every_kind_of_data(data, losses, monkeypatch):
     if data == "imagefolder":  # skip building large networks, which takes seconds
