@@ -15,7 +15,7 @@ from kdpipe.stages.evaluation.metrics import EvalReport
 from kdpipe.stages.evaluation.trials import try_class_order, try_scalings
 from kdpipe.stages.models.build import PUBLISHED, ModelConfig
 from kdpipe.stages.models.bundle import ModelBundle
-from kdpipe.stages.models.libraries.by_name import num_published_classes
+from kdpipe.stages.models.libraries.by_name import image_size_of_weights, num_published_classes, prefix_of
 from kdpipe.stages.models.normalization import IMAGENET, Normalization
 from kdpipe.stages.numerics import PROBABILITIES
 from kdpipe.stages.teacher import TeacherConfig, stated_by_weights
@@ -54,6 +54,20 @@ def require_given(config: TeacherConfig, teacher: ModelBundle, context: StageCon
         if other != teacher.normalize:
             sentence = f"the teacher's input scaling is the recipe's, {teacher.normalize}; {where} states {other}."
             context.monitor.warn("train-teacher", sentence)
+    _warn_of_image_size(config.model, context)
+
+
+def _warn_of_image_size(config: ModelConfig, context: StageContext) -> None:
+    """Warn where a library's weights are for images of another size than the data's: they are less accurate there."""
+    if config.weights is None or not (config.weights == PUBLISHED or prefix_of(config.name)):
+        return
+    wanted, found = image_size_of_weights(config.name), context.image_shape[1:]
+    if wanted not in (None, found):
+        context.monitor.warn(
+            "train-teacher",
+            f"the weights of {config.name} are for images of {wanted[0]} x {wanted[1]} pixels, and these have "
+            f"{found[0]} x {found[1]}: set data.image_size = {wanted[0]} (student.image_size may be smaller).",
+        )
 
 
 def known_scaling(config: ModelConfig, model: nn.Module, context: StageContext) -> Normalization | None:

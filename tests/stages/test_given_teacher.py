@@ -90,6 +90,16 @@ def test_networks_may_state_their_scaling(tmp_path, given):
     assert "timm's configuration of the network states mean = [0.5] and std = [0.5]" in warnings[0]
 
 
+def test_weights_for_another_image_size_are_told(tmp_path, monkeypatch):
+    monkeypatch.setattr("kdpipe.stages.given_teacher.image_size_of_weights", lambda name: (224, 224))
+    warnings: list[str] = []
+    context, config = context_of(tmp_path, warnings), ModelConfig(name="timm:any", weights="any.safetensors")
+    teacher = ModelBundle(Corners(), {}, Normalization((0.5,), (0.5,)))
+    monkeypatch.setattr("kdpipe.stages.given_teacher.stated_by_weights", lambda *_: {"x": teacher.normalize})
+    require_given(TeacherConfig(model=config), teacher, context)
+    assert ["are for images of 224 x 224 pixels, and these have 8 x 8" in warning for warning in warnings] == [True]
+
+
 @pytest.mark.parametrize(
     ("name", "content"),
     [

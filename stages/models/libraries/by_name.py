@@ -8,7 +8,7 @@ from typing import Any
 from torch import nn
 
 from kdpipe.stages.models.libraries import timm, transformers
-from kdpipe.stages.models.libraries.torchvision import published_categories
+from kdpipe.stages.models.libraries.torchvision import published_categories, published_image_size
 from kdpipe.stages.models.normalization import IMAGENET, Normalization, scaling_of_record
 
 BY_PREFIX = {timm.PREFIX: timm.build_timm, transformers.PREFIX: transformers.build_transformer}
@@ -54,3 +54,17 @@ def scaling_of_weights(name: str, in_channels: int) -> dict[str, Normalization]:
         return {"torchvision": IMAGENET} if in_channels == len(IMAGENET.mean) else {}
     found = scaling_of_record(record, in_channels)
     return {} if found is None else {where: found}
+
+
+def image_size_of_weights(name: str) -> tuple[int, int] | None:
+    """Return height and width of the images that the library states for the weights called `name`; None if unknown."""
+    if name.startswith(timm.PREFIX):
+        _, height, width = timm.timm_config(name).get("input_size") or (None, None, None)
+    elif name.startswith(transformers.PREFIX):
+        record = transformers.image_scaling(name)
+        size = record.get("crop_size") or record.get("size")
+        sides = size if isinstance(size, dict) else {"height": size, "width": size}
+        height, width = sides.get("height"), sides.get("width")
+    else:
+        height = width = published_image_size(name)
+    return (height, width) if isinstance(height, int) and isinstance(width, int) else None

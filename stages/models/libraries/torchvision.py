@@ -124,3 +124,14 @@ def _download(name: str, weights: Any) -> Mapping[str, Tensor]:
             f"the published weights of {name} cannot be loaded from {weights.url} ({cause(error)}): download them "
             "elsewhere and put them into $TORCH_HOME/hub/checkpoints."
         ) from error
+
+
+def published_image_size(name: str) -> int | None:
+    """Return the side of the images that a network's published weights are for; None if it has none."""
+    from torchvision import models
+
+    if name.rpartition(":")[2] not in models.list_models():
+        return None
+    weights = models.get_model_weights(name.rpartition(":")[2]).DEFAULT
+    side: int | None = weights.transforms.keywords.get("crop_size")
+    return side

@@ -10,7 +10,12 @@ import torch
 from kdpipe.stages.errors import ModelError, RecipeError, UnknownModelError
 from kdpipe.stages.models.build import ModelConfig, build_model
 from kdpipe.stages.models.classes import build_for_classes
-from kdpipe.stages.models.libraries.by_name import class_names_of_weights, num_published_classes, scaling_of_weights
+from kdpipe.stages.models.libraries.by_name import (
+    class_names_of_weights,
+    image_size_of_weights,
+    num_published_classes,
+    scaling_of_weights,
+)
 from kdpipe.stages.models.weights.state_dict import weights_sha256
 
 timm = pytest.importorskip("timm")
@@ -75,6 +80,14 @@ def test_what_the_weights_state():
     assert where == "timm's configuration of the network"
     assert scaling.mean == scaling.std == (0.5, 0.5, 0.5)
     assert scaling_of_weights(VIT, 1) == {}
+
+
+@pytest.mark.parametrize(
+    ("name", "size"),
+    [(VIT, (224, 224)), ("timm:tf_efficientnet_b3", (300, 300)), ("efficientnet_v2_s", (384, 384)), ("cnn", None)],
+)
+def test_weights_state_the_size_of_their_images(name, size):
+    assert image_size_of_weights(name) == size
 
 
 def test_classes_in_another_order_are_refused():
