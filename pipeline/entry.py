@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import atexit
-import gc
-
 from kdpipe.pipeline.session.signals import exit_at_signals
 from kdpipe.pipeline.terminal.streams import set_up_streams
 
@@ -13,7 +10,6 @@ def main() -> None:
     """Run the console script `kdpipe`."""
     set_up_streams()
     exit_at_signals()
-    atexit.register(gc.freeze)  # half a second to look for garbage among what torch loads, when all of it goes
     from kdpipe.pipeline.main import main as run  # takes a tenth of a second
 
     run()

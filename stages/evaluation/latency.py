@@ -6,12 +6,15 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
-import onnxruntime
 
 from kdpipe.stages.errors import ModelError, cause
 from kdpipe.stages.export.onnx_session import open_session, session_options
+
+if TYPE_CHECKING:
+    import onnxruntime
 
 WARM_UP_ROUNDS = 3
 

@@ -5,15 +5,17 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import onnx
-import onnxruntime
 import torch
 from torch import Tensor
 
 from kdpipe.stages.export.onnx_session import INPUT, OUTPUT, module_path, session_options
 from kdpipe.stages.models.clone import clone_without_hooks
 from kdpipe.stages.models.hooks import capture
+
+if TYPE_CHECKING:
+    import onnx
 
 TOLERANCE = 0.05
 """An output diverges if the difference has more than this share of its norm; INT8's near-ties stay below."""
@@ -25,6 +27,8 @@ def first_divergence(path: Path, model: torch.nn.Module, images: Tensor) -> str:
     Compared are the layers with parameters, in the file's order, and the logits, in eval mode on the CPU, on a few
     dozen normalized `images` [B, C, H, W].
     """
+    import onnx
+
     proto, images = onnx.load(path), images.cpu().float()
     reference = clone_without_hooks(model).cpu().eval()
     modules = {
@@ -54,6 +58,9 @@ def _clone(output: object) -> object:
 
 def _run(proto: onnx.ModelProto, names: Sequence[str], images: Tensor) -> dict[str, Tensor]:
     """Return the logits and some intermediate values of a file, by name, from onnxruntime's CPU."""
+    import onnx
+    import onnxruntime
+
     proto.graph.output.extend(onnx.ValueInfoProto(name=name) for name in names if name != OUTPUT)
     session = onnxruntime.InferenceSession(
         proto.SerializeToString(), session_options(), providers=["CPUExecutionProvider"]

@@ -5,11 +5,9 @@ from __future__ import annotations
 import ast
 from collections.abc import Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import onnx
-import onnxruntime
 import torch
-from onnx import version_converter
 from torch import Tensor, nn
 
 from kdpipe.stages.errors import ModelError, cause
@@ -17,6 +15,9 @@ from kdpipe.stages.export.exportable import export_form, quiet
 from kdpipe.stages.export.onnx_session import INPUT, OUTPUT, PATH_END, session_options
 from kdpipe.stages.export.stem_pass import fold_stem
 from kdpipe.store.fs.checksums import write_with_sum
+
+if TYPE_CHECKING:
+    import onnx
 
 SCOPES = "pkg.torch.onnx.name_scopes"
 """The metadata key under which the exporter records the modules that a node belongs to."""
@@ -48,6 +49,8 @@ def export_onnx(
     Raises:
         ModelError: If the model cannot be exported (with that opset), or the file cannot be written.
     """
+    import onnx
+
     portable = export_form(model)
     if (num_bytes := _weight_bytes(portable)) > MAX_WEIGHT_BYTES:
         raise ModelError(
@@ -104,6 +107,9 @@ def _to_onnx(model: nn.Module, example: Tensor, opset: int | None) -> onnx.Model
 
 def _with_opset(proto: onnx.ModelProto, opset: int) -> onnx.ModelProto:
     """Convert a model to an opset. Raises ModelError if that fails, or onnxruntime does not run it."""
+    import onnxruntime
+    from onnx import version_converter
+
     try:
         if opset < EXPORTED_OPSET:
             proto = version_converter.convert_version(proto, opset)

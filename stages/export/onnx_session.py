@@ -7,11 +7,13 @@ import tempfile
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
-
-import onnx
-import onnxruntime
+from typing import TYPE_CHECKING
 
 from kdpipe.stages.errors import ModelError, cause
+
+if TYPE_CHECKING:
+    import onnx
+    import onnxruntime
 
 INPUT, OUTPUT = "images", "logits"
 ERRORS_ONLY = 3
@@ -27,7 +29,7 @@ VIEWS = {"Reshape", "Flatten", "Squeeze", "Unsqueeze", "Identity", "Shape"}
 """Operators that only reshape memory, in float as in INT8."""
 
 COMPARISONS = {"Equal", "Greater", "GreaterOrEqual", "Less", "LessOrEqual", "IsNaN", "IsInf", "ArgMax", "ArgMin"}
-FLOATS = {onnx.TensorProto.FLOAT, onnx.TensorProto.FLOAT16, onnx.TensorProto.BFLOAT16, onnx.TensorProto.DOUBLE}
+FLOATS = {1, 10, 11, 16}  # FLOAT, FLOAT16, DOUBLE and BFLOAT16 of onnx.TensorProto
 
 
 @dataclass(frozen=True)
@@ -44,6 +46,8 @@ class FloatNode:
 
 def session_options(num_threads: int = 0) -> onnxruntime.SessionOptions:
     """Return options of a session that only logs errors; `num_threads` 0 leaves the number to onnxruntime."""
+    import onnxruntime
+
     options = onnxruntime.SessionOptions()
     options.log_severity_level = ERRORS_ONLY
     options.intra_op_num_threads = num_threads
@@ -52,6 +56,8 @@ def session_options(num_threads: int = 0) -> onnxruntime.SessionOptions:
 
 def open_session(path: Path, options: onnxruntime.SessionOptions | None = None) -> onnxruntime.InferenceSession:
     """Open a CPU session for an ONNX file. Raises ModelError if `path` is missing or not an ONNX network."""
+    import onnxruntime
+
     options = options or session_options()
     if path.is_dir():
         raise ModelError(f"{path} is a folder, not an ONNX file.")
@@ -65,6 +71,8 @@ def open_session(path: Path, options: onnxruntime.SessionOptions | None = None) 
 
 def optimized_graph(path: Path) -> onnx.GraphProto:
     """Return the graph that onnxruntime's CPU runs after its optimizations. Raises ModelError as `open_session`."""
+    import onnx
+
     with tempfile.TemporaryDirectory() as folder:
         optimized = Path(folder) / "optimized.onnx"
         options = session_options()
@@ -85,6 +93,8 @@ def float_nodes(path: Path) -> list[FloatNode]:
     The images' rounding, the final step from integers to float logits, and views do not count. Moving float values in
     memory (transposing, joining) does. Raises ModelError as `open_session`.
     """
+    import onnx
+
     graph = optimized_graph(path)
     originals = {key: node for node in onnx.load(path).graph.node for key in (node.name, *node.output)}
     floating = {tensor.name for tensor in graph.initializer if tensor.data_type in FLOATS}

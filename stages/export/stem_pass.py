@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections import Counter
+from typing import TYPE_CHECKING
 
 import numpy as np
-import onnx
-from onnx import numpy_helper
 
 from kdpipe.stages.export.onnx_session import INPUT
+
+if TYPE_CHECKING:
+    import onnx
 
 STEM = {"kernel_shape": [7, 7], "strides": [2, 2], "pads": [3, 3, 3, 3], "dilations": [1, 1], "group": 1}
 """The first convolution of ResNets."""
@@ -21,6 +23,8 @@ def fold_stem(proto: onnx.ModelProto) -> None:
     top and left: the very same integer sums. onnxruntime gathers a kernel's input pixel by pixel, which is slow at
     three bytes each: the rewritten stem of a ResNet-18 took 0.6 to 0.7 of the time (64 pixels, one x86 core).
     """
+    import onnx
+
     graph = proto.graph
     producers = {value: node for node in graph.node for value in node.output}
     num_readers = Counter(value for node in graph.node for value in node.input)
@@ -40,6 +44,9 @@ def fold_stem(proto: onnx.ModelProto) -> None:
 
 def _fold_pixels(graph: onnx.GraphProto, conv: onnx.NodeProto, read: onnx.NodeProto, weight: onnx.NodeProto) -> None:
     """Rewrite one convolution, whose inputs the nodes `read` and `weight` dequantize."""
+    import onnx
+    from onnx import numpy_helper
+
     tensor = next((item for item in graph.initializer if item.name == weight.input[0]), None)
     if tensor is None or tensor.data_type != onnx.TensorProto.INT8:
         return
