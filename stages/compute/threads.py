@@ -125,7 +125,7 @@ class AdaptiveThreads:
         self._clock = clock
         self._times: dict[int, deque[float]] = {}  # seconds per item in periods, by number of threads
         self._allowance = 0.0  # seconds that trying the slower number may lose
-        self._best = self._count = 0  # the faster number before this period, and the one in use
+        self._best = self._in_use = 0  # the faster number before this period, and the one in use
         self._seconds, self._num_items = math.inf, 0  # of this period
 
     def run(self, num_items: int, work: Callable[[], T]) -> T:
@@ -133,9 +133,9 @@ class AdaptiveThreads:
         most = max_threads()
         if most == 1:
             return work()
-        if self._seconds >= PERIOD_S or self._count > most:
+        if self._seconds >= PERIOD_S or self._in_use > most:
             self._start_period(most)
-        with threads(self._count):
+        with threads(self._in_use):
             started = self._clock()
             result = work()
             self._seconds += self._clock() - started
@@ -145,15 +145,15 @@ class AdaptiveThreads:
     def _start_period(self, most: int) -> None:
         if self._num_items:
             self._record_period()
-        self._best, self._count = self._choose((1, most))
+        self._best, self._in_use = self._choose((1, most))
         self._seconds, self._num_items = 0.0, 0
 
     def _record_period(self) -> None:
-        if self._count != self._best:
+        if self._in_use != self._best:
             self._allowance -= max(0.0, self._seconds - self._expected(self._best) * self._num_items)
         elif len(self._times) > 1:
             self._allowance += PROBE_SHARE * self._seconds
-        self._times.setdefault(self._count, deque(maxlen=NUM_TIMES)).append(self._seconds / self._num_items)
+        self._times.setdefault(self._in_use, deque(maxlen=NUM_TIMES)).append(self._seconds / self._num_items)
 
     def _choose(self, counts: tuple[int, int]) -> tuple[int, int]:
         """Return the faster number of threads so far, and the one to use now."""
