@@ -110,7 +110,7 @@ def run_job(
         loaded, folder = _load(recipe, options, sweeps=command == "sweep")
         workspace = _workspace(folder, options)
         advice.enter_context(_new_run_advised(command, recipe, options, folder))
-        advice.enter_context(_nothing_left_if_refused(folder))
+        advice.enter_context(_nothing_left_of_a_failure(folder))
         monitor = _monitor(loaded, folder, options, should_stop)
         work, work_shard = _work(command, count, only), _work_shard(part) if command == "cache-teacher" else None
         # Before the processes join: a group that uses GPUs asks CUDA for the devices, which works only once.
@@ -163,17 +163,16 @@ def _new_run_advised(command: str, recipe: Path, options: JobOptions, folder: Pa
 
 
 @contextmanager
-def _nothing_left_if_refused(folder: Path) -> Iterator[None]:
-    """Remove the run folder that this command made if it is refused before it made anything else."""
-    from kdpipe.stages.errors import DataError, ModelError, RecipeError
-    from kdpipe.store import LockedError, exclusive
+def _nothing_left_of_a_failure(folder: Path) -> Iterator[None]:
+    """Remove the run folder that this command made if it fails before it made anything else."""
+    from kdpipe.store import KdpipeError, LockedError, exclusive
     from kdpipe.store.fs.checksums import SUMS
 
     is_new = not folder.exists()
     records = {"recipe.json", "run.json", "events.jsonl", SUMS, ".run.json.lock", ".kdpipe.lock"}
     try:
         yield
-    except (DataError, ModelError, RecipeError):
+    except KdpipeError:
         with suppress(OSError, LockedError):
             if is_new and {path.name for path in folder.iterdir()} <= records:
                 with exclusive(folder, folder / ".kdpipe.lock"):

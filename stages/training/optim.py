@@ -32,19 +32,22 @@ IMPORTED = (PREFIX, USER_PREFIX)
 FUSED = ("sgd", "adam", "adamw")
 """Optimizers of torch that have a fused kernel on CUDA."""
 
-UNCOMMON = (
-    "betas",
-    "optimizer_args",
-    "layer_decay",
-    "schedule_args",
-    "clip_grad_mode",
-    "class_weights",
-    "sampler",
-    "precision",
-    "memory_format",
-    "compile",
-)
-"""Keys that a network or an optimizer may refuse."""
+NEVER_REFUSED = {
+    "epochs",
+    "batch_size",
+    "optimizer",
+    "lr",
+    "momentum",
+    "weight_decay",
+    "decay_norm_and_bias",
+    "schedule",
+    "min_lr",
+    "warmup_epochs",
+    "clip_grad",
+    "ema_decay",
+    "checkpoint_every_s",
+}
+"""Keys of which no built-in optimizer or schedule, and no network, refuses a value that is valid by itself."""
 
 Fraction = Annotated[float, Field(ge=0, lt=1)]
 ClassWeight = Annotated[float, Field(ge=0, le=1e6)]
@@ -206,8 +209,10 @@ def check_training(config: TrainConfig, where: str, *, imports: bool) -> None:
         imports: Whether to import what `python:` and `timm:` name, and to try everything with one weight.
     """
     try:
-        if imports and not is_common(config):
-            make_optimizer(config.optimizer, [nn.Parameter(torch.zeros(2, 2))], _offered(config), config.optimizer_args)
+        if imports:
+            if not is_common(config):
+                weight = nn.Parameter(torch.zeros(2, 2))
+                make_optimizer(config.optimizer, [weight], _offered(config), config.optimizer_args)
             for step in {0, max(0, 10 * config.epochs - 1)}:
                 learning_rate(config, step, 10)
             return
@@ -220,18 +225,23 @@ def check_training(config: TrainConfig, where: str, *, imports: bool) -> None:
 
 
 def is_common(config: TrainConfig) -> bool:
-    """Return whether a training has a built-in optimizer and schedule, and no key that one of them may refuse.
+    """Return whether a training has a built-in optimizer and schedule, and only keys that none of them refuses.
 
     Making an optimizer imports torch's compiler, which takes a second.
     """
-    plain, built_in = TrainConfig(), config.optimizer in OPTIMIZERS.builtin and config.schedule in SCHEDULES.builtin
-    return built_in and all(getattr(config, key) == getattr(plain, key) for key in UNCOMMON)
+    built_in = config.optimizer in OPTIMIZERS.builtin and config.schedule in SCHEDULES.builtin
+    return built_in and _chosen(config) <= NEVER_REFUSED
+
+
+def _chosen(config: TrainConfig) -> set[str]:
+    """Return the keys that are not at their defaults."""
+    defaults = TrainConfig()
+    return {key for key in vars(defaults) if getattr(config, key) != getattr(defaults, key)}
 
 
 def idle_keys(config: TrainConfig) -> Iterator[tuple[str, str]]:
     """Yield each key that was chosen but has no effect, with the reason."""
-    defaults = TrainConfig()
-    chosen = {key for key in vars(defaults) if getattr(config, key) != getattr(defaults, key)}
+    chosen = _chosen(config)
     optimizer = named_keywords(find_optimizer(config.optimizer))
     schedule: set[str] = {"min_lr"} | ({"milestones"} if config.schedule == "timm:multistep" else set())
     if not _is_timm(config.schedule):

@@ -11,8 +11,8 @@ import pytest
 from support.paths import PYTHONPATH
 
 from kdpipe.pipeline import job
-from kdpipe.stages.errors import RecipeError
-from kdpipe.store import exclusive
+from kdpipe.stages.errors import RecipeError, RunError
+from kdpipe.store import KdpipeError, exclusive
 from kdpipe.store.fs.checksums import write_with_sum
 
 FIRST_LINE = """
@@ -36,14 +36,17 @@ def test_a_job_says_something_before_torch_is_loaded() -> None:
     assert ended.stdout == "reads my.toml ... False\n", ended.stderr
 
 
+@pytest.mark.parametrize("error", [RecipeError, RunError])
 @pytest.mark.parametrize("made", [None, "recipe.json", "teacher"])
-def test_a_refused_command_leaves_no_folder_of_records(made: str | None, tmp_path: Path) -> None:
+def test_a_refused_command_leaves_no_folder_of_records(
+    made: str | None, error: type[KdpipeError], tmp_path: Path
+) -> None:
     folder = tmp_path / "run"
     if made == "recipe.json":  # it was there before
         folder.mkdir()
-    with pytest.raises(RecipeError), job._nothing_left_if_refused(folder), exclusive(folder, folder / ".kdpipe.lock"):
+    with pytest.raises(error), job._nothing_left_of_a_failure(folder), exclusive(folder, folder / ".kdpipe.lock"):
         write_with_sum(folder / "recipe.json", b"{}")
         for name in ("run.json", "events.jsonl", ".run.json.lock", made or "run.json"):
             (folder / name).write_text("{}")
-        raise RecipeError("refused")
+        raise error("refused")
     assert folder.exists() == (made is not None)

@@ -15,6 +15,7 @@ from torch import nn
 
 from kdpipe.stages.errors import ModelError, cause
 from kdpipe.stages.models.arguments import refuse_unknown_args
+from kdpipe.stages.models.libraries.hub import hub_cause, without_messages
 from kdpipe.stages.models.weights.match import replace_head
 from kdpipe.stages.models.weights.state_dict import load_entries
 
@@ -113,6 +114,7 @@ def _library(name: str) -> ModuleType:
         import transformers
     except ImportError as error:
         raise ModelError(f"{name} needs transformers: pip install 'kdpipe[transformers]'.") from error
+    without_messages()
     logging: Any = transformers.utils.logging
     logging.disable_progress_bar()
     logging.set_verbosity_error()
@@ -145,8 +147,8 @@ def _config(library: ModuleType, name: str, args: Mapping[str, Any]) -> Any:
         return library.AutoConfig.from_pretrained(_place(name), trust_remote_code=False, **args)
     except Exception as error:  # no network, no such repository, no valid configuration
         raise ModelError(
-            f"the configuration of {name} cannot be loaded ({cause(error)}): fetch {CONFIG}, {PROCESSOR} and {WEIGHTS} "
-            "elsewhere into one folder, and name it as hf:FOLDER."
+            f"the configuration of {name} cannot be loaded ({hub_cause(error)}): fetch {CONFIG}, {PROCESSOR} and "
+            f"{WEIGHTS} elsewhere into one folder, and name it as hf:FOLDER."
         ) from error
 
 
@@ -169,7 +171,7 @@ def _pretrained(library: ModuleType, name: str, config: Any) -> nn.Module:
         )
     except OSError as error:
         raise ModelError(
-            f"the published weights of {name} cannot be loaded ({cause(error)}): fetch {CONFIG}, {PROCESSOR} and "
+            f"the published weights of {name} cannot be loaded ({hub_cause(error)}): fetch {CONFIG}, {PROCESSOR} and "
             f"{WEIGHTS} elsewhere into one folder, and name it as hf:FOLDER."
         ) from error
     if wrong := sorted(key if isinstance(key, str) else key[0] for key in found["mismatched_keys"]):

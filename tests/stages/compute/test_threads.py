@@ -141,7 +141,7 @@ def test_checked_work_adapts_only_if_no_bit_depends_on_it(box, monkeypatch, depe
     assert torch.equal(run((2, 1)), first) and box.used == [4, 1], "another shape is checked too"
 
 
-def test_kinds_that_depend_on_the_number_keep_theirs_beside_others(box):
+def test_kinds_that_depend_on_the_number_keep_it(box):
     """What another kind uses at present, one thread here, does not change them."""
     checked, box.costs = CheckedThreads(4), {1: 1.0, 4: 1.0}
     alike, depends = ((lambda: torch.zeros(1)), (lambda: torch.full((1,), float(torch.get_num_threads()))))

@@ -129,6 +129,7 @@ def test_networks_are_tried_once_in_a_process(monkeypatch: pytest.MonkeyPatch) -
         ("resnet8", TRAIN, False),
         ("mine", TRAIN, True),
         ("resnet8", replace(TRAIN, layer_decay=0.5), True),
+        ("resnet8", replace(TRAIN, nesterov=True), True),
     ],
 )
 def test_optimizers_that_cannot_fail_are_not_made(
