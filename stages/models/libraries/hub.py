@@ -6,7 +6,7 @@ from kdpipe.stages.errors import cause
 
 
 def without_messages() -> None:
-    """Keep the hub's client from printing its attempts: it tries five times, and the error that ends it says the same."""
+    """Keep the hub's client from printing its five attempts: the error that ends them says the same."""
     from huggingface_hub.utils import logging
 
     logging.set_verbosity_error()  # type: ignore[no-untyped-call]
