@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import Field
 from torch import nn
@@ -41,6 +41,8 @@ class TeacherConfig:
             refused, and given weights that reach it are not examined further.
         export: Whether to write an ONNX file where that is possible; by default of a teacher that is trained here. Only
             its latency in the report needs it.
+        output: What it returns and the store keeps: "logits", or the "embeddings" of a trained network without a
+            classifier, from which students learn by losses on features.
     """
 
     model: ModelConfig
@@ -49,6 +51,23 @@ class TeacherConfig:
     std: tuple[float, ...] | None = None
     expected_accuracy: Annotated[float, Field(ge=0, le=100)] | None = None
     export: bool | None = None
+    output: Literal["logits", "embeddings"] = "logits"
+
+    def __post_init__(self) -> None:
+        if not self.is_headless:
+            return
+        if self.train is not None or self.model.fresh_head or self.export:
+            raise ValueError(
+                "output = 'embeddings' is for a trained network without a classifier: leave out train, "
+                "model.fresh_head and export, which are for one with a classifier"
+            )
+        if self.model.classes is not None:
+            raise ValueError("output = 'embeddings' has no classes: leave out model.classes")
+
+    @property
+    def is_headless(self) -> bool:
+        """Whether the teacher returns embeddings in place of logits."""
+        return self.output == "embeddings"
 
     @property
     def exports(self) -> bool:
@@ -96,7 +115,10 @@ def require_weights(config: TeacherConfig, seed: int, context: StageContext) -> 
         return False
     if not is_user_model(config.model.name):
         raise RecipeError("the teacher has neither [teacher.train] nor teacher.model.weights: give one of them.")
-    one, other = (weights_sha256(context.build_model(config.model, each)) for each in (seed, seed + 1))
+    one, other = (
+        weights_sha256(context.build_model(config.model, each, headless=config.is_headless))
+        for each in (seed, seed + 1)
+    )
     if one != other:
         raise RecipeError(
             f"the teacher {config.model.name} has random weights, others for each seed: give teacher.model.weights or "
@@ -135,7 +157,8 @@ def teacher_identity(config: TeacherConfig, context: StageContext) -> dict[str, 
     """
     result = teacher_folder(context.run_dir).result()
     normalize = model_normalization(context.train_set, config.model, config.mean, config.std)
-    identity = {"architecture": context.architecture(config.model), "normalization": normalize.to_json()}
+    architecture = context.architecture(config.model, headless=config.is_headless)
+    identity = {"architecture": architecture, "normalization": normalize.to_json()}
     if result and config.mean is None:
         identity["normalization"] = result["identity"].get("normalization")
     return {**identity, "weights_sha256": result["identity"]["weights_sha256"]} if result else identity
@@ -143,11 +166,11 @@ def teacher_identity(config: TeacherConfig, context: StageContext) -> dict[str, 
 
 def build_teacher(config: TeacherConfig, seed: int, context: StageContext) -> ModelBundle:
     """Build the untrained teacher, or the one with the weights that are taken as they are."""
-    model = context.build_model(config.model, seed)
+    model = context.build_model(config.model, seed, headless=config.is_headless)
     normalize = model_normalization(context.train_set, config.model, config.mean, config.std)
     if config.train is None and config.mean is None:
         normalize = next(iter(stated_by_weights(config.model, model, context).values()), normalize)
-    return ModelBundle(model, context.architecture(config.model), normalize)
+    return ModelBundle(model, context.architecture(config.model, headless=config.is_headless), normalize)
 
 
 def stated_by_weights(config: ModelConfig, model: nn.Module, context: StageContext) -> dict[str, Normalization]:

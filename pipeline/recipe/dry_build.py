@@ -83,7 +83,10 @@ def faults_of_given(recipe: Recipe) -> tuple[list[str], list[str]]:
             return [], [f"the teacher's input scaling is not checked: {model.weights} is not on this machine."]
         channels = recipe.data.channels or SHAPES.get(recipe.data.name, (0, 3, 0))[1] or 3
         context = blank_context(recipe) or _blank(recipe, NUM_CLASSES, channels, SIDES[0])
-        network = context.build_model(replace(model, weights=None), recipe.seed) if is_own else nn.Identity()
+        network: nn.Module = nn.Identity()
+        if is_own:
+            given = replace(model, weights=None)
+            network = context.build_model(given, recipe.seed, headless=teacher.is_headless)
         scaling = Normalization(teacher.mean, teacher.std) if teacher.mean and teacher.std else IMAGENET
         fault = fault_of(require_given, teacher, ModelBundle(network, {}, scaling), context)
     except (ModelError, RecipeError, DataError):
@@ -175,7 +178,7 @@ def _faults_of_cache(recipe: Recipe, teacher: ModelBundle, context: StageContext
         except (ModelError, RecipeError) as error:
             yield f"cache.layers.{number}: {error}"
     if recipe.data.name in SHAPES:  # the number of classes is known
-        fault = fault_of(top_k_of, recipe.cache, context)
+        fault = fault_of(top_k_of, recipe.cache, context, teacher)
         yield from [fault] if fault else []
 
 

@@ -32,13 +32,16 @@ def build_for_classes(
 ) -> nn.Module:
     """Build a network for these classes: as `build_model`, or with the rows of those among `config.classes`.
 
+    Without classes it has no classifier.
+
     Raises:
         RecipeError: A class is not among the network's, or several of that name are.
         ModelError: As `build_model`, or the network does not end in a classifier of one layer.
     """
     shape: dict[str, Any] = {"in_channels": in_channels, "image_size": image_size, "seed": seed, "notify": notify}
     if config.classes is None:
-        _require_same_order(config, class_names, notify)
+        if class_names:
+            _require_same_order(config, class_names, notify)
         return build_model(config, num_classes=len(class_names), **shape)
     known = read_class_list(config)
     rows = _find(class_names, known, config.classes)
