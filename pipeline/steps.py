@@ -109,7 +109,7 @@ def _train_teacher(config: TeacherConfig, seed: int, teacher: ModelBundle, conte
         teacher.model.eval()
         fitted, tested = (embeddings_of(teacher.model, each) for each in (context.labelled(teacher.normalize), test))
         examined = examine(fitted, tested, context.train_set.num_classes)
-        test, more = replace(test, head=examined.knn), examined.to_json()
+        test, more = replace(test, head=examined.probe), examined.to_json()
     history: list[dict[str, Any]] = []
     if config.train is not None:
         # Views that no store will hold: the teacher must not be fitted to the images that it labels later.

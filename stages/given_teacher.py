@@ -39,7 +39,7 @@ def require_given(config: TeacherConfig, teacher: ModelBundle, context: StageCon
     """
     if config.train is not None:
         return
-    if not config.is_headless and has_new_head(config.model, context.train_set.num_classes):
+    if config.has_own_head and has_new_head(config.model, context.train_set.num_classes):
         raise RecipeError(
             f"the classifier of {_named(config.model)} is new and random, as they are of other classes than the data: "
             "train the teacher ([teacher.train]), take the rows of the data's classes (teacher.model.classes), or "

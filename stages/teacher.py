@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 from torch import nn
 
-from kdpipe.stages.config import config_fingerprint, section
+from kdpipe.stages.config import PathStr, config_fingerprint, max_value, section
 from kdpipe.stages.context import StageContext, model_normalization
 from kdpipe.stages.errors import ANOTHER_RUN, RecipeError
 from kdpipe.stages.models.build import PUBLISHED, ModelConfig, weights_path
@@ -22,6 +22,7 @@ from kdpipe.stages.models.weights.state_dict import weights_sha256
 from kdpipe.stages.training.job_dir import JobDir, read_json_file
 from kdpipe.stages.training.optim import TrainConfig
 from kdpipe.stages.training.saved_model import load_finished
+from kdpipe.stages.zero_shot import zero_shot
 from kdpipe.store import FingerprintMismatch, differences
 
 
@@ -43,6 +44,10 @@ class TeacherConfig:
             its latency in the report needs it.
         output: What it returns and the store keeps: "logits", or the "embeddings" of a trained network without a
             classifier, from which students learn by losses on features.
+        class_embeddings: A .safetensors file with the embeddings of class names, [C, D], of a network like CLIP without
+            its text tower: the logits are their cosines with the image's, times `logit_scale`. The names are a JSON
+            list in its metadata (`names`), or in a file beside it (`.json`).
+        logit_scale: That factor; CLIP's is 100.
     """
 
     model: ModelConfig
@@ -52,17 +57,26 @@ class TeacherConfig:
     expected_accuracy: Annotated[float, Field(ge=0, le=100)] | None = None
     export: bool | None = None
     output: Literal["logits", "embeddings"] = "logits"
+    class_embeddings: PathStr | None = None
+    logit_scale: Annotated[float, Field(gt=0), max_value(10_000)] = 100.0
 
     def __post_init__(self) -> None:
-        if not self.is_headless:
-            return
-        if self.train is not None or self.model.fresh_head or self.export:
-            raise ValueError(
-                "output = 'embeddings' is for a trained network without a classifier: leave out train, "
-                "model.fresh_head and export, which are for one with a classifier"
-            )
-        if self.model.classes is not None:
-            raise ValueError("output = 'embeddings' has no classes: leave out model.classes")
+        if not self.has_own_head:
+            key = "output = 'embeddings'" if self.is_headless else "class_embeddings"
+            if self.is_headless and self.class_embeddings is not None:
+                raise ValueError("class_embeddings make logits of embeddings: leave out output, or class_embeddings")
+            if self.train is not None or self.model.fresh_head or self.model.classes is not None:
+                raise ValueError(
+                    f"{key} is for a trained network without a classifier: leave out train, model.fresh_head and "
+                    "model.classes"
+                )
+            if self.is_headless and self.export:
+                raise ValueError("only networks that return logits are exported: leave out export")
+
+    @property
+    def has_own_head(self) -> bool:
+        """Whether the network is built with a classifier."""
+        return not self.is_headless and self.class_embeddings is None
 
     @property
     def is_headless(self) -> bool:
@@ -116,7 +130,7 @@ def require_weights(config: TeacherConfig, seed: int, context: StageContext) -> 
     if not is_user_model(config.model.name):
         raise RecipeError("the teacher has neither [teacher.train] nor teacher.model.weights: give one of them.")
     one, other = (
-        weights_sha256(context.build_model(config.model, each, headless=config.is_headless))
+        weights_sha256(context.build_model(config.model, each, headless=not config.has_own_head))
         for each in (seed, seed + 1)
     )
     if one != other:
@@ -157,8 +171,7 @@ def teacher_identity(config: TeacherConfig, context: StageContext) -> dict[str, 
     """
     result = teacher_folder(context.run_dir).result()
     normalize = model_normalization(context.train_set, config.model, config.mean, config.std)
-    architecture = context.architecture(config.model, headless=config.is_headless)
-    identity = {"architecture": architecture, "normalization": normalize.to_json()}
+    identity = {"architecture": _architecture(config, context), "normalization": normalize.to_json()}
     if result and config.mean is None:
         identity["normalization"] = result["identity"].get("normalization")
     return {**identity, "weights_sha256": result["identity"]["weights_sha256"]} if result else identity
@@ -166,11 +179,22 @@ def teacher_identity(config: TeacherConfig, context: StageContext) -> dict[str, 
 
 def build_teacher(config: TeacherConfig, seed: int, context: StageContext) -> ModelBundle:
     """Build the untrained teacher, or the one with the weights that are taken as they are."""
-    model = context.build_model(config.model, seed, headless=config.is_headless)
+    model = context.build_model(config.model, seed, headless=not config.has_own_head)
     normalize = model_normalization(context.train_set, config.model, config.mean, config.std)
     if config.train is None and config.mean is None:
         normalize = next(iter(stated_by_weights(config.model, model, context).values()), normalize)
-    return ModelBundle(model, context.architecture(config.model, headless=config.is_headless), normalize)
+    if config.class_embeddings is not None:
+        names = context.train_set.class_names
+        model = zero_shot(model, config.class_embeddings, config.logit_scale, names, context.image_shape)
+    return ModelBundle(model, _architecture(config, context), normalize)
+
+
+def _architecture(config: TeacherConfig, context: StageContext) -> dict[str, Any]:
+    """Return the record of the teacher's network."""
+    record = context.architecture(config.model, headless=not config.has_own_head)
+    if config.class_embeddings is None:
+        return record
+    return {**record, "num_classes": context.train_set.num_classes, "zero_shot": {"scale": config.logit_scale}}
 
 
 def stated_by_weights(config: ModelConfig, model: nn.Module, context: StageContext) -> dict[str, Normalization]:
