@@ -45,7 +45,7 @@ from kdpipe.stages.distillation.spec import DistillationSpec
 from kdpipe.stages.distillation.student_config import ALONE, DISTILLED, StudentConfig, student_folder, view_warning
 from kdpipe.stages.distillation.task_builder import build_student, build_task
 from kdpipe.stages.errors import RecipeError
-from kdpipe.stages.evaluation.embeddings import embeddings_of, examine
+from kdpipe.stages.evaluation.embeddings import with_probe
 from kdpipe.stages.given_teacher import is_as_expected, require_accuracy, require_given
 from kdpipe.stages.losses.base import Loss
 from kdpipe.stages.losses.distillation import student_layers
@@ -106,10 +106,7 @@ def _train_teacher(config: TeacherConfig, seed: int, teacher: ModelBundle, conte
     teacher.model.to(context.device)
     test, more = context.evaluation(teacher.normalize), dict[str, Any]()
     if config.is_headless:
-        teacher.model.eval()
-        fitted, tested = (embeddings_of(teacher.model, each) for each in (context.labelled(teacher.normalize), test))
-        examined = examine(fitted, tested, context.train_set.num_classes)
-        test, more = replace(test, head=examined.probe), examined.to_json()
+        test, more = with_probe(teacher.model.eval(), context.labelled(teacher.normalize), test)
     history: list[dict[str, Any]] = []
     if config.train is not None:
         # Views that no store will hold: the teacher must not be fitted to the images that it labels later.
