@@ -23,6 +23,7 @@ from kdpipe.stages.distillation.student_config import ALONE, StudentConfig, view
 from kdpipe.stages.errors import NotFiniteError, RecipeError
 from kdpipe.stages.evaluation.correct_images import outcome_of
 from kdpipe.stages.evaluation.intervals import accuracy_interval
+from kdpipe.stages.evaluation.main_metric import ACCURACY, best_value, deciding, main_percent, metric_of
 from kdpipe.stages.losses.base import Loss
 from kdpipe.stages.train_student.compare import (
     COST,
@@ -31,7 +32,6 @@ from kdpipe.stages.train_student.compare import (
     measure_costs,
     with_overrides,
 )
-from kdpipe.stages.training.finalize import deciding_accuracy
 from kdpipe.stages.training.job_dir import write_json_file
 
 
@@ -120,18 +120,20 @@ def compare_trainings(run: Run, variants: Sequence[Variant]) -> Iterator[Trainin
 
 
 def accuracy_row(results: Sequence[dict[str, Any]], first: Sequence[dict[str, Any]] = ()) -> dict[str, Any]:
-    """Return a student's results over seeds: accuracies and agreement in percent, KL in nats.
+    """Return a student's results over seeds: accuracies (or what `metric` names) and agreement in percent, KL in nats.
 
     With those of the `first` student, its difference from them: interval and p over the same seeds.
     """
     examined = [result.get("examined") or {} for result in results]
-    accuracies = [100 * result["accuracy"] for result in results]
+    accuracies = [main_percent(result) for result in results]
+    metric = metric_of(results[0])
     validates = all("validation" in result for result in results)
     interval = accuracy_interval(list(map(outcome_of, results)))
     return {
+        **({} if metric == ACCURACY else {"metric": metric.name}),
         "accuracies": accuracies,
-        "best_accuracy_mean": mean(100 * result["best_accuracy"] for result in results),
-        "validation_mean": mean(100 * deciding_accuracy(result) for result in results) if validates else None,
+        "best_accuracy_mean": mean(100 * best_value(result) for result in results),
+        "validation_mean": mean(main_percent(deciding(result)) for result in results) if validates else None,
         "agreement_mean": _mean([metrics.get("agreement") for metrics in examined], 100),
         "teacher_kl_mean": _mean([metrics.get("teacher_kl") for metrics in examined], 1),
         "accuracy_mean": mean(accuracies),

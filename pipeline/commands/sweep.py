@@ -24,6 +24,7 @@ from kdpipe.pipeline.terminal.tables import print_short_table
 from kdpipe.stages.distillation.spec import DistillationSpec
 from kdpipe.stages.distillation.student_config import ALONE, StudentConfig
 from kdpipe.stages.errors import NotFiniteError, RecipeError
+from kdpipe.stages.evaluation.main_metric import main_value
 from kdpipe.stages.training.job_dir import write_json_file
 from kdpipe.store.fs.atomic_write import write_atomically
 
@@ -105,7 +106,7 @@ def _row(
     name = alone[point.name][0] if alone else None
     own = {seed: result for seed in seeds if (result := results[point.name, seed]) is not None}
     base = {seed: result for seed in own if name is not None and (result := results[name, seed]) is not None}
-    gains = [100 * (own[seed]["accuracy"] - base[seed]["accuracy"]) for seed in base]
+    gains = [100 * (main_value(own[seed]) - main_value(base[seed])) for seed in base]
     return {
         "name": point.name,
         "settings": dict(point.settings),

@@ -96,7 +96,7 @@ def sample_context(run: Run) -> Iterator[StageContext]:
             views=replace(context.views, num_views=1),
             mix_partners=None,
             monitor=RunMonitor(should_stop=context.monitor.should_stop),
-            get_teacher_logits=lambda: None,
+            get_teacher_logits=lambda part: None,
             load_test=None,
         )
 
