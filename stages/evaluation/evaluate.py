@@ -43,6 +43,8 @@ class Evaluation:
         warn: Receives a sentence about batches that did not fit into memory.
         before_batch: Called before each batch; may raise StoppedEarly, as a large test set takes minutes.
         compute: How the network is computed.
+        view: The view of the images that is evaluated; None for the original images.
+        head: What makes logits of the network's outputs, if these are embeddings.
     """
 
     loader: ImageLoader
@@ -51,6 +53,8 @@ class Evaluation:
     warn: Callable[[str], None] | None = None
     before_batch: Callable[[], None] = lambda: None
     compute: ComputeSettings = EXACT
+    view: int | None = None
+    head: Callable[[Tensor], Tensor] | None = None
 
     @property
     def device(self) -> torch.device:
@@ -168,7 +172,8 @@ def predict(model: nn.Module, test: Evaluation, device: torch.device) -> Iterato
     was_training = model.training
     model.eval()
     image_set = test.loader.dataset
-    requests = (ViewRequest(indices) for indices in torch.split(torch.arange(image_set.num_samples), BATCH_SIZE))
+    every = torch.split(torch.arange(image_set.num_samples), BATCH_SIZE)
+    requests = (ViewRequest(indices, test.view) for indices in every)
     try:
         for image_batch in test.loader.stream(requests):
             test.before_batch()
@@ -192,7 +197,8 @@ def _logits(model: nn.Module, test: Evaluation, images: Tensor) -> Tensor:
         return threads.run_checked((*images[rows].shape, test.compute), compute, lambda logits: [logits])
 
     chunks = list(run_in_chunks(model, len(images), logits_of, test.warn))
-    return chunks[0] if len(chunks) == 1 else torch.cat(chunks)
+    outputs = chunks[0] if len(chunks) == 1 else torch.cat(chunks)
+    return outputs if test.head is None else test.head(outputs)
 
 
 def of_teacher(test: Evaluation, model: nn.Module) -> Evaluation:
