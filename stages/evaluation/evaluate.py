@@ -22,6 +22,8 @@ from kdpipe.stages.data.image_set import UNLABELLED
 from kdpipe.stages.data.loader.image_loader import ImageLoader, ViewRequest
 from kdpipe.stages.errors import DataError, NotFiniteError
 from kdpipe.stages.evaluation.main_metric import ACCURACY, AGREEMENT, MainMetric
+from kdpipe.stages.models.clone import preserve_modes
+from kdpipe.stages.models.main_logits import main_logits
 from kdpipe.stages.models.normalization import Normalization
 from kdpipe.stages.runtime.memory import run_in_chunks
 
@@ -164,23 +166,20 @@ class EvalAccumulator:
 
 @torch.no_grad()
 def predict(model: nn.Module, test: Evaluation, device: torch.device) -> Iterator[Predictions]:
-    """Yield the model's predictions on the test set, batch by batch; its mode is restored.
+    """Yield the model's predictions on the test set, batch by batch; the modes of its modules are restored.
 
     An unreadable test image raises DataError, or is left out of its batch, as configured in `test.loader`. A batch
     that does not fit into memory is halved until it does: its logits then differ by rounding.
     """
-    was_training = model.training
-    model.eval()
     image_set = test.loader.dataset
     every = torch.split(torch.arange(image_set.num_samples), BATCH_SIZE)
     requests = (ViewRequest(indices, test.view) for indices in every)
-    try:
+    with preserve_modes(model):
+        model.eval()
         for image_batch in test.loader.stream(requests):
             test.before_batch()
             labels = test.expected(image_batch.indices).to(device, non_blocking=True)
             yield Predictions(image_batch.indices, labels, _logits(model, test, image_batch.images))
-    finally:
-        model.train(was_training)
 
 
 def _logits(model: nn.Module, test: Evaluation, images: Tensor) -> Tensor:
@@ -189,7 +188,8 @@ def _logits(model: nn.Module, test: Evaluation, images: Tensor) -> Tensor:
     def logits_of(rows: slice) -> Tensor:
         def compute() -> Tensor:
             with test.compute.active(images.device):
-                return model(test.compute.place_images(test.normalize(images[rows]))).float()  # type: ignore[no-any-return]
+                output = model(test.compute.place_images(test.normalize(images[rows])))
+                return main_logits(output).float()  # type: ignore[no-any-return]
 
         if images.device.type != "cpu" or test.compute.compile:
             return compute()
