@@ -23,11 +23,12 @@ from kdpipe.stages.context import StageContext, test_context
 from kdpipe.stages.data.splits import VALIDATION, Part
 from kdpipe.stages.errors import ModelError, RecipeError
 from kdpipe.stages.evaluation.embeddings import with_probe
+from kdpipe.stages.evaluation.evaluate import of_teacher
 from kdpipe.stages.evaluation.metrics import evaluate_in_depth
 from kdpipe.stages.given_teacher import known_scaling, require_accuracy
 from kdpipe.stages.models.build import ModelConfig
 from kdpipe.stages.models.bundle import ModelBundle
-from kdpipe.stages.models.clone import unwrap
+from kdpipe.stages.models.clone import evaluated_on, unwrap
 from kdpipe.stages.models.normalization import Normalization, Numbers
 from kdpipe.stages.models.safetensors_io import load_tensors
 from kdpipe.stages.models.weights.state_dict import weights_sha256
@@ -152,8 +153,8 @@ def cache_teacher(
     A store that lacks views, samples or features is extended in place; a complete one is opened.
 
     Args:
-        teacher: The network with the weights to use: a module, what `load_student` returns, or a result. It is moved to
-            the device, in eval mode.
+        teacher: The network with the weights to use: a module, what `load_student` returns, or a result. It keeps its
+            device and its mode.
         dataset: The training images.
         path: The store's folder.
         test: The test images. With them, `PATH.test.zarr` gets the teacher's logits on them, against which students are
@@ -208,15 +209,16 @@ def cache_teacher(
     headless = output == "embeddings"
     scaling = as_scaling(normalize, mean, std, train_set.in_channels)
     bundle = _bundle(network, context, scaling, classes, headless=headless)
-    with run_options.open(path.parent, context, is_shared=True) as opened:
+    with evaluated_on(bundle.model, context.device), run_options.open(path.parent, context, is_shared=True) as opened:
         if test_set is not None and not path.exists() and (expected_accuracy is not None or not _is_known(network)):
             teacher_config = TeacherConfig(
                 model=ModelConfig(name="teacher"), expected_accuracy=expected_accuracy, output=output
             )
             evaluation = opened.evaluation(bundle.normalize)
             if headless:
-                labelled = opened.labelled(bundle.normalize)
-                evaluation, _ = with_probe(bundle.model, labelled, evaluation)
+                evaluation, _ = with_probe(bundle.model, opened.labelled(bundle.normalize), evaluation)
+            else:
+                evaluation = of_teacher(evaluation, bundle.model)
             report = evaluate_in_depth(bundle.model, evaluation, opened.device)
             require_accuracy(teacher_config, bundle, report, evaluation)
         shard = opened.process_group.work_shard
@@ -255,7 +257,7 @@ def _bundle(
     *,
     headless: bool = False,
 ) -> ModelBundle:
-    """Return the teacher with its record and input scaling, on the device in eval mode."""
+    """Return the teacher with its record and input scaling."""
     if isinstance(teacher, ModelBundle):
         channels, *size = context.image_shape
         num_classes = 0 if headless else context.train_set.num_classes
@@ -263,7 +265,7 @@ def _bundle(
         if found := differences({key: teacher.architecture.get(key) for key in wanted}, wanted):
             faults = "; ".join(f"{key} {own}, wanted {other}" for key, own, other in found)
             raise ModelError(f"the teacher does not fit data set {context.train_set.name}: it has {faults}.")
-        return replace(teacher, model=teacher.model.to(context.device).eval(), normalize=scaling or teacher.normalize)
+        return replace(teacher, normalize=scaling or teacher.normalize)
     config, info = replace(given_model(teacher), classes=classes), info_of(teacher)
     if not (known := scaling or info.normalize):
         known = known_scaling(config, teacher, context)
@@ -277,7 +279,7 @@ def _bundle(
         raise ModelError("the teacher's classifier is new and random, as its weights are of other classes: train it.")
     # The copy returns its main logits alone, has fewer classes, or is known to return embeddings.
     network = teacher if classes is None and not headless and type(built) is type(teacher) else built
-    return ModelBundle(network.to(context.device).eval(), context.architecture(config, headless=headless), known)
+    return ModelBundle(network, context.architecture(config, headless=headless), known)
 
 
 def _is_known(teacher: nn.Module | ModelBundle) -> bool:

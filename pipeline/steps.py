@@ -46,6 +46,7 @@ from kdpipe.stages.distillation.student_config import ALONE, DISTILLED, StudentC
 from kdpipe.stages.distillation.task_builder import build_student, build_task
 from kdpipe.stages.errors import RecipeError
 from kdpipe.stages.evaluation.embeddings import with_probe
+from kdpipe.stages.evaluation.evaluate import of_teacher
 from kdpipe.stages.given_teacher import is_as_expected, require_accuracy, require_given
 from kdpipe.stages.losses.base import Loss
 from kdpipe.stages.losses.distillation import student_layers
@@ -107,6 +108,8 @@ def _train_teacher(config: TeacherConfig, seed: int, teacher: ModelBundle, conte
     test, more = context.evaluation(teacher.normalize), dict[str, Any]()
     if config.is_headless:
         test, more = with_probe(teacher.model.eval(), context.labelled(teacher.normalize), test)
+    else:
+        test = of_teacher(test, teacher.model)
     history: list[dict[str, Any]] = []
     if config.train is not None:
         # Views that no store will hold: the teacher must not be fitted to the images that it labels later.

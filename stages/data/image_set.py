@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from dataclasses import dataclass
-from pathlib import Path
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from kdpipe.stages.data.decode import Pixels
-from kdpipe.stages.data.image_files import ImageFiles, path_at, pixel_checksum
+from kdpipe.stages.data.image_files import ImageFiles, pixel_checksum
 from kdpipe.stages.errors import DataError
 from kdpipe.store import ids_and_labels_sha256
 
@@ -27,6 +27,9 @@ FILES_NORMALIZATION = {
 }
 """Mean and std of image files by number of channels: ImageNet's, and the usual values for grayscale photographs."""
 
+UNLABELLED = -1
+"""The label of a sample without one, as in scikit-learn."""
+
 _CHUNK = 4096
 
 
@@ -34,7 +37,7 @@ _CHUNK = 4096
 class DroppedImage:
     """An unreadable image that was left out of its data set, and the reason."""
 
-    path: Path
+    path: str
     sample_id: int
     why: str
 
@@ -45,7 +48,7 @@ class ImageSet:
 
     Attributes:
         images: In memory, uint8 [N, C, H, W] with C 1 (grayscale) or 3 (RGB); or files decoded on access.
-        labels: int64 [N], each within [0, num_classes).
+        labels: int64 [N], each within [0, num_classes), or -1: unlabelled.
         sample_ids: int64 [N], unique within the split, >= 0, the same on every machine.
         dropped: Unreadable images, which are not among the N.
         crop: The share of their centered square that the images were cropped to before they were resized.
@@ -94,6 +97,16 @@ class ImageSet:
     @property
     def num_classes(self) -> int:
         return len(self.class_names)
+
+    @cached_property
+    def has_labels(self) -> bool:
+        """Whether any sample has a label."""
+        return bool((self.labels != UNLABELLED).any())
+
+    @cached_property
+    def is_labelled(self) -> bool:
+        """Whether every sample has a label."""
+        return bool((self.labels != UNLABELLED).all())
 
     @property
     def in_channels(self) -> int:
@@ -157,8 +170,8 @@ def unequal_sizes_message(image_set: ImageSet) -> str:
         raise ValueError(f"all images of {image_set.name} have the same size")
     (height, width), (other_height, other_width) = files.shapes[0].tolist(), files.shapes[other].tolist()
     return (
-        f"the images have different sizes: {path_at(files.paths, 0)} is {width} x {height}, "
-        f"{path_at(files.paths, other)} is {other_width} x {other_height}: set data.image_size to crop and "
+        f"the images have different sizes: {files.source.where(0)} is {width} x {height}, "
+        f"{files.source.where(other)} is {other_width} x {other_height}: set data.image_size to crop and "
         "resize them (in Python: image_size= of kdpipe.load_dataset or kdpipe.as_image_set)."
     )
 
@@ -196,17 +209,17 @@ def _moments(counts: Tensor) -> tuple[float, float]:
 
 
 def _check_columns(where: str, num_images: int, labels: Tensor, sample_ids: Tensor, num_classes: int) -> None:
-    """Raise DataError unless there are samples, labels are in [0, num_classes), and ids unique and >= 0."""
+    """Raise DataError unless there are samples, labels are in [0, num_classes) or -1, and ids unique and >= 0."""
     if num_images == 0:
         raise DataError(f"{where} has no samples: at least one is required.")
     _check_ids(where, sample_ids)
     one_based = int(labels.min()) == 1 and int(labels.max()) == num_classes
-    outside = ((labels < 0) | (labels >= num_classes)).nonzero()
+    outside = ((labels < UNLABELLED) | (labels >= num_classes)).nonzero()
     if len(outside):
         index = int(outside[0])
         raise DataError(
             f"{where}: sample {int(sample_ids[index])} (position {index}) has the label "
-            f"{int(labels[index])}, which is outside 0..{num_classes - 1}."
+            f"{int(labels[index])}, which is outside 0..{num_classes - 1} (-1 is for samples without a label)."
             + (" The labels start at 1: subtract 1." if one_based else "")
         )
 

@@ -22,7 +22,8 @@ import PIL
 from PIL import features
 
 from kdpipe.stages.data.decode import DecodeSpec
-from kdpipe.stages.data.image_files import ImageFileList, path_at
+from kdpipe.stages.data.image_files import ImageFileList
+from kdpipe.stages.data.image_source import NO_STAMP, Stamp
 from kdpipe.stages.runtime.cpu import num_cores
 from kdpipe.store import make_folders, write_atomically
 
@@ -31,11 +32,6 @@ ENTRY = np.dtype([("id", "<i8"), ("stamp", "<i8", 3), ("checksum", "<u4"), ("sha
 
 Entries: TypeAlias = npt.NDArray[np.void]
 """Array [N] of ENTRY; in a cache file sorted by id."""
-
-Stamp = tuple[int, int, int]
-"""(size in bytes, mtime_ns, ctime_ns) of a file."""
-
-NO_STAMP: Stamp = (-1, -1, -1)
 
 RACY_NS = 2_000_000_000
 """A file changed less than this before it was read is not cached: it could change again within one tick of the disk's
@@ -54,15 +50,6 @@ CHUNK = 256
 
 SAVE_EVERY_S = 120.0
 """Seconds between saves: the work that a killed job repeats."""
-
-
-def stamp(path: Path) -> Stamp:
-    """Return the file's stamp, or NO_STAMP, which is never valid, if it cannot be read."""
-    try:
-        status = os.stat(path)  # noqa: PTH116 - Path.stat costs twice as much, and there may be a million
-    except OSError:
-        return NO_STAMP
-    return status.st_size, status.st_mtime_ns, status.st_ctime_ns
 
 
 def is_settled(found: Stamp, now_ns: int) -> bool:
@@ -196,7 +183,7 @@ def _read_stamps(chosen: ImageFileList) -> npt.NDArray[np.int64]:
     """Read the stamp of each file in threads, int64 [N, 3]: network disks answer slowly, but many at once."""
 
     def of_chunk(start: int) -> list[Stamp]:
-        return [stamp(path_at(chosen.paths, index)) for index in range(start, min(start + CHUNK, len(chosen)))]
+        return [chosen.source.stamp(index) for index in range(start, min(start + CHUNK, len(chosen)))]
 
     with scan_threads() as map_threads:
         chunks = map_threads(of_chunk, range(0, len(chosen), CHUNK))

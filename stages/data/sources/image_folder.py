@@ -16,7 +16,8 @@ from typing import TypeVar
 import numpy as np
 
 from kdpipe.stages.data.decode import DecodeSpec
-from kdpipe.stages.data.image_files import ImageFileList, pack_paths
+from kdpipe.stages.data.image_files import ImageFileList
+from kdpipe.stages.data.image_source import FilePaths
 from kdpipe.stages.data.sources.listing import Listing
 from kdpipe.stages.data.sources.split_folders import LOOKED_FOR, Role, notices_of_splits, role_of, split_folders
 from kdpipe.stages.data.sources.walk import SUFFIXES, LeftOut, walk_images
@@ -54,7 +55,7 @@ def list_image_folder(path: Path, split: Split, spec: DecodeSpec) -> Listing:
         labels=np.array(labels, dtype=np.int64),
         sample_ids=sample_ids,
         class_names=class_names,
-        images=ImageFileList(title, split_folder, pack_paths(files.values()), sample_ids, spec),
+        images=ImageFileList(title, split_folder, FilePaths.pack(files.values()), sample_ids, spec),
         unsplit=not chosen,
         notices=tuple(filter(None, [*splits, str(left_out)])),
     )

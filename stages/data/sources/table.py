@@ -18,7 +18,8 @@ from typing import Any
 import numpy as np
 
 from kdpipe.stages.data.decode import DecodeSpec
-from kdpipe.stages.data.image_files import ImageFileList, pack_paths
+from kdpipe.stages.data.image_files import ImageFileList
+from kdpipe.stages.data.image_source import FilePaths
 from kdpipe.stages.data.sources.image_folder import sample_id
 from kdpipe.stages.data.sources.listing import Listing, numbered_classes
 from kdpipe.stages.data.sources.split_folders import Role, role_of
@@ -81,7 +82,7 @@ def list_table(path: Path, split: Split, spec: DecodeSpec) -> Listing:
         labels=np.array([label_of[str(row.label)] for row in keyed.values()], dtype=np.int64),
         sample_ids=sample_ids,
         class_names=class_names,
-        images=ImageFileList(title, folder, pack_paths(files), sample_ids, spec),
+        images=ImageFileList(title, folder if unsplit else folder / split, FilePaths.pack(files), sample_ids, spec),
         unsplit=unsplit,
         notices=_notices(title, splits) if split == "train" and not unsplit else (),
     )

@@ -11,8 +11,8 @@ from kdpipe.stages.evaluation.embeddings import embeddings_of, with_probe
 from kdpipe.stages.evaluation.evaluate import Evaluation, evaluate
 from kdpipe.stages.evaluation.knn import KNN
 from kdpipe.stages.evaluation.linear_probe import LinearProbe, fit_probe
-from kdpipe.stages.models.tokens import HEADLESS
 from kdpipe.stages.models.normalization import Normalization
+from kdpipe.stages.models.tokens import HEADLESS
 
 CPU = torch.device("cpu")
 
