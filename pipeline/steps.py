@@ -23,7 +23,7 @@ from kdpipe.pipeline.preflight import (
 )
 from kdpipe.pipeline.recipe.load import faults_of_trainings
 from kdpipe.pipeline.run import Run
-from kdpipe.pipeline.shared_store import needs_teacher, shared_stores
+from kdpipe.pipeline.shared_store import find_teacher, needs_teacher, shared_stores
 from kdpipe.stages.cache_teacher.cache import fill_store
 from kdpipe.stages.cache_teacher.plan import (
     CacheConfig,
@@ -158,11 +158,29 @@ def run_cache_teacher(run: Run, *, in_turn: bool = False) -> dict[str, Any]:
     fills one; without, several processes may fill this run's store together.
     """
     recipe, context = run.recipe, run.context  # the context loads the data and its views
+    take_teacher(run)
     require_same_training(recipe.teacher, recipe.seed, context)
     teacher = load_teacher(recipe.teacher, recipe.seed, context)
     features = list(run.required_features(teacher))
     with shared_stores(run, teacher, features, in_turn=in_turn) as figures:
         return figures or _fill_stores(run, teacher, features)
+
+
+def take_teacher(run: Run) -> bool:
+    """Take the finished teacher of another run of the workspace, if this run has none; return whether it has one."""
+    found = run.process_group.on_main(lambda: str(find_teacher(run) or ""))
+    if found not in ("", str(run.folder)):
+        run_train_teacher(run)
+    return found != ""
+
+
+def take_store(run: Run) -> None:
+    """Use the finished store of another run of the workspace, with its teacher, if this run has none."""
+    if run.has_stores or not take_teacher(run):
+        return
+    teacher = load_teacher(run.recipe.teacher, run.recipe.seed, run.context)
+    with shared_stores(run, teacher, list(run.required_features(teacher)), in_turn=False):
+        pass
 
 
 def _fill_stores(run: Run, teacher: ModelBundle, features: Sequence[FeatureSpec]) -> dict[str, Any]:
@@ -228,6 +246,7 @@ def run_train_student(run: Run) -> dict[str, Any]:
     """Train each seed's student twice: on hard labels alone (unless student.baseline is false), and distilled."""
     require_losses(run)
     config, context = run.recipe.student, run.context  # load the data and its views
+    take_store(run)
     spec = run.distillation  # open the stores; check them and the losses
     if warning := view_warning(run.recipe.views):
         run.monitor.warn("train-student", warning)
