@@ -117,7 +117,7 @@ def build_fine_tuning(
         evaluation=context.evaluation,
         validation=context.validation,
         inputs={
-            "data": context.data_identity(),
+            "data": context.training_identity(),
             "test": context.test_identity(),
             "views": context.student_views(),
         },
