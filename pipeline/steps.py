@@ -39,6 +39,7 @@ from kdpipe.stages.compress.artifacts.write import artifact_folder
 from kdpipe.stages.compress.compress import STEPS, CompressConfig, Step, compress, compressed_root, dry_run, is_done
 from kdpipe.stages.compress.fine_tune import build_fine_tuning
 from kdpipe.stages.context import StageContext
+from kdpipe.stages.data.image_set import require_labels
 from kdpipe.stages.distillation.adapters import save_adapters
 from kdpipe.stages.distillation.embedding_student import examine_student
 from kdpipe.stages.distillation.spec import DistillationSpec
@@ -91,6 +92,8 @@ def train_teacher(config: TeacherConfig, seed: int, context: StageContext) -> di
         own = f"{config.model.name} brings its own weights: it is not trained"
         context.monitor.report(ProgressEvent("train-teacher", own, 1, 1, "teacher"))
     if config.train is not None:
+        require_labels(context.train_set)
+        require_labels(context.deciding.test_set)
         context.process_group.require_shares(config.train.batch_size, context.train_set.num_samples)
 
     teacher = build_teacher(config, seed, context)
@@ -250,6 +253,8 @@ def run_train_student(run: Run) -> dict[str, Any]:
     spec = run.distillation  # open the stores; check them and the losses
     if warning := view_warning(run.recipe.views):
         run.monitor.warn("train-student", warning)
+    if run.recipe.data.labels == "none":
+        run.monitor.warn("train-student", "data.labels = 'none': no student is trained alone, as there are no labels.")
     task = try_distillation(run, spec, config)
     for number, line in enumerate(task.targets.describe() if task.targets else (), 1):
         run.monitor.report(ProgressEvent("train-student", f"reads {line}", number, len(spec.stores), "store"))

@@ -19,6 +19,7 @@ import numpy as np
 
 from kdpipe.stages.data.decode import DecodeSpec
 from kdpipe.stages.data.image_files import ImageFileList
+from kdpipe.stages.data.image_set import UNLABELLED
 from kdpipe.stages.data.image_source import FilePaths
 from kdpipe.stages.data.sources.image_folder import sample_id
 from kdpipe.stages.data.sources.listing import Listing, numbered_classes
@@ -52,7 +53,7 @@ def list_table(path: Path, split: Split, spec: DecodeSpec) -> Listing:
     """List the images of one split, sorted by path, to be decoded to `spec`.
 
     Paths are relative to the table's folder. A sample's id is a hash of its path; the train split defines the classes:
-    labels that are all whole numbers are 0, 1, ... C - 1, others are names, sorted.
+    labels that are all whole numbers are 0, 1, ... C - 1, others are names, sorted. An empty cell: unlabelled.
 
     Raises:
         DataError: A file, column or cell is missing, ambiguous or invalid; an image is listed twice; or a test class is
@@ -65,6 +66,7 @@ def list_table(path: Path, split: Split, spec: DecodeSpec) -> Listing:
     keyed = _by_key(chosen, folder)
     class_names = _class_names(title, train)
     label_of = {name: label for label, name in enumerate(class_names)}
+    label_of[""] = UNLABELLED
     if unknown := [row for row in keyed.values() if str(row.label) not in label_of]:
         raise DataError(
             f"{unknown[0].where}: the class {unknown[0].label!r} is missing from the train split: its classes are "
@@ -159,12 +161,12 @@ def _rows(file: Path) -> Iterator[_Row]:
             raise DataError(f"{where}: the image's path must be text, found {str(path)[:40]!r}.")
         if "://" in path:
             raise DataError(f"{where}: {path} is an address, and a table lists files: download the images first.")
-        if isinstance(label, bool) or not isinstance(label, int | str) or label == "":
+        if isinstance(label, bool) or not isinstance(label, int | str | None):
             raise DataError(f"{where}: the label must be a whole number or a name, found {label!r}.")
         role = role_of(split) if isinstance(split, str) else None
         if split is not None and role is None:
             raise DataError(f"{where}: the split must be train, val or test, found {split!r}.")
-        yield _Row(path.strip(), intern(label) if isinstance(label, str) else label, role, place, number)
+        yield _Row(path.strip(), label if isinstance(label, int) else intern(label or ""), role, place, number)
 
 
 Cells = tuple[int, Any, Any, Any]
@@ -240,7 +242,9 @@ def _by_key(rows: Sequence[_Row], folder: Path) -> dict[str, _Row]:
 
 
 def _class_names(title: str, rows: Sequence[_Row]) -> tuple[str, ...]:
-    labels = {str(row.label) for row in rows}
+    labels = {str(row.label) for row in rows} - {""}
+    if not labels:
+        return ()
     if all(label.isascii() and label.isdigit() and str(int(label)) == label for label in labels):
         return numbered_classes(title, np.array(sorted(map(int, labels))))
     if all(map(_is_number, labels)):

@@ -201,7 +201,6 @@ def test_other_images_are_refused(image: Callable[[Any], Any], message: str) -> 
         (str, "str '0'"),
         (lambda label: torch.eye(3)[label], "float32 [3]"),
         (lambda label: torch.eye(3, dtype=torch.int64)[label], "of a one-hot row, its argmax, found int64 [3]"),
-        (lambda label: None, "NoneType None"),
     ],
 )
 def test_other_labels_are_refused(label: Callable[[int], Any], found: str) -> None:
@@ -218,7 +217,7 @@ def test_other_labels_are_refused(label: Callable[[int], Any], found: str) -> No
         ([5], "sample 0: found int, wanted (image, label)"),
         (Pairs(num_samples=0), "data set own has no samples"),
         (Pairs(num_samples=7), "sample 6 cannot be read (IndexError"),
-        (Pairs(label=lambda label: label - 1), "has the label -1"),
+        (Pairs(label=lambda label: label - 2), "has the label -2"),
     ],
 )
 def test_other_samples_are_refused(dataset: Any, message: str) -> None:
@@ -240,3 +239,9 @@ def test_too_many_pixels_are_refused() -> None:
     with pytest.raises(DataError, match=r"takes 0\.0 GiB in memory, more than 0\.0 GiB: give an image_size"):
         read(Pairs(), max_bytes=PIXELS.numel() - 1)
     assert read(Pairs(), max_bytes=PIXELS.numel())
+
+
+def test_a_label_of_none_is_an_unlabelled_image() -> None:
+    dataset = Pairs(label=lambda label: label or None)
+    with pytest.warns(UserWarning, match="2 of 6 samples have no label"):
+        assert read(dataset, class_names=["a", "b", "c"]).labels.tolist() == [-1, 1, 2, -1, 1, 2]
