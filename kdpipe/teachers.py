@@ -22,6 +22,7 @@ from kdpipe.stages.config import whole_number
 from kdpipe.stages.context import StageContext, test_context
 from kdpipe.stages.data.splits import VALIDATION, Part
 from kdpipe.stages.errors import ModelError, RecipeError
+from kdpipe.stages.evaluation.evaluate import of_teacher
 from kdpipe.stages.evaluation.metrics import evaluate_in_depth
 from kdpipe.stages.given_teacher import known_scaling, require_accuracy
 from kdpipe.stages.models.build import ModelConfig
@@ -203,7 +204,7 @@ def cache_teacher(
     with run_options.open(path.parent, context, is_shared=True) as opened:
         if test_set is not None and not path.exists() and (expected_accuracy is not None or not _is_known(network)):
             teacher_config = TeacherConfig(model=ModelConfig(name="teacher"), expected_accuracy=expected_accuracy)
-            evaluation = opened.evaluation(bundle.normalize)
+            evaluation = of_teacher(opened.evaluation(bundle.normalize), bundle.model)
             report = evaluate_in_depth(bundle.model, evaluation, opened.device)
             require_accuracy(teacher_config, bundle, report, evaluation)
         shard = opened.process_group.work_shard

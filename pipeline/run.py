@@ -139,15 +139,18 @@ class Run:
         require_fitting_test_images(context)
         return context
 
-    def _get_teacher_logits(self) -> TeacherLogits | None:
-        """Return the teachers' logits of the test images; None while their stores are missing."""
+    def _get_teacher_logits(self, part: Part) -> TeacherLogits | None:
+        """Return the teachers' logits of the test or validation images; None while their stores are missing."""
         if any(not is_url(store) and not Path(store).exists() for store in self.stores):
             return None
-        return self._teacher_logits
+        if part not in self._teacher_logits:
+            found = teacher_logits(self.stores, self.recipe.student.teachers, self.context, part)
+            self._teacher_logits[part] = found
+        return self._teacher_logits[part]
 
     @cached_property
-    def _teacher_logits(self) -> TeacherLogits | None:
-        return teacher_logits(self.stores, self.recipe.student.teachers, self.context)
+    def _teacher_logits(self) -> dict[Part, TeacherLogits | None]:
+        return {}
 
     def _load(
         self,

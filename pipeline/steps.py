@@ -44,6 +44,7 @@ from kdpipe.stages.distillation.spec import DistillationSpec
 from kdpipe.stages.distillation.student_config import ALONE, DISTILLED, StudentConfig, student_folder, view_warning
 from kdpipe.stages.distillation.task_builder import build_student, build_task
 from kdpipe.stages.errors import RecipeError
+from kdpipe.stages.evaluation.evaluate import of_teacher
 from kdpipe.stages.given_teacher import is_as_expected, require_accuracy, require_given
 from kdpipe.stages.losses.base import Loss
 from kdpipe.stages.losses.distillation import student_layers
@@ -102,7 +103,7 @@ def train_teacher(config: TeacherConfig, seed: int, context: StageContext) -> di
 def _train_teacher(config: TeacherConfig, seed: int, teacher: ModelBundle, context: StageContext) -> dict[str, Any]:
     process_group, job_dir = context.process_group, teacher_folder(context.run_dir)
     teacher.model.to(context.device)
-    test = context.evaluation(teacher.normalize)
+    test = of_teacher(context.evaluation(teacher.normalize), teacher.model)
     history: list[dict[str, Any]] = []
     if config.train is not None:
         # Views that no store will hold: the teacher must not be fitted to the images that it labels later.

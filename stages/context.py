@@ -13,7 +13,7 @@ from torch import nn
 
 from kdpipe.stages.data.image_set import ImageSet, digest, normalization, pixel_checksums, unequal_sizes_message
 from kdpipe.stages.data.loader.image_loader import ImageLoader
-from kdpipe.stages.data.splits import VALIDATION
+from kdpipe.stages.data.splits import VALIDATION, Part
 from kdpipe.stages.errors import DataError, RecipeError
 from kdpipe.stages.evaluation.evaluate import Evaluation, LogitsAt
 from kdpipe.stages.models.build import PUBLISHED, ModelConfig, architecture
@@ -31,7 +31,7 @@ VIEW_SIZE = "view_size"
 """Key of an architecture record: (H, W) of the views, if a network gets them resized."""
 
 
-def _no_logits() -> None:
+def _no_logits(part: Part) -> None:
     return None
 
 
@@ -49,7 +49,7 @@ class StageContext:
         mix_partners: The images that MixUp and CutMix take partners from; by default the training images.
         num_workers: As in the recipe's `data` section.
         unreadable: As in the recipe's `data` section.
-        get_teacher_logits: Returns what reads the teachers' logits of test images, if they are available.
+        get_teacher_logits: Returns what reads the teachers' logits of the images of a part, if they are available.
         process_group: The processes that train together; the first of them writes.
         load_test: Loads the test images in another size; by default `test_set` is resized.
         validation_set: The images that decide in place of the test images; None if there are none.
@@ -67,7 +67,7 @@ class StageContext:
     mix_partners: ImageSet | None = None
     num_workers: int | None = None
     unreadable: Literal["stop", "drop"] = "stop"
-    get_teacher_logits: Callable[[], LogitsAt | None] = _no_logits  # named, so that loaders can be pickled
+    get_teacher_logits: Callable[[Part], LogitsAt | None] = _no_logits  # named, so that loaders can be pickled
     process_group: ProcessGroup = SINGLE
     load_test: Callable[[int], ImageSet] | None = None
     validation_set: ImageSet | None = None
@@ -150,7 +150,7 @@ class StageContext:
             test_set=self.validation_set,
             load_test=self.load_validation,
             validation_set=None,
-            get_teacher_logits=_no_logits,
+            get_teacher_logits=_no_logits if self.validation_set.has_labels else self.get_teacher_logits,
         )
 
     def evaluation(self, normalize: Normalization) -> Evaluation:
@@ -158,7 +158,8 @@ class StageContext:
         warn = partial(self.monitor.warn, "evaluate")
         # A single process must not stop while the others wait for it.
         check = self.monitor.check if self.process_group.count == 1 else lambda: None
-        return Evaluation(self.test_loader, normalize, self.get_teacher_logits(), warn, check)
+        part: Part = VALIDATION if self.test_set.split == VALIDATION else "test"
+        return Evaluation(self.test_loader, normalize, self.get_teacher_logits(part), warn, check)
 
     def validation(self, normalize: Normalization) -> Evaluation | None:
         """Return the evaluation on the validation images; None if there are none."""

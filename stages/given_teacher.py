@@ -10,7 +10,9 @@ from torch import nn
 
 from kdpipe.stages.context import StageContext
 from kdpipe.stages.errors import NotLogitsError, RecipeError
+from kdpipe.stages.evaluation.correct_images import outcome_of
 from kdpipe.stages.evaluation.evaluate import Evaluation
+from kdpipe.stages.evaluation.main_metric import ACCURACY, main_value, metric_of
 from kdpipe.stages.evaluation.metrics import EvalReport
 from kdpipe.stages.evaluation.trials import try_class_order, try_scalings
 from kdpipe.stages.models.build import PUBLISHED, ModelConfig
@@ -112,6 +114,12 @@ def require_accuracy(config: TeacherConfig, teacher: ModelBundle, report: EvalRe
             "the teacher's outputs are probabilities (each row adds up to 1), and stores hold logits: return what goes "
             "into its softmax."
         )
+    if report.metric != ACCURACY:
+        if test.warn is not None:
+            test.warn(
+                "the teacher's accuracy, input scaling and order of classes are not checked: no test image has a label."
+            )
+        return
     reached = f"the teacher reaches {100 * report.top1:.2f} % of {report.num_samples:,} test images"
     if config.expected_accuracy is not None:
         if _reaches(report.top1, config.expected_accuracy, report.num_samples):
@@ -138,8 +146,10 @@ def require_accuracy(config: TeacherConfig, teacher: ModelBundle, report: EvalRe
 def is_as_expected(config: TeacherConfig, run: Path, result: Mapping[str, Any]) -> bool:
     """Return whether the teacher of another run has the accuracy that `require_accuracy` would demand of it here."""
     if config.expected_accuracy is not None:
-        count: int = (result.get("examined") or {}).get("num_samples", 0)  # results of an older kdpipe lack it
-        return count > 0 and _reaches(result["accuracy"], config.expected_accuracy, count)
+        count = outcome_of(result).num_images or 0  # results of an older kdpipe lack it
+        return metric_of(result) != ACCURACY or (
+            count > 0 and _reaches(main_value(result), config.expected_accuracy, count)
+        )
     if config.train is not None:
         return True
     recipe = read_json_file(run / RECIPE) or {}  # given weights are examined where nothing is expected

@@ -170,7 +170,7 @@ def _pruned(pruner: _Pruner, folder: JobDir, before: PrunedCheckpoint, step: int
         facts = {
             "channel_ratio": max(pruned.ratio, before.facts["channel_ratio"]),
             "excluded": dict(pruned.excluded),
-            "accuracy_before": measured.accuracy,
+            f"{measured.metric.name}_before": measured.value,
         }
         kept = {}
         if before.adapters and pruned.removed and fine_tuning.spec:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -26,6 +27,9 @@ FILES_NORMALIZATION = {
 }
 """Mean and std of image files by number of channels: ImageNet's, and the usual values for grayscale photographs."""
 
+UNLABELLED = -1
+"""The label of a sample without one, as in scikit-learn."""
+
 _CHUNK = 4096
 
 
@@ -44,7 +48,7 @@ class ImageSet:
 
     Attributes:
         images: In memory, uint8 [N, C, H, W] with C 1 (grayscale) or 3 (RGB); or files decoded on access.
-        labels: int64 [N], each within [0, num_classes).
+        labels: int64 [N], each within [0, num_classes), or -1: unlabelled.
         sample_ids: int64 [N], unique within the split, >= 0, the same on every machine.
         dropped: Unreadable images, which are not among the N.
         crop: The share of their centered square that the images were cropped to before they were resized.
@@ -93,6 +97,16 @@ class ImageSet:
     @property
     def num_classes(self) -> int:
         return len(self.class_names)
+
+    @cached_property
+    def has_labels(self) -> bool:
+        """Whether any sample has a label."""
+        return bool((self.labels != UNLABELLED).any())
+
+    @cached_property
+    def is_labelled(self) -> bool:
+        """Whether every sample has a label."""
+        return bool((self.labels != UNLABELLED).all())
 
     @property
     def in_channels(self) -> int:
@@ -195,17 +209,17 @@ def _moments(counts: Tensor) -> tuple[float, float]:
 
 
 def _check_columns(where: str, num_images: int, labels: Tensor, sample_ids: Tensor, num_classes: int) -> None:
-    """Raise DataError unless there are samples, labels are in [0, num_classes), and ids unique and >= 0."""
+    """Raise DataError unless there are samples, labels are in [0, num_classes) or -1, and ids unique and >= 0."""
     if num_images == 0:
         raise DataError(f"{where} has no samples: at least one is required.")
     _check_ids(where, sample_ids)
     one_based = int(labels.min()) == 1 and int(labels.max()) == num_classes
-    outside = ((labels < 0) | (labels >= num_classes)).nonzero()
+    outside = ((labels < UNLABELLED) | (labels >= num_classes)).nonzero()
     if len(outside):
         index = int(outside[0])
         raise DataError(
             f"{where}: sample {int(sample_ids[index])} (position {index}) has the label "
-            f"{int(labels[index])}, which is outside 0..{num_classes - 1}."
+            f"{int(labels[index])}, which is outside 0..{num_classes - 1} (-1 is for samples without a label)."
             + (" The labels start at 1: subtract 1." if one_based else "")
         )
 

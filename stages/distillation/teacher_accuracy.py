@@ -47,18 +47,22 @@ class TeacherLogits:
         return logits
 
 
-def teacher_logits(stores: Sequence[Path | str], config: TeachersConfig, context: StageContext) -> TeacherLogits | None:
-    """Open the combined logits of the teachers for the test images.
+def teacher_logits(
+    stores: Sequence[Path | str], config: TeachersConfig, context: StageContext, part: Part = "test"
+) -> TeacherLogits | None:
+    """Open the combined logits of the teachers for the test or the validation images.
 
     Args:
         stores: Paths or URLs of the training stores.
         config: The `student.teachers` section.
         context: The stage context.
+        part: The images.
 
     Returns:
-        The logits; None if a store has no finished test store beside it.
+        The logits; None if a store has no finished store of these images beside it.
     """
-    sources = _sources(stores, config, context, "test")
+    images = context if part == "test" else context.deciding
+    sources = _sources(stores, config, images, part)
     if sources is None:
         return None
     # Learned weights belong to one student, and confidence weights need labels, which a test must not use.
@@ -66,7 +70,7 @@ def teacher_logits(stores: Sequence[Path | str], config: TeachersConfig, context
     accuracies = deciding_accuracies(stores, config, context) if config.weights == "accuracy" else None
     targets, ensemble = _targets(sources), TeacherEnsemble(config, len(sources), accuracies)
     some = targets.target_masks(torch.arange(1))
-    logits = TeacherLogits(targets, ensemble, context.test_set.labels, all(mask is not None for mask in some))
+    logits = TeacherLogits(targets, ensemble, images.test_set.labels, all(mask is not None for mask in some))
     logits(torch.arange(1))  # a damaged store is found before the training
     return logits
 

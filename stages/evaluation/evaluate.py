@@ -1,10 +1,15 @@
-"""Evaluation: accuracy and cross entropy over a test set, in eval mode, without views."""
+"""Evaluation: the main metric and the cross entropy over a test set, in eval mode, without views.
+
+Where no test image has a label, the classes that the teacher predicts take the place of the labels.
+"""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
@@ -13,8 +18,10 @@ from torch import Tensor, nn
 
 from kdpipe.stages.compute.settings import EXACT, ComputeSettings
 from kdpipe.stages.compute.threads import CheckedThreads, max_threads
+from kdpipe.stages.data.image_set import UNLABELLED
 from kdpipe.stages.data.loader.image_loader import ImageLoader, ViewRequest
-from kdpipe.stages.errors import NotFiniteError
+from kdpipe.stages.errors import DataError, NotFiniteError
+from kdpipe.stages.evaluation.main_metric import ACCURACY, AGREEMENT, MainMetric
 from kdpipe.stages.models.normalization import Normalization
 from kdpipe.stages.runtime.memory import run_in_chunks
 
@@ -61,6 +68,28 @@ class Evaluation:
         """The share of the centered square that test images were cropped to before they were resized."""
         return self.loader.dataset.crop
 
+    @cached_property
+    def metric(self) -> MainMetric:
+        """What a network is judged by: without a single label, its agreement with the teacher."""
+        return ACCURACY if self.loader.dataset.has_labels else AGREEMENT
+
+    def expected(self, positions: Tensor) -> Tensor:
+        """Return the class that each sample should have, int64 [B], -1 where that is not known.
+
+        Raises:
+            DataError: The test images have no labels, and no teacher's outputs on them are known.
+        """
+        if self.metric is ACCURACY:
+            return self.loader.dataset.labels[positions]
+        if self.teacher_logits is None:
+            raise DataError(
+                f"the {self.loader.dataset.split} images of {self.loader.dataset.name} have no labels, and there are "
+                "no outputs of the teacher for them to compare a network with: give some of them labels, or cache the "
+                "teacher on them (kdpipe cache-teacher, in Python test_set=)."
+            )
+        logits = self.teacher_logits(positions).cpu()
+        return torch.where(logits.isnan().any(1), UNLABELLED, logits.argmax(1))
+
     @property
     def class_names(self) -> tuple[str, ...]:
         return tuple(self.loader.dataset.class_names)
@@ -81,28 +110,39 @@ class Evaluation:
 
 @dataclass(frozen=True)
 class Predictions:
-    """A model's logits float32 [B, C] of a batch and the labels int64 [B], on the device; positions int64 [B]."""
+    """A model's logits float32 [B, C] of a batch and the labels int64 [B], on the device; positions int64 [B].
+
+    The labels are the classes that were expected, -1 where that is not known.
+    """
 
     positions: Tensor
     labels: Tensor
     logits: Tensor
 
+    @property
+    def labelled(self) -> Predictions:
+        """Those with a label."""
+        kept = self.labels != UNLABELLED
+        return Predictions(self.positions[kept.cpu()], self.labels[kept], self.logits[kept])
+
 
 @dataclass(frozen=True)
 class EvalResult:
-    """Top-1 accuracy, and mean cross entropy in nats."""
+    """Top-1 accuracy, or what takes its place, and mean cross entropy in nats."""
 
-    accuracy: float
+    value: float
     cross_entropy: float
+    metric: MainMetric = ACCURACY
 
-    def to_json(self) -> dict[str, float]:
-        return {"accuracy": self.accuracy, "cross_entropy": self.cross_entropy}
+    def to_json(self) -> dict[str, Any]:
+        return {**self.metric.record(self.value), "cross_entropy": self.cross_entropy}
 
 
 @dataclass
 class EvalAccumulator:
     """Running sums of a pass over a test set, kept on the device."""
 
+    metric: MainMetric
     num_correct: Tensor | int = 0
     num_seen: int = 0
     total: Tensor | float = 0.0
@@ -113,7 +153,9 @@ class EvalAccumulator:
         self.total += F.cross_entropy(predictions.logits, predictions.labels, reduction="sum").double()
 
     def result(self) -> EvalResult:
-        return EvalResult(int(self.num_correct) / self.num_seen, float(self.total) / self.num_seen)
+        if not self.num_seen:
+            raise DataError("the teacher has no outputs for any of the unlabelled test images: cache it on them.")
+        return EvalResult(int(self.num_correct) / self.num_seen, float(self.total) / self.num_seen, self.metric)
 
 
 @torch.no_grad()
@@ -130,7 +172,7 @@ def predict(model: nn.Module, test: Evaluation, device: torch.device) -> Iterato
     try:
         for image_batch in test.loader.stream(requests):
             test.before_batch()
-            labels = image_set.labels[image_batch.indices].to(device, non_blocking=True)
+            labels = test.expected(image_batch.indices).to(device, non_blocking=True)
             yield Predictions(image_batch.indices, labels, _logits(model, test, image_batch.images))
     finally:
         model.train(was_training)
@@ -153,11 +195,23 @@ def _logits(model: nn.Module, test: Evaluation, images: Tensor) -> Tensor:
     return chunks[0] if len(chunks) == 1 else torch.cat(chunks)
 
 
+def of_teacher(test: Evaluation, model: nn.Module) -> Evaluation:
+    """Return the evaluation of a teacher: it is compared with itself where no test image has a label."""
+    if test.metric is ACCURACY:
+        return test
+
+    @torch.no_grad()
+    def logits_at(positions: Tensor) -> Tensor:
+        return _logits(model, test, test.loader.get(ViewRequest(positions)).images)
+
+    return replace(test, teacher_logits=logits_at)
+
+
 def evaluate(model: nn.Module, test: Evaluation, device: torch.device) -> EvalResult:
     """Evaluate `model`, restoring its mode; raises NotFiniteError if the cross entropy is not finite."""
-    sums = EvalAccumulator()
+    sums, is_whole = EvalAccumulator(test.metric), test.loader.dataset.is_labelled
     for predictions in predict(model, test, device):
-        sums.add(predictions)
+        sums.add(predictions if is_whole else predictions.labelled)
     result = sums.result()
     if not math.isfinite(result.cross_entropy):
         raise NotFiniteError(

@@ -22,7 +22,7 @@ class OnnxAgreement:
     Attributes:
         top1_agreement: The share of images with the same top-1 class.
         max_logit_difference: The largest difference of any logit; NaN if either has one.
-        accuracy: The file's accuracy.
+        accuracy: The file's accuracy on the labelled images, 0 without any.
         torch_accuracy: The network's.
     """
 
@@ -70,14 +70,15 @@ def check_onnx(
             rows.append(torch.stack([found.argmax(1), expected.argmax(1), labels.cpu()]))
             differences.append((found - expected).abs().max())
     predicted, torch_predicted, labels = torch.cat(rows, dim=1)
+    known = labels >= 0
     return OnnxAgreement(
         num_samples=len(labels),
         top1_agreement=_share(predicted == torch_predicted),
         max_logit_difference=float(torch.stack(differences).max()),  # torch's max, unlike Python's, propagates NaN
-        accuracy=_share(predicted == labels),
-        torch_accuracy=_share(torch_predicted == labels),
+        accuracy=_share((predicted == labels)[known]),
+        torch_accuracy=_share((torch_predicted == labels)[known]),
     )
 
 
 def _share(hits: Tensor) -> float:
-    return int(hits.sum()) / len(hits)
+    return int(hits.sum()) / max(len(hits), 1)

@@ -164,7 +164,7 @@ def _predict_test(run: Run, students: Mapping[str, Predictor], num_macs: int) ->
     images = [loader.get(ViewRequest(indices)).images for indices in batches]
     with torch.no_grad():
         found = {name: torch.cat([student(batch) for batch in images]) for name, student in students.items()}
-    get_logits = run.context.get_teacher_logits()
+    get_logits = run.context.get_teacher_logits("test")
     if get_logits is not None and not (teacher := get_logits(torch.arange(num_images))).isnan().any():
         found = {"teacher": teacher.softmax(1), **found}
     return found
