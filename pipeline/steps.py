@@ -40,10 +40,12 @@ from kdpipe.stages.compress.compress import STEPS, CompressConfig, Step, compres
 from kdpipe.stages.compress.fine_tune import build_fine_tuning
 from kdpipe.stages.context import StageContext
 from kdpipe.stages.distillation.adapters import save_adapters
+from kdpipe.stages.distillation.embedding_student import examine_student
 from kdpipe.stages.distillation.spec import DistillationSpec
 from kdpipe.stages.distillation.student_config import ALONE, DISTILLED, StudentConfig, student_folder, view_warning
 from kdpipe.stages.distillation.task_builder import build_student, build_task
 from kdpipe.stages.errors import RecipeError
+from kdpipe.stages.evaluation.embeddings import embeddings_of, examine
 from kdpipe.stages.evaluation.evaluate import of_teacher
 from kdpipe.stages.given_teacher import is_as_expected, require_accuracy, require_given
 from kdpipe.stages.losses.base import Loss
@@ -103,7 +105,14 @@ def train_teacher(config: TeacherConfig, seed: int, context: StageContext) -> di
 def _train_teacher(config: TeacherConfig, seed: int, teacher: ModelBundle, context: StageContext) -> dict[str, Any]:
     process_group, job_dir = context.process_group, teacher_folder(context.run_dir)
     teacher.model.to(context.device)
-    test = of_teacher(context.evaluation(teacher.normalize), teacher.model)
+    test, more = context.evaluation(teacher.normalize), dict[str, Any]()
+    if config.is_headless:
+        teacher.model.eval()
+        fitted, tested = (embeddings_of(teacher.model, each) for each in (context.labelled(teacher.normalize), test))
+        examined = examine(fitted, tested, context.train_set.num_classes)
+        test, more = replace(test, head=examined.probe), examined.to_json()
+    else:
+        test = of_teacher(test, teacher.model)
     history: list[dict[str, Any]] = []
     if config.train is not None:
         # Views that no store will hold: the teacher must not be fitted to the images that it labels later.
@@ -128,6 +137,7 @@ def _train_teacher(config: TeacherConfig, seed: int, teacher: ModelBundle, conte
         process_group=process_group,
         with_onnx=config.exports,
         on_no_export=partial(_warn_of_no_export, context),
+        more=more,
         require=partial(require_accuracy, config, teacher, test=test),
         validation=context.validation(teacher.normalize),
     )
@@ -296,6 +306,7 @@ def _train_student(
         train_hint_stages(job, student, spec.losses, build, device=context.device, monitor=context.monitor)
     history = train(job, context.device, context.monitor)
     more = process_group.on_main(partial(save_adapters, student_run.job_dir, job.task.distillation))
+    more |= process_group.on_main(partial(examine_student, student, spec, context))
     # evaluate, export to ONNX, save
     return finalize(
         student_run.job_dir,

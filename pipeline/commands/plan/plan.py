@@ -162,5 +162,6 @@ def _tail_masses(run: Run, teacher: ModelBundle, plan: dict[str, Any]) -> list[T
     if plan["exists"] and not plan["num_units_missing"]:
         store = open_store(Path(plan["store"]))
         return run.tail_masses(store.manifest.top_k, tail_of(store))
-    top_k, logits = top_k_of(run.recipe.cache, run.context), first_logits(run.recipe.cache, teacher, run.context)
+    top_k = top_k_of(run.recipe.cache, run.context, teacher)
+    logits = first_logits(run.recipe.cache, teacher, run.context)
     return [] if top_k is None else run.tail_masses(top_k, encode_topk(logits, top_k, "float32")[TAIL])

@@ -119,8 +119,10 @@ def similarity_of(store: TargetStore, source: str) -> Similarity:
     """Return the mean softened output by label.
 
     Raises:
-        StoreError: If labels are outside of the teacher's classes.
+        StoreError: If labels are outside of the teacher's classes, or there are no logits.
     """
+    if not store.manifest.has_logits:
+        raise StoreError("the teacher has embeddings, no logits.")
     num_classes, labels = store.num_classes, store.samples.labels
     if not len(labels) or labels.min() < 0 or labels.max() >= num_classes:
         raise StoreError("the labels of the stored samples are not among the teacher's classes.")
