@@ -19,7 +19,7 @@ def load_dataset(name: str = "digits", **options: Any) -> tuple[ImageSet, ...]:
 
     Args:
         name: `digits`, `MNIST`, `FashionMNIST`, `CIFAR10`, `CIFAR100`, `imagefolder:PATH`,
-            `table:PATH`, `npz:PATH`,
+            `table:PATH`, `webdataset:PATH`, `lmdb:PATH`, `hf_dataset:OWNER/NAME`, `npz:PATH`,
             `python:module:function`, or a name given to `register_dataset`.
         **options: Keys of a recipe's `data` section, such as `root`, `image_size`, `classes`, `num_train` or `labels`.
 

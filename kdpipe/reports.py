@@ -19,6 +19,7 @@ from kdpipe.runs import isolated
 from kdpipe.stages.errors import ModelError, RunError
 from kdpipe.stages.evaluation.metrics import EvalReport, evaluate_in_depth
 from kdpipe.stages.models.bundle import ModelBundle
+from kdpipe.stages.models.clone import evaluated_on
 from kdpipe.stages.models.normalization import as_normalization
 from kdpipe.stages.views.config import Views
 from kdpipe.store import TargetStore
@@ -64,7 +65,8 @@ def evaluate(
     context = run_options.context(test_set, None, Views(num_views=1))
     if (size := info_of(network).resized_from.get(test_set.image_size)) is not None:
         context = context.resized(size)  # as in its training
-    return evaluate_in_depth(network.to(context.device), context.evaluation(scaling), context.device)
+    with evaluated_on(network, context.device):
+        return evaluate_in_depth(network, context.evaluation(scaling), context.device)
 
 
 def report(run: str | Path | StudentResult | CompressedResult, *, html: str | Path | None = None) -> Report:

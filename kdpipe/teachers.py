@@ -27,7 +27,7 @@ from kdpipe.stages.evaluation.metrics import evaluate_in_depth
 from kdpipe.stages.given_teacher import known_scaling, require_accuracy
 from kdpipe.stages.models.build import ModelConfig
 from kdpipe.stages.models.bundle import ModelBundle
-from kdpipe.stages.models.clone import unwrap
+from kdpipe.stages.models.clone import evaluated_on, unwrap
 from kdpipe.stages.models.normalization import Normalization, Numbers
 from kdpipe.stages.models.safetensors_io import load_tensors
 from kdpipe.stages.models.weights.state_dict import weights_sha256
@@ -151,8 +151,8 @@ def cache_teacher(
     A store that lacks views, samples or features is extended in place; a complete one is opened.
 
     Args:
-        teacher: The network with the weights to use: a module, what `load_student` returns, or a result. It is moved to
-            the device, in eval mode.
+        teacher: The network with the weights to use: a module, what `load_student` returns, or a result. It keeps its
+            device and its mode.
         dataset: The training images.
         path: The store's folder.
         test: The test images. With them, `PATH.test.zarr` gets the teacher's logits on them, against which students are
@@ -201,7 +201,7 @@ def cache_teacher(
         validation_set=datasets.as_validation(validation, train_set),
     )
     bundle = _bundle(network, context, as_scaling(normalize, mean, std, train_set.in_channels), classes)
-    with run_options.open(path.parent, context, is_shared=True) as opened:
+    with evaluated_on(bundle.model, context.device), run_options.open(path.parent, context, is_shared=True) as opened:
         if test_set is not None and not path.exists() and (expected_accuracy is not None or not _is_known(network)):
             teacher_config = TeacherConfig(model=ModelConfig(name="teacher"), expected_accuracy=expected_accuracy)
             evaluation = of_teacher(opened.evaluation(bundle.normalize), bundle.model)
@@ -241,14 +241,14 @@ def _bundle(
     scaling: Normalization | None,
     classes: str | None = None,
 ) -> ModelBundle:
-    """Return the teacher with its record and input scaling, on the device in eval mode."""
+    """Return the teacher with its record and input scaling."""
     if isinstance(teacher, ModelBundle):
         channels, *size = context.image_shape
         wanted = {"num_classes": context.train_set.num_classes, "in_channels": channels, "image_size": size}
         if found := differences({key: teacher.architecture.get(key) for key in wanted}, wanted):
             faults = "; ".join(f"{key} {own}, wanted {other}" for key, own, other in found)
             raise ModelError(f"the teacher does not fit data set {context.train_set.name}: it has {faults}.")
-        return replace(teacher, model=teacher.model.to(context.device).eval(), normalize=scaling or teacher.normalize)
+        return replace(teacher, normalize=scaling or teacher.normalize)
     config, info = replace(given_model(teacher), classes=classes), info_of(teacher)
     if not (known := scaling or info.normalize):
         known = known_scaling(config, teacher, context)
@@ -262,7 +262,7 @@ def _bundle(
         raise ModelError("the teacher's classifier is new and random, as its weights are of other classes: train it.")
     # The copy returns its main logits alone, or has fewer classes.
     network = teacher if classes is None and type(built) is type(teacher) else built
-    return ModelBundle(network.to(context.device).eval(), context.architecture(config), known)
+    return ModelBundle(network, context.architecture(config), known)
 
 
 def _is_known(teacher: nn.Module | ModelBundle) -> bool:

@@ -238,6 +238,11 @@ class Run:
         named = self.recipe.student.stores
         return [where if is_url(where) else Path(where).absolute() for where in named] or [self.store]
 
+    @property
+    def has_stores(self) -> bool:
+        """Whether students have stores to learn from that are named, or that this run made or used before."""
+        return self.stores != [self.store] or self.store != self.own_store or self.own_store.exists()
+
     def check_losses_fit(self) -> dict[FeatureSpec, list[str]]:
         """Check that all losses fit student and teacher, and the store its format, before the teacher is trained.
 

@@ -27,12 +27,16 @@ from kdpipe.stages.models.build import PUBLISHED, ModelConfig, architecture
 from kdpipe.stages.models.classes import build_for_classes
 from kdpipe.stages.models.libraries.by_name import prefix_of, scaling_of_weights
 from kdpipe.stages.models.normalization import Normalization
+from kdpipe.stages.numerics import derive_seed
 from kdpipe.stages.runtime.distributed import SINGLE, ProcessGroup
 from kdpipe.stages.runtime.events import RunMonitor
 from kdpipe.stages.views.config import Views
 from kdpipe.stages.views.renderer import Renderer
 from kdpipe.stages.workspace import NOWHERE, Workspace
 from kdpipe.store import Samples
+
+MAX_LABELLED = 50_000
+"""Training images that k-NN and linear probes are fitted to, at most."""
 
 VIEW_SIZE = "view_size"
 """Key of an architecture record: (H, W) of the views, if a network gets them resized."""
@@ -172,23 +176,45 @@ class StageContext:
         """Return the evaluation on the validation images; None if there are none."""
         return None if self.validation_set is None else self.deciding.evaluation(normalize)
 
+    def labelled(self, normalize: Normalization) -> Evaluation:
+        """Return labelled training images, at most MAX_LABELLED, for what is fitted to a model's embeddings.
+
+        They are as they are if they have the size of the views, else in their first view, without a partner mixed in.
+        """
+        train_set = self.train_set
+        positions = (train_set.labels >= 0).nonzero()[:, 0]
+        if len(positions) > MAX_LABELLED:
+            generator = torch.Generator().manual_seed(derive_seed(0, "labelled"))
+            positions = positions[torch.randperm(len(positions), generator=generator)[:MAX_LABELLED].sort().values]
+        whole = train_set.image_size == self.renderer.shape[1:]
+        context = replace(self, views=replace(self.views, mix=None), mix_partners=None)
+        loader = ImageLoader(
+            train_set.take(positions),
+            self.device,
+            None if whole else context.renderer,
+            num_workers=self.num_workers,
+            on_failure=self._on_unreadable,
+            size=self.input_size,
+        )
+        return replace(self.evaluation(normalize), loader=loader, teacher_logits=None, view=None if whole else 0)
+
     def _on_unreadable(self, sentence: str) -> None:
         """Raise DataError for an unreadable image, or drop it from its batch with a warning, as configured."""
         if self.unreadable == "stop":
             raise DataError(f"{sentence} (data.unreadable = 'drop' leaves such samples out)")
         self.monitor.warn("data", f"{sentence} It is left out of this epoch.")
 
-    def architecture(self, config: ModelConfig) -> dict[str, Any]:
+    def architecture(self, config: ModelConfig, *, headless: bool = False) -> dict[str, Any]:
         """Return the record from which a network for these images and classes can be rebuilt."""
-        train_set = self.train_set
-        record = architecture(config, train_set.num_classes, train_set.in_channels, self.image_shape[1:])
+        train_set, num_classes = self.train_set, 0 if headless else self.train_set.num_classes
+        record = architecture(config, num_classes, train_set.in_channels, self.image_shape[1:])
         return record if self.input_size is None else {**record, VIEW_SIZE: list(self.renderer.shape[1:])}
 
-    def build_model(self, config: ModelConfig, seed: int) -> nn.Module:
-        """Build a network for these images and classes, initialized with `seed`."""
+    def build_model(self, config: ModelConfig, seed: int, *, headless: bool = False) -> nn.Module:
+        """Build a network for these images and classes, or without a classifier, initialized with `seed`."""
         return build_for_classes(
             config,
-            self.train_set.class_names,
+            () if headless else self.train_set.class_names,
             in_channels=self.train_set.in_channels,
             image_size=self.image_shape[1:],
             seed=seed,

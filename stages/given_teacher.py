@@ -41,10 +41,11 @@ def require_given(config: TeacherConfig, teacher: ModelBundle, context: StageCon
     """
     if config.train is not None:
         return
-    if has_new_head(config.model, context.train_set.num_classes):
+    if config.has_own_head and has_new_head(config.model, context.train_set.num_classes):
         raise RecipeError(
             f"the classifier of {_named(config.model)} is new and random, as they are of other classes than the data: "
-            "train the teacher ([teacher.train]), or take the rows of the data's classes (teacher.model.classes)."
+            "train the teacher ([teacher.train]), take the rows of the data's classes (teacher.model.classes), or "
+            "learn from its embeddings (teacher.output = 'embeddings')."
         )
     if config.mean is None and known_scaling(config.model, teacher.model, context) is None:
         raise RecipeError(
@@ -129,7 +130,7 @@ def require_accuracy(config: TeacherConfig, teacher: ModelBundle, report: EvalRe
         if config.expected_accuracy is not None:
             raise RecipeError(f"{reached}: train it for longer, or expect less. The training is kept.")
         return
-    found = findings(teacher, report, test)
+    found = "" if config.is_headless else findings(teacher, report, test)
     if not found and config.expected_accuracy is None and not report.is_at_chance(1.0):
         return
     chance = f"; guessing would reach {100 * report.chance:.2f} %" if report.is_at_chance() else ""

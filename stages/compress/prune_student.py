@@ -88,7 +88,7 @@ def prune_student(
     pruned = _pruned(pruner, folder, before, config.steps)
     history, losses = fine_tune(_fine_tuning(pruner, pruned, folder, train, name), fine_tuning)
     test = fine_tuning.evaluation(pruned.network.normalize)
-    more = {**pruned.facts, **save_adapters(folder, losses)}
+    more = {**pruned.facts, **save_adapters(folder, losses), **fine_tuning.examine(pruned.network)}
     figures = finalize(
         folder,
         pruned.network,

@@ -20,10 +20,12 @@ class DataConfig:
     """Configuration of the data set.
 
     Attributes:
-        name: digits, MNIST, FashionMNIST, CIFAR10, CIFAR100, imagefolder:PATH, table:PATH, npz:PATH,
-            python:MODULE:FUNCTION, or a registered name.
+        name: digits, MNIST, FashionMNIST, CIFAR10, CIFAR100, imagefolder:PATH, table:PATH, webdataset:PATH, lmdb:PATH,
+            hf_dataset:OWNER/NAME, npz:PATH, python:MODULE:FUNCTION, or a registered name.
         root: Folder of the named sets, and base of a relative PATH.
-        download: Whether torchvision may download a named set.
+        download: Whether torchvision may download a named set, and hf_dataset may ask the hub.
+        image_column: Column of the images of table and hf_dataset; found by its name or type if None.
+        label_column: Column of their labels; found by its name or type if None.
         channels: Convert to grayscale (1) or RGB (3).
         image_size: Crop the largest centered square and resize it to this many pixels.
         test_crop: Fraction of that square kept for the test images of files.
@@ -42,6 +44,8 @@ class DataConfig:
     name: PathStr = "digits"
     root: PathStr = "data"
     download: bool = True
+    image_column: PathStr | None = None
+    label_column: PathStr | None = None
     channels: Annotated[Literal[1, 3], BeforeValidator(_reject_bool)] | None = None
     image_size: Annotated[int, Field(ge=1, le=2**14)] | None = None
     test_crop: Annotated[float, Field(gt=0, le=1)] = 1.0

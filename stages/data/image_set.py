@@ -6,7 +6,6 @@ import dataclasses
 import math
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,7 +14,7 @@ import torch
 from torch import Tensor
 
 from kdpipe.stages.data.decode import Pixels
-from kdpipe.stages.data.image_files import ImageFiles, path_at, pixel_checksum
+from kdpipe.stages.data.image_files import ImageFiles, pixel_checksum
 from kdpipe.stages.errors import DataError
 from kdpipe.store import ids_and_labels_sha256
 
@@ -38,7 +37,7 @@ _CHUNK = 4096
 class DroppedImage:
     """An unreadable image that was left out of its data set, and the reason."""
 
-    path: Path
+    path: str
     sample_id: int
     why: str
 
@@ -205,8 +204,8 @@ def unequal_sizes_message(image_set: ImageSet) -> str:
         raise ValueError(f"all images of {image_set.name} have the same size")
     (height, width), (other_height, other_width) = files.shapes[0].tolist(), files.shapes[other].tolist()
     return (
-        f"the images have different sizes: {path_at(files.paths, 0)} is {width} x {height}, "
-        f"{path_at(files.paths, other)} is {other_width} x {other_height}: set data.image_size to crop and "
+        f"the images have different sizes: {files.source.where(0)} is {width} x {height}, "
+        f"{files.source.where(other)} is {other_width} x {other_height}: set data.image_size to crop and "
         "resize them (in Python: image_size= of kdpipe.load_dataset or kdpipe.as_image_set)."
     )
 

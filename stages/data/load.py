@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import get_args
 
@@ -18,9 +17,12 @@ from kdpipe.stages.data.image_set import ImageSet
 from kdpipe.stages.data.labelling import keep_labels
 from kdpipe.stages.data.names import FILE_KINDS, KNOWN_NAMES, TORCHVISION_NAMES
 from kdpipe.stages.data.scan import OnImage, ScanResult, scan_images
+from kdpipe.stages.data.sources.hf_dataset import list_hf_dataset
 from kdpipe.stages.data.sources.image_folder import list_image_folder
 from kdpipe.stages.data.sources.listing import Listing, absent_classes, unlabelled_samples
 from kdpipe.stages.data.sources.npz import list_npz
+from kdpipe.stages.data.sources.packed.lmdb import list_lmdb
+from kdpipe.stages.data.sources.packed.webdataset import list_webdataset
 from kdpipe.stages.data.sources.table import list_table
 from kdpipe.stages.data.sources.torchvision import list_digits, list_torchvision
 from kdpipe.stages.data.sources.user_function import DATASETS, is_user_dataset, list_user_dataset
@@ -106,15 +108,9 @@ def list_source(config: DataConfig, part: Part, size: int | None) -> Listing:
     split: Split = "test" if part == "test" else "train"
     kind, colon, argument = config.name.partition(":")
     root = _path(config.root)
+    require_applicable(config)
     if colon and argument and kind in FILE_KINDS:
-        list_folder = partial(list_image_folder, unlabelled=config.labels == "none")
-        list_files = list_folder if kind == "imagefolder" else list_table
-        return list_files(_path(argument, config.root), split, _decode_spec(config, part, size))
-    if config.test_crop != 1:
-        raise RecipeError(
-            f"data.test_crop applies only to imagefolder:PATH and table:PATH, and data.name is {config.name!r}: "
-            "remove it."
-        )
+        return _list_files(config, kind, argument, split, _decode_spec(config, part, size))
     if config.name == "digits":
         return list_digits()
     if config.name in TORCHVISION_NAMES:
@@ -128,6 +124,28 @@ def list_source(config: DataConfig, part: Part, size: int | None) -> Listing:
     raise UnknownDataError(
         f"unknown data set data.name={config.name!r}; {near}{' ' if near else ''}known names: {', '.join(known)}."
     )
+
+
+def _list_files(config: DataConfig, kind: str, argument: str, split: Split, spec: DecodeSpec) -> Listing:
+    path, columns = _path(argument, config.root), (config.image_column, config.label_column)
+    if kind == "table":
+        return list_table(path, split, spec, columns)
+    if kind == "hf_dataset":
+        return list_hf_dataset(argument, path, split, spec, columns=columns, download=config.download)
+    if kind == "imagefolder":
+        return list_image_folder(path, split, spec, unlabelled=config.labels == "none")
+    return (list_lmdb if kind == "lmdb" else list_webdataset)(path, split, spec)
+
+
+def require_applicable(config: DataConfig) -> None:
+    """Raise RecipeError if a key is set that does not apply to data sets of this kind."""
+    columns = ("table", "hf_dataset")
+    for key, kinds in {"test_crop": FILE_KINDS, "image_column": columns, "label_column": columns}.items():
+        is_set = getattr(config, key) != DataConfig.__dataclass_fields__[key].default
+        if is_set and config.name.partition(":")[0] not in kinds:
+            raise RecipeError(
+                f"data.{key} applies only to {', '.join(kinds)}, and data.name is {config.name!r}: remove it."
+            )
 
 
 def _decode_spec(config: DataConfig, part: Part, size: int | None) -> DecodeSpec:

@@ -13,6 +13,7 @@ from kdpipe.stages.losses.base import LogitLoss, Loss
 from kdpipe.stages.losses.schedules import bounds
 from kdpipe.stages.targets.ensemble import TeachersConfig
 from kdpipe.stages.targets.join import JoinedStore
+from kdpipe.stages.targets.outputs import NO_LOGITS
 from kdpipe.stages.targets.reader import Targets
 from kdpipe.stages.views.config import Views
 from kdpipe.store import StoreError, TargetStore, interpolation
@@ -166,13 +167,25 @@ def _require_probabilities(store: TargetStore, entry: str) -> None:
         ) from error
 
 
+def require_no_logits(losses: Sequence[Loss], store: int, where: str = "distill") -> None:
+    """Raise RecipeError if a loss needs the logits of this store, which has the embeddings of its teacher."""
+    for number, loss in enumerate(losses):
+        is_own = (loss.store or 0) == store or (loss.store is None and loss.on_logits)
+        if is_own and (loss.on_logits or loss.input_gradient or loss.samples.needs_probabilities):
+            what = "selects samples by" if not loss.on_logits and not loss.input_gradient else "needs"
+            raise RecipeError(f"{where}.{number} ({loss.loss}) {what} the teacher's logits: {NO_LOGITS}")
+
+
 def require_logits(stores: Sequence[TargetStore], losses: Sequence[Loss], teachers: TeachersConfig) -> None:
-    """Check that stores with top-k logits have what the losses require.
+    """Check that stores with top-k logits, or without any, have what the losses require.
 
     Raises:
         StoreError: A loss's temperature is outside the range of the stored tail.
         RecipeError: A loss needs the logits of all classes.
     """
+    for index, store in enumerate(stores):
+        if not store.manifest.has_logits:
+            require_no_logits(losses, index)
     for number, loss in enumerate(losses):
         for index, store in enumerate(stores):
             if not store.manifest.top_k or not loss.on_logits or loss.store not in (None, index):

@@ -60,11 +60,11 @@ def teacher_logits(
         part: The images.
 
     Returns:
-        The logits; None if a store has no finished store of these images beside it.
+        The logits; None if a store has no finished store of these images beside it, or has embeddings.
     """
     images = context if part == "test" else context.deciding
     sources = _sources(stores, config, images, part)
-    if sources is None:
+    if sources is None or not all(source.store.manifest.has_logits for source in sources):
         return None
     # Learned weights belong to one student, and confidence weights need labels, which a test must not use.
     config = replace(config, weights="equal") if config.weights in ("learnable", "confidence") else config
@@ -80,7 +80,7 @@ def deciding_accuracies(stores: Sequence[Path | str], config: TeachersConfig, co
     """Return each teacher's accuracy on the validation images, or without any, and with a warning, the test images.
 
     Raises:
-        RecipeError: A store of these images is missing.
+        RecipeError: A store of these images is missing, or has no logits.
     """
     part: Part = "test" if context.validation_set is None else VALIDATION
     if part == "test" and len(stores) > 1:
@@ -101,6 +101,8 @@ def deciding_accuracies(stores: Sequence[Path | str], config: TeachersConfig, co
             f"every store has a {part} store (store.{part}.zarr) of them beside it: run `kdpipe cache-teacher` again "
             "where the stores were made, or give the weights as numbers."
         )
+    if without := [source.store.path for source in sources if not source.store.manifest.has_logits]:
+        raise RecipeError(f"student.teachers.weights = 'accuracy': {without[0]} has embeddings, no logits.")
     return _accuracies(sources, context.deciding)
 
 

@@ -22,6 +22,8 @@ from kdpipe.stages.data.image_set import UNLABELLED
 from kdpipe.stages.data.loader.image_loader import ImageLoader, ViewRequest
 from kdpipe.stages.errors import DataError, NotFiniteError
 from kdpipe.stages.evaluation.main_metric import ACCURACY, AGREEMENT, MainMetric
+from kdpipe.stages.models.clone import preserve_modes
+from kdpipe.stages.models.main_logits import main_logits
 from kdpipe.stages.models.normalization import Normalization
 from kdpipe.stages.runtime.memory import run_in_chunks
 
@@ -43,6 +45,8 @@ class Evaluation:
         warn: Receives a sentence about batches that did not fit into memory.
         before_batch: Called before each batch; may raise StoppedEarly, as a large test set takes minutes.
         compute: How the network is computed.
+        view: The view of the images that is evaluated; None for the original images.
+        head: What makes logits of the network's outputs, if these are embeddings.
     """
 
     loader: ImageLoader
@@ -51,6 +55,8 @@ class Evaluation:
     warn: Callable[[str], None] | None = None
     before_batch: Callable[[], None] = lambda: None
     compute: ComputeSettings = EXACT
+    view: int | None = None
+    head: Callable[[Tensor], Tensor] | None = None
 
     @property
     def device(self) -> torch.device:
@@ -160,22 +166,20 @@ class EvalAccumulator:
 
 @torch.no_grad()
 def predict(model: nn.Module, test: Evaluation, device: torch.device) -> Iterator[Predictions]:
-    """Yield the model's predictions on the test set, batch by batch; its mode is restored.
+    """Yield the model's predictions on the test set, batch by batch; the modes of its modules are restored.
 
     An unreadable test image raises DataError, or is left out of its batch, as configured in `test.loader`. A batch
     that does not fit into memory is halved until it does: its logits then differ by rounding.
     """
-    was_training = model.training
-    model.eval()
     image_set = test.loader.dataset
-    requests = (ViewRequest(indices) for indices in torch.split(torch.arange(image_set.num_samples), BATCH_SIZE))
-    try:
+    every = torch.split(torch.arange(image_set.num_samples), BATCH_SIZE)
+    requests = (ViewRequest(indices, test.view) for indices in every)
+    with preserve_modes(model):
+        model.eval()
         for image_batch in test.loader.stream(requests):
             test.before_batch()
             labels = test.expected(image_batch.indices).to(device, non_blocking=True)
             yield Predictions(image_batch.indices, labels, _logits(model, test, image_batch.images))
-    finally:
-        model.train(was_training)
 
 
 def _logits(model: nn.Module, test: Evaluation, images: Tensor) -> Tensor:
@@ -184,7 +188,8 @@ def _logits(model: nn.Module, test: Evaluation, images: Tensor) -> Tensor:
     def logits_of(rows: slice) -> Tensor:
         def compute() -> Tensor:
             with test.compute.active(images.device):
-                return model(test.compute.place_images(test.normalize(images[rows]))).float()  # type: ignore[no-any-return]
+                output = model(test.compute.place_images(test.normalize(images[rows])))
+                return main_logits(output).float()  # type: ignore[no-any-return]
 
         if images.device.type != "cpu" or test.compute.compile:
             return compute()
@@ -192,7 +197,8 @@ def _logits(model: nn.Module, test: Evaluation, images: Tensor) -> Tensor:
         return threads.run_checked((*images[rows].shape, test.compute), compute, lambda logits: [logits])
 
     chunks = list(run_in_chunks(model, len(images), logits_of, test.warn))
-    return chunks[0] if len(chunks) == 1 else torch.cat(chunks)
+    outputs = chunks[0] if len(chunks) == 1 else torch.cat(chunks)
+    return outputs if test.head is None else test.head(outputs)
 
 
 def of_teacher(test: Evaluation, model: nn.Module) -> Evaluation:

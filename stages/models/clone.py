@@ -1,12 +1,14 @@
-"""Deep-copy a model without its hooks, and preserve its training modes."""
+"""Deep-copy a model without its hooks, and preserve its training modes and its device."""
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import chain
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 HOOK_TABLES = (
@@ -64,3 +66,15 @@ def preserve_modes(model: nn.Module) -> Iterator[None]:
     finally:
         for module, training in modes.items():
             module.training = training
+
+
+@contextmanager
+def evaluated_on(model: nn.Module, device: torch.device) -> Iterator[None]:
+    """Keep a network of the user in eval mode on a device within the block; then modes and device are as before."""
+    before = next((one.device for one in chain(model.parameters(), model.buffers())), device)
+    with preserve_modes(model):
+        model.to(device).eval()
+        try:
+            yield
+        finally:
+            model.to(before)

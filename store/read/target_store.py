@@ -103,8 +103,10 @@ class TargetStore:
 
     @property
     def num_classes(self) -> int:
-        """Number of logits of the teacher, whether all of them or the k largest are stored."""
+        """Number of logits of the teacher, whether all of them or the k largest are stored; 0 if it has embeddings."""
         top_k = self.manifest.top_k
+        if not self.manifest.has_logits:
+            return 0
         return top_k.num_classes if top_k else self.manifest.spec("logits").row_shape[0]
 
     @property

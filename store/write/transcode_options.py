@@ -9,7 +9,7 @@ from typing import Literal
 from kdpipe.store.errors import StoreError, did_you_mean
 from kdpipe.store.format.codec import Codec
 from kdpipe.store.format.layout import PAGE_BYTES, ArraySpec, StoreLayout
-from kdpipe.store.format.manifest import Manifest
+from kdpipe.store.format.manifest import EMBEDDINGS, Manifest
 from kdpipe.store.format.topk import TAIL, VALUES, TopK, default_temperatures
 from kdpipe.store.read.target_store import TargetStore
 
@@ -102,7 +102,9 @@ def _specs(source: TargetStore, options: TranscodeOptions, top_k: TopK | None) -
     specs = [spec if spec.dtype != "float32" else replace(spec, dtype=options.dtype or spec.dtype) for spec in kept]
     if top_k is None or source.manifest.top_k is not None:
         return tuple(specs)
-    logits = next(spec for spec in specs if spec.name == "logits")
+    logits = next((spec for spec in specs if spec.name == "logits"), None)
+    if logits is None:
+        raise StoreError(f"{source.path} has embeddings, no logits: leave out top_k.")
     if len(logits.row_shape) != 1:
         raise StoreError(
             f"{source.path} has logits of shape {list(logits.row_shape)}: top-k needs one logit per class."
@@ -115,7 +117,8 @@ def _kept_names(source: TargetStore, options: TranscodeOptions) -> set[str]:
     for name in options.arrays or ():
         if name not in names:
             raise StoreError(f"{source.path} has no array {name!r}; {did_you_mean(name, names)}")
-    return set(names) if options.arrays is None else {"logits", *options.arrays}
+    always = "logits" if source.manifest.has_logits else EMBEDDINGS
+    return set(names) if options.arrays is None else {always, *options.arrays}
 
 
 def logical_array(name: str) -> str:

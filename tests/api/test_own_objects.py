@@ -112,6 +112,18 @@ def test_main_logits_of_several_outputs_are_used(data, network):
     assert type(kd.load_student(result, model=both).model(torch.zeros(1, 1, 6, 6))) is torch.Tensor
 
 
+@pytest.mark.parametrize("kind", [Net, Both])
+def test_a_given_network_keeps_its_modes_and_device(data, kind):
+    (images, labels), model = data[0].tensors, kind()
+    with torch.no_grad():
+        logits = Net.forward(model.eval(), (images / 255 - 0.5) / 0.5)
+    model.train().body.eval()  # as for frozen batch norms
+    kd.cache_teacher(model, data[0], "store.zarr", mean=[0.5], std=[0.5], **QUIET)
+    report = kd.evaluate(model, data[0], normalize=(0.5, 0.5), device=DEVICE)
+    assert report.top1 == pytest.approx(float((logits.argmax(1) == labels).float().mean()), abs=0.05)
+    assert (model.training, model.body.training, model.fc.weight.device.type) == (True, False, "cpu")
+
+
 def test_edited_class_is_another_network(tmp_path, monkeypatch, data):
     source = textwrap.dedent("""
         from torch import nn

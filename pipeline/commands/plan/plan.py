@@ -10,12 +10,12 @@ from typing import Any
 import torch
 
 from kdpipe.pipeline.commands.plan.costs import StageCost, student_costs, teacher_cost, total
-from kdpipe.pipeline.commands.plan.existing import find_students, find_teacher
+from kdpipe.pipeline.commands.plan.existing import find_students
 from kdpipe.pipeline.commands.plan.probe import SPREAD, Probe, Seconds, probed_cache, sample_context
 from kdpipe.pipeline.preflight import preflight
 from kdpipe.pipeline.run import Run
 from kdpipe.pipeline.session.run_record import peak_memory
-from kdpipe.pipeline.shared_store import needs_teacher, offered_store
+from kdpipe.pipeline.shared_store import find_teacher, needs_teacher, offered_store
 from kdpipe.stages.cache_teacher.choice import require_available
 from kdpipe.stages.cache_teacher.estimate import first_logits, known_settings, plan_cache, probe
 from kdpipe.stages.cache_teacher.plan import top_k_of
@@ -163,5 +163,6 @@ def _tail_masses(run: Run, teacher: ModelBundle, plan: dict[str, Any]) -> list[T
     if plan["exists"] and not plan["num_units_missing"]:
         store = open_store(Path(plan["store"]))
         return run.tail_masses(store.manifest.top_k, tail_of(store))
-    top_k, logits = top_k_of(run.recipe.cache, run.context), first_logits(run.recipe.cache, teacher, run.context)
+    top_k = top_k_of(run.recipe.cache, run.context, teacher)
+    logits = first_logits(run.recipe.cache, teacher, run.context)
     return [] if top_k is None else run.tail_masses(top_k, encode_topk(logits, top_k, "float32")[TAIL])

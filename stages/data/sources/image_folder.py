@@ -1,7 +1,8 @@
 """`imagefolder:PATH`: one folder of images for each class, with or without split folders.
 
 PATH/train/<class>/... and PATH/test/<class>/... (or val/, if there is no test/; `split_folders.py` has the other names
-that are known); or PATH/<class>/..., to be split. Unlabelled images need no class folders for training.
+that are known); or PATH/<class>/..., to be split; or ImageNet-1k as it is published (`ilsvrc.py`). Unlabelled images
+need no class folders for training.
 """
 
 from __future__ import annotations
@@ -16,8 +17,10 @@ from typing import TypeVar
 import numpy as np
 
 from kdpipe.stages.data.decode import DecodeSpec
-from kdpipe.stages.data.image_files import ImageFileList, pack_paths
+from kdpipe.stages.data.image_files import ImageFileList
 from kdpipe.stages.data.image_set import UNLABELLED
+from kdpipe.stages.data.image_source import FilePaths
+from kdpipe.stages.data.sources.ilsvrc import data_folder, flat_val, flat_val_files
 from kdpipe.stages.data.sources.listing import Listing
 from kdpipe.stages.data.sources.split_folders import LOOKED_FOR, Role, notices_of_splits, role_of, split_folders
 from kdpipe.stages.data.sources.walk import SUFFIXES, LeftOut, walk_images
@@ -38,16 +41,21 @@ def list_image_folder(path: Path, split: Split, spec: DecodeSpec, *, unlabelled:
     Raises:
         DataError: A folder is missing, empty or ambiguous, or a test class is not in train.
     """
-    title = f"imagefolder:{path.name}"
+    title, path = f"imagefolder:{path.name}", data_folder(path)
     try:
-        if unlabelled and (flat := _list_unlabelled(path, title, split, spec)):
-            return flat
+        if unlabelled and (found := _list_unlabelled(path, title, split, spec)):
+            return found
         folders = {name: bool(role_of(name) and _subfolders(below)) for name, below in _subfolders(path).items()}
         chosen = split_folders(path, folders)
         class_names = _class_names(path / chosen.get("train", ""))
+        flat = flat_val(class_names, folders) if set(chosen) == {"train"} else {}
+        chosen |= flat
         split_folder = path / _split_folder(path, split, chosen, folders) if chosen else path
         left_out = LeftOut(str(split_folder))
-        files = _image_files(split_folder, class_names, left_out, may_be_empty=bool(chosen) and split == "test")
+        if flat and split == "test":
+            files = flat_val_files(split_folder, class_names)
+        else:
+            files = _image_files(split_folder, class_names, left_out, may_be_empty=bool(chosen) and split == "test")
     except OSError as error:
         raise DataError(f"data set {title}: cannot list {error.filename}: {error.strerror}.") from error
     label_of = {class_name: label for label, class_name in enumerate(class_names)}
@@ -59,7 +67,7 @@ def list_image_folder(path: Path, split: Split, spec: DecodeSpec, *, unlabelled:
         labels=np.array(labels, dtype=np.int64),
         sample_ids=sample_ids,
         class_names=class_names,
-        images=ImageFileList(title, split_folder, pack_paths(files.values()), sample_ids, spec),
+        images=ImageFileList(title, split_folder, FilePaths.pack(files.values()), sample_ids, spec),
         unsplit=not chosen,
         notices=tuple(filter(None, [*splits, str(left_out)])),
     )
@@ -87,7 +95,7 @@ def _list_unlabelled(path: Path, title: str, split: Split, spec: DecodeSpec) -> 
         labels=np.array([label_of.get(key.partition("/")[0], UNLABELLED) for key in files], dtype=np.int64),
         sample_ids=sample_ids,
         class_names=class_names,
-        images=ImageFileList(title, folder, pack_paths(files.values()), sample_ids, spec),
+        images=ImageFileList(title, folder, FilePaths.pack(files.values()), sample_ids, spec),
         unsplit=test is None,
         notices=tuple(filter(None, [str(left_out)])),
     )

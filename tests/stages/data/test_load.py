@@ -125,7 +125,7 @@ def test_classes_without_a_sample_are_refused(tmp_path: Path) -> None:
 
 def test_a_test_crop_is_for_photographs(toy: dict[str, Any]) -> None:
     for config in (DataConfig(test_crop=0.875), DataConfig(**toy, image_size=4, test_crop=0.875)):
-        with pytest.raises(RecipeError, match="data.test_crop applies only to imagefolder:PATH"):
+        with pytest.raises(RecipeError, match="data.test_crop applies only to imagefolder, table"):
             load_dataset(config, "test")
 
 

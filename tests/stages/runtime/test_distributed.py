@@ -204,7 +204,8 @@ def train_digest(
     model = nn.Sequential(context.build_model(STUDENT.model, 0), nn.Dropout(dropout))
     loader = PartlyUnreadableLoader(context.train_set, context.device, context.renderer)
     task = TrainingTask(loader, 1, Normalization((0.5,), (0.5,)), fresh_views=True)
-    config = TrainConfig(**{"epochs": 1, "batch_size": 50, "lr": 0.01, "checkpoint_every_s": 1000, **settings})
+    common = {"epochs": 1, "batch_size": 50, "lr": 0.01, "checkpoint_every_s": 1000, "precision": "float32"}
+    config = TrainConfig(**{**common, **settings})
     job = TrainJob("test", "test", model, task, None, config, 0, JobDir(folder), process_group=processes)
     train(job, DEVICE, RunMonitor())
     weights = torch.cat([one.flatten().float() for one in model.state_dict().values()])

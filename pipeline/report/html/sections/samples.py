@@ -11,6 +11,7 @@ import io
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from pathlib import PurePath
 
 import numpy as np
 import torch
@@ -22,7 +23,7 @@ from kdpipe.pipeline.report.html.read import Network, PageRun
 from kdpipe.pipeline.report.html.templating import LeftOutError
 from kdpipe.pipeline.run import Run
 from kdpipe.stages.compress.artifacts.load import rebuild
-from kdpipe.stages.data.image_files import ImageFileList, path_at
+from kdpipe.stages.data.image_files import ImageFileList
 from kdpipe.stages.data.load import list_source
 from kdpipe.stages.data.loader.image_loader import ViewRequest
 from kdpipe.stages.data.names import FILE_KINDS
@@ -195,7 +196,7 @@ def _file_names(run: Run) -> Callable[[int], str]:
     if not isinstance(files, ImageFileList):
         return lambda _: ""
     positions = {int(sample): number for number, sample in enumerate(listing.sample_ids)}
-    return lambda sample: path_at(files.paths, positions[sample]).name
+    return lambda sample: PurePath(files.source.where(positions[sample])).name
 
 
 def _test_sample(run: Run, probabilities: Mapping[str, Tensor], index: int, file_name: Callable[[int], str]) -> Sample:

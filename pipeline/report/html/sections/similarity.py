@@ -120,8 +120,10 @@ def similarity_of(store: TargetStore, source: str) -> Similarity:
     """Return the mean softened output by label.
 
     Raises:
-        StoreError: If labels are outside of the teacher's classes.
+        StoreError: If labels are outside of the teacher's classes, or there are no logits.
     """
+    if not store.manifest.has_logits:
+        raise StoreError("the teacher has embeddings, no logits.")
     num_classes, labels = store.num_classes, store.samples.labels
     if (labels == UNLABELLED).all():
         raise StoreError("the stored samples have no labels.")

@@ -1,0 +1,90 @@
+"""Embeddings of a set of images: what goes into a network's classifier, or what a network without one returns."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from kdpipe.stages.errors import NotFiniteError
+from kdpipe.stages.evaluation.evaluate import Evaluation, predict
+from kdpipe.stages.evaluation.knn import KNN
+from kdpipe.stages.evaluation.linear_probe import LinearProbe, fit_probe
+from kdpipe.stages.models.hooks import FeatureExtractor, extract_features
+from kdpipe.stages.models.tokens import PRE_LOGITS
+from kdpipe.stages.targets.statistics import pooled
+
+
+@dataclass(frozen=True)
+class Embeddings:
+    """Embeddings of labelled images: vectors float32 [N, D], labels int64 [N]."""
+
+    vectors: Tensor
+    labels: Tensor
+
+
+@dataclass(frozen=True)
+class Examined:
+    """What embeddings tell of the classes: both classifiers are fitted to training images.
+
+    Attributes:
+        knn: The nearest neighbors.
+        probe: The linear probe.
+        accuracies: Accuracy of each on the test images, by `knn` and `linear_probe`.
+    """
+
+    knn: KNN
+    probe: LinearProbe
+    accuracies: dict[str, float]
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the entries of a job's results."""
+        num_images = len(self.knn.labels)
+        return {
+            "knn": {"accuracy": self.accuracies["knn"], "k": self.knn.k, "num_images": num_images},
+            "linear_probe": {
+                "accuracy": self.accuracies["linear_probe"],
+                "l2": self.probe.l2,
+                "num_images": num_images,
+            },
+        }
+
+
+def examine(fitted: Embeddings, test: Embeddings, num_classes: int) -> Examined:
+    """Fit k-NN and a linear probe to embeddings of training images, and evaluate them on those of test images."""
+    knn = KNN(fitted.vectors, fitted.labels, num_classes)
+    probe = fit_probe(fitted.vectors, fitted.labels, num_classes)
+    found = {"knn": knn(test.vectors), "linear_probe": probe(test.vectors)}
+    right = {name: logits.argmax(1).cpu() == test.labels for name, logits in found.items()}
+    return Examined(knn, probe, {name: float(correct.double().mean()) for name, correct in right.items()})
+
+
+def embeddings_of(model: nn.Module, images: Evaluation) -> Embeddings:
+    """Return the embeddings of the labelled ones of some images, the vectors on the device.
+
+    Raises NotFiniteError if they are not finite.
+    """
+    vectors, labels = [], []
+    with extract_features(model, [PRE_LOGITS]) as extractor:
+        for found in predict(_Embedder(model, extractor), images, images.device):
+            is_labelled = found.labels >= 0
+            vectors.append(found.logits[is_labelled])
+            labels.append(found.labels[is_labelled].cpu())
+    embeddings = Embeddings(torch.cat(vectors), torch.cat(labels))
+    if not embeddings.vectors.isfinite().all():
+        raise NotFiniteError("the network's embeddings hold NaN or infinity: look at its weights and input scaling.")
+    return embeddings
+
+
+class _Embedder(nn.Module):
+    """A network that returns its embeddings [B, D]."""
+
+    def __init__(self, model: nn.Module, extractor: FeatureExtractor) -> None:
+        super().__init__()
+        self.model = model
+        self._extract = extractor
+
+    def forward(self, images: Tensor) -> Tensor:
+        return pooled(self._extract(images).features[PRE_LOGITS])
