@@ -54,15 +54,18 @@ def as_validation(dataset: Any, train_set: ImageSet) -> ImageSet | None:
 
 
 def as_image_set(dataset: Any, split: Part = "train", *, like: ImageSet | None = None, **options: Any) -> ImageSet:
-    """Read a map-style torch Dataset of (image, label) into memory, as kdpipe keeps it; an `ImageSet` stays as it is.
+    """Read a map-style torch Dataset of (image, label), as kdpipe keeps it; an `ImageSet` stays as it is.
 
-    All functions do so with what they are given. Call it yourself to convert a large data set once, or to set options.
+    Images that take more than `max_bytes` (8 GiB), or are of unequal sizes, are read once for their checksums, and then
+    on access; others are kept in memory. All functions do so with what they are given. Call it yourself to convert a
+    large data set once, or to set options.
 
     Args:
         dataset: The data set. Images must be raw: PIL images, uint8 arrays or tensors, or what ToTensor makes of them.
         split: "train", "validation" or "test".
         like: The training images, whose class names test images get if their data set has no `classes`.
-        **options: `name`, `class_names`, `sample_ids`, `image_size`, `channels` and `max_bytes`.
+        **options: `name`, `class_names`, `sample_ids`, `image_size`, `channels`, `max_bytes` and `num_workers`, the
+            processes that read it once.
 
     Raises:
         DataError: It is neither, or its images or labels are ambiguous: normalized, augmented, of several sizes, ...
