@@ -29,9 +29,11 @@ class DataConfig:
         channels: Convert to grayscale (1) or RGB (3).
         image_size: Crop the largest centered square and resize it to this many pixels.
         test_crop: Fraction of that square kept for the test images of files.
-        classes: Keep only samples of these classes.
+        classes: Keep only samples of these classes; of images without labels, the classes that the teacher tells apart.
         num_train: Keep a fixed stratified subset of the training split.
         test_share: Fraction split off for testing where the set has no test split.
+        labels: Keep the labels of "all" training samples, of "none", or of so many, with every class in proportion; the
+            others are unlabelled images. "none" holds for the validation images, too.
         validation_share: Fraction of the training images, of every class, that is not trained on or cached but decides
             instead of the test images: accuracy of each epoch, weights of teachers by accuracy, the best of variants.
         cache_bytes: Keep the decoded images of files in memory if they take no more than this.
@@ -49,6 +51,7 @@ class DataConfig:
     test_crop: Annotated[float, Field(gt=0, le=1)] = 1.0
     classes: Annotated[tuple[str, ...], Field(min_length=1)] | None = None
     num_train: Annotated[int, Field(ge=1, lt=2**63)] | None = None
+    labels: Literal["all", "none"] | Annotated[int, Field(ge=1, lt=2**63)] = "all"
     test_share: Annotated[float, Field(gt=0, lt=1)] = 0.2
     validation_share: Annotated[float, Field(ge=0, lt=1)] = 0.0
     cache_bytes: Bytes = 8 * 2**30

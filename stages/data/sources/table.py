@@ -19,6 +19,7 @@ import numpy as np
 
 from kdpipe.stages.data.decode import DecodeSpec
 from kdpipe.stages.data.image_files import ImageFileList
+from kdpipe.stages.data.image_set import UNLABELLED
 from kdpipe.stages.data.image_source import FilePaths
 from kdpipe.stages.data.sources.image_folder import sample_id
 from kdpipe.stages.data.sources.label_names import LABEL_COLUMNS, class_names_of
@@ -52,8 +53,8 @@ def list_table(path: Path, split: Split, spec: DecodeSpec, columns: Columns = (N
     """List the images of one split, sorted by path, to be decoded to `spec`.
 
     Paths are relative to the table's folder. A sample's id is a hash of its path; the train split defines the classes:
-    labels that are all whole numbers are 0, 1, ... C - 1, others are names, sorted. `columns` are the names of those of
-    paths and labels; None where they have a usual name.
+    labels that are all whole numbers are 0, 1, ... C - 1, others are names, sorted. An empty cell: unlabelled.
+    `columns` are the names of those of paths and labels; None where they have a usual name.
 
     Raises:
         DataError: A file, column or cell is missing, ambiguous or invalid; an image is listed twice; or a test class is
@@ -66,6 +67,7 @@ def list_table(path: Path, split: Split, spec: DecodeSpec, columns: Columns = (N
     keyed = _by_key(chosen, folder)
     class_names = _class_names(title, train)
     label_of = {name: label for label, name in enumerate(class_names)}
+    label_of[""] = UNLABELLED
     if unknown := [row for row in keyed.values() if str(row.label) not in label_of]:
         raise DataError(
             f"{unknown[0].where}: the class {unknown[0].label!r} is missing from the train split: its classes are "
@@ -160,12 +162,12 @@ def _rows(file: Path, columns: Columns) -> Iterator[_Row]:
             raise DataError(f"{where}: the image's path must be text, found {str(path)[:40]!r}.")
         if "://" in path:
             raise DataError(f"{where}: {path} is an address, and a table lists files: download the images first.")
-        if isinstance(label, bool) or not isinstance(label, int | str) or label == "":
+        if isinstance(label, bool) or not isinstance(label, int | str | None):
             raise DataError(f"{where}: the label must be a whole number or a name, found {label!r}.")
         role = role_of(split) if isinstance(split, str) else None
         if split is not None and role is None:
             raise DataError(f"{where}: the split must be train, val or test, found {split!r}.")
-        yield _Row(path.strip(), intern(label) if isinstance(label, str) else label, role, place, number)
+        yield _Row(path.strip(), label if isinstance(label, int) else intern(label or ""), role, place, number)
 
 
 Columns = tuple[str | None, str | None]

@@ -223,7 +223,6 @@ def test_other_images_are_refused(image: Callable[[Any], Any], message: str) -> 
         (str, "str '0'"),
         (lambda label: torch.eye(3)[label], "float32 [3]"),
         (lambda label: torch.eye(3, dtype=torch.int64)[label], "of a one-hot row, its argmax, found int64 [3]"),
-        (lambda label: None, "NoneType None"),
     ],
 )
 def test_other_labels_are_refused(label: Callable[[int], Any], found: str) -> None:
@@ -256,3 +255,9 @@ def test_a_stream_is_refused() -> None:
     for dataset in (Stream(), DataLoader(Pairs()), iter([])):
         with pytest.raises(DataError, match=f"{type(dataset).__name__} cannot be read by index, which caching needs"):
             read(dataset)
+
+
+def test_a_label_of_none_is_an_unlabelled_image() -> None:
+    dataset = Pairs(label=lambda label: label or None)
+    with pytest.warns(UserWarning, match="2 of 6 samples have no label"):
+        assert read(dataset, class_names=["a", "b", "c"]).labels.tolist() == [-1, 1, 2, -1, 1, 2]
