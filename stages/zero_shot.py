@@ -77,7 +77,7 @@ def class_names_of(path: str) -> list[tuple[str, ...]]:
         raise RecipeError(
             f"{KEY}: {path} has no class names: write them as a JSON list to {beside}, or to its metadata as {NAMES!r}."
         )
-    return read_class_list(ModelConfig(name="", classes=str(beside)))
+    return read_class_list(ModelConfig(name="classes", classes=str(beside)))
 
 
 def _embeddings(path: str) -> Tensor:

@@ -97,3 +97,30 @@ def test_what_does_not_fit_is_refused(folder, tmp_path, monkeypatch):
     (tmp_path / "pytorch_model.bin").write_bytes(b"pickle")
     with pytest.raises(ModelError, match="published weights of hf:.* cannot be loaded"):
         build_model(ModelConfig(name=f"hf:{tmp_path}", weights="published"), num_classes=3, **SHAPE)
+
+
+TOWERS: list[tuple[str, dict[str, Any], int]] = [
+    ("ViTModel", {"model_type": "vit", **TINY}, 16),
+    ("Dinov2Model", {"model_type": "dinov2", **TINY}, 16),
+    ("CLIPVisionModelWithProjection", {"model_type": "clip", "vision_config": {**TINY, "projection_dim": 6}}, 6),
+    ("SiglipVisionModel", {"model_type": "siglip", "vision_config": TINY}, 16),
+]
+
+
+@pytest.mark.parametrize(("kind", "args", "width"), TOWERS)
+def test_without_a_classifier_it_returns_embeddings(kind, args, width):
+    model = build_model(ModelConfig(name="hf:made", args=args), num_classes=0, **SHAPE).eval()
+    assert type(model).__name__ == kind
+    found = model(torch.rand(2, 3, 16, 16))
+    assert found.shape == (2, width)
+    assert not torch.equal(found[0], found[1])
+
+
+def test_published_weights_without_their_classifier(folder):
+    config = ModelConfig(name=f"hf:{folder}", weights="published")
+    model, images = build_model(config, num_classes=0, **SHAPE).eval(), torch.rand(2, 3, 16, 16)
+    own = transformers.ViTForImageClassification.from_pretrained(folder).eval()
+    assert torch.equal(model(images), own.vit(images).last_hidden_state[:, 0])
+    record = json.loads(json.dumps(architecture(config, 0, 3, (16, 16))))
+    again = build_model(ModelConfig(name="hf:gone", args=record["args"]), num_classes=0, **SHAPE)
+    again.load_state_dict(model.state_dict())
