@@ -41,7 +41,7 @@ from kdpipe.stages.compress.fine_tune import build_fine_tuning
 from kdpipe.stages.context import StageContext
 from kdpipe.stages.data.image_set import require_labels
 from kdpipe.stages.distillation.adapters import save_adapters
-from kdpipe.stages.distillation.embedding_student import examine_student
+from kdpipe.stages.distillation.embedding_student import evaluation_of_epochs, examine_student
 from kdpipe.stages.distillation.spec import DistillationSpec
 from kdpipe.stages.distillation.student_config import ALONE, DISTILLED, StudentConfig, student_folder, view_warning
 from kdpipe.stages.distillation.task_builder import build_student, build_task
@@ -321,6 +321,7 @@ def _train_student(
         job_dir=student_run.job_dir,
         student_layers=student_layers(main.losses) if main else (),
         process_group=process_group,
+        evaluate=evaluation_of_epochs(student, spec, context),
     )
     if spec is not None:
         build = partial(_build_hint_task, student, spec, context)
