@@ -23,7 +23,7 @@ from kdpipe.pipeline.preflight import (
 )
 from kdpipe.pipeline.recipe.load import faults_of_trainings
 from kdpipe.pipeline.run import Run
-from kdpipe.pipeline.shared_store import needs_teacher, shared_stores
+from kdpipe.pipeline.shared_store import find_teacher, needs_teacher, shared_stores
 from kdpipe.stages.cache_teacher.cache import fill_store
 from kdpipe.stages.cache_teacher.plan import (
     CacheConfig,
@@ -39,6 +39,7 @@ from kdpipe.stages.compress.artifacts.write import artifact_folder
 from kdpipe.stages.compress.compress import STEPS, CompressConfig, Step, compress, compressed_root, dry_run, is_done
 from kdpipe.stages.compress.fine_tune import build_fine_tuning
 from kdpipe.stages.context import StageContext
+from kdpipe.stages.data.image_set import require_labels
 from kdpipe.stages.distillation.adapters import save_adapters
 from kdpipe.stages.distillation.embedding_student import evaluation_of_epochs, examine_student
 from kdpipe.stages.distillation.spec import DistillationSpec
@@ -91,6 +92,8 @@ def train_teacher(config: TeacherConfig, seed: int, context: StageContext) -> di
         own = f"{config.model.name} brings its own weights: it is not trained"
         context.monitor.report(ProgressEvent("train-teacher", own, 1, 1, "teacher"))
     if config.train is not None:
+        require_labels(context.train_set)
+        require_labels(context.deciding.test_set)
         context.process_group.require_shares(config.train.batch_size, context.train_set.num_samples)
 
     teacher = build_teacher(config, seed, context)
@@ -155,11 +158,29 @@ def run_cache_teacher(run: Run, *, in_turn: bool = False) -> dict[str, Any]:
     fills one; without, several processes may fill this run's store together.
     """
     recipe, context = run.recipe, run.context  # the context loads the data and its views
+    take_teacher(run)
     require_same_training(recipe.teacher, recipe.seed, context)
     teacher = load_teacher(recipe.teacher, recipe.seed, context)
     features = list(run.required_features(teacher))
     with shared_stores(run, teacher, features, in_turn=in_turn) as figures:
         return figures or _fill_stores(run, teacher, features)
+
+
+def take_teacher(run: Run) -> bool:
+    """Take the finished teacher of another run of the workspace, if this run has none; return whether it has one."""
+    found = run.process_group.on_main(lambda: str(find_teacher(run) or ""))
+    if found not in ("", str(run.folder)):
+        run_train_teacher(run)
+    return found != ""
+
+
+def take_store(run: Run) -> None:
+    """Use the finished store of another run of the workspace, with its teacher, if this run has none."""
+    if run.has_stores or not take_teacher(run):
+        return
+    teacher = load_teacher(run.recipe.teacher, run.recipe.seed, run.context)
+    with shared_stores(run, teacher, list(run.required_features(teacher)), in_turn=False):
+        pass
 
 
 def _fill_stores(run: Run, teacher: ModelBundle, features: Sequence[FeatureSpec]) -> dict[str, Any]:
@@ -225,9 +246,12 @@ def run_train_student(run: Run) -> dict[str, Any]:
     """Train each seed's student twice: on hard labels alone (unless student.baseline is false), and distilled."""
     require_losses(run)
     config, context = run.recipe.student, run.context  # load the data and its views
+    take_store(run)
     spec = run.distillation  # open the stores; check them and the losses
     if warning := view_warning(run.recipe.views):
         run.monitor.warn("train-student", warning)
+    if run.recipe.data.labels == "none":
+        run.monitor.warn("train-student", "data.labels = 'none': no student is trained alone, as there are no labels.")
     task = try_distillation(run, spec, config)
     for number, line in enumerate(task.targets.describe() if task.targets else (), 1):
         run.monitor.report(ProgressEvent("train-student", f"reads {line}", number, len(spec.stores), "store"))

@@ -11,7 +11,14 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from kdpipe.stages.data.image_set import ImageSet, digest, normalization, pixel_checksums, unequal_sizes_message
+from kdpipe.stages.data.image_set import (
+    ImageSet,
+    digest,
+    kept_labels,
+    normalization,
+    pixel_checksums,
+    unequal_sizes_message,
+)
 from kdpipe.stages.data.loader.image_loader import ImageLoader
 from kdpipe.stages.data.splits import VALIDATION, Part
 from kdpipe.stages.errors import DataError, RecipeError
@@ -236,18 +243,22 @@ class StageContext:
         return samples_of(self.train_set)
 
     def data_identity(self) -> dict[str, Any]:
-        """Return the identity of the training samples, for stores and jobs."""
+        """Return the identity of the training samples, for stores, whatever labels are used."""
         return digest(self.train_set) | self.samples.digests()
+
+    def training_identity(self) -> dict[str, Any]:
+        """Return the identity of the training samples with the labels that are used, for jobs."""
+        return self.data_identity() | kept_labels(self.train_set)
 
     def test_identity(self) -> dict[str, Any]:
         """Return the identity of the test samples, which determine a job's results."""
-        found = digest(self.test_set) | samples_of(self.test_set).digests()
+        found = digest(self.test_set) | samples_of(self.test_set).digests() | kept_labels(self.test_set)
         return found if self.validation_set is None else {**found, "validation": self.deciding.test_identity()}
 
 
 def samples_of(image_set: ImageSet) -> Samples:
     """Return the ids, labels and pixel checksums of a data set, in order."""
-    return Samples(image_set.sample_ids.numpy(), image_set.labels.numpy(), pixel_checksums(image_set))
+    return Samples(image_set.sample_ids.numpy(), image_set.listed_labels.numpy(), pixel_checksums(image_set))
 
 
 def test_image_size(context: StageContext) -> int | None:

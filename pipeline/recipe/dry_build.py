@@ -16,7 +16,7 @@ from kdpipe.stages.cache_teacher.plan import top_k_of
 from kdpipe.stages.compress.compress import dry_run
 from kdpipe.stages.context import StageContext
 from kdpipe.stages.data.image_set import ImageSet
-from kdpipe.stages.data.load import list_source
+from kdpipe.stages.data.load import list_source, require_applicable
 from kdpipe.stages.data.names import FILE_KINDS, KINDS, NUM_CLASSES, SHAPES
 from kdpipe.stages.data.sources.user_function import is_user_dataset
 from kdpipe.stages.distillation.student_config import StudentConfig
@@ -104,8 +104,9 @@ def blank_context(recipe: Recipe) -> StageContext | None:
     data = recipe.data
     kind = data.name.partition(":")[0]
     unknown = kind not in KINDS and not is_user_dataset(data.name)
-    if unknown or (kind not in FILE_KINDS and data.test_crop != 1):
-        list_source(data, "train", None)  # raises for either, before it reads anything
+    require_applicable(data)
+    if unknown:
+        list_source(data, "train", None)  # raises before it reads anything
     num_classes, channels, side = SHAPES.get(data.name, (NUM_CLASSES, 3 if kind in FILE_KINDS else None, None))
     channels, side = data.channels or channels, data.image_size or side
     if channels is None:

@@ -13,7 +13,7 @@ from pydantic import AfterValidator, Field
 
 from kdpipe.stages.cache_teacher.cache import CacheJob, row_positions
 from kdpipe.stages.cache_teacher.choice import batch_size_of, teacher_of_store
-from kdpipe.stages.cache_teacher.inference import hooked_layers
+from kdpipe.stages.cache_teacher.inference import hooked_layers, needs_labels
 from kdpipe.stages.compute.settings import ComputeSettings, MemoryFormat, Precision
 from kdpipe.stages.config import Count, PathStr, section
 from kdpipe.stages.context import StageContext
@@ -129,6 +129,11 @@ def plan_store(
     else:
         num_classes = context.train_set.num_classes
         logits = top_k.arrays(config.dtype) if top_k else (ArraySpec(LOGITS, (num_classes,), config.dtype),)
+    if needs_labels(layers) and not context.train_set.is_labelled:
+        raise RecipeError(
+            "the input gradient is that of the cross entropy with the labels, and some training images have none: "
+            "leave it out of cache.layers, or give all labels."
+        )
     shapes = statistic_shapes(teacher.model, layers, context.image_shape)
     own = overwritten_layers(teacher.model, hooked_layers(layers), context.image_shape)
     specs = (*logits, *[ArraySpec(one.array, shapes[one], config.dtype, one.source in own) for one in layers])

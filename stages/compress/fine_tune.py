@@ -121,7 +121,7 @@ def build_fine_tuning(
         validation=context.validation,
         examine=lambda network: examine_student(network, spec, context),
         inputs={
-            "data": context.data_identity(),
+            "data": context.training_identity(),
             "test": context.test_identity(),
             "views": context.student_views(),
         },

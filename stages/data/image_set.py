@@ -53,6 +53,7 @@ class ImageSet:
         dropped: Unreadable images, which are not among the N.
         crop: The share of their centered square that the images were cropped to before they were resized.
         notices: Sentences on what was left out, or was not plain, when the set was loaded.
+        listed: The labels of the source, int64 [N], where some of them are not used; they identify the samples.
 
     Raises:
         DataError: There are no samples, a label is out of range, or an id is negative or not unique.
@@ -67,6 +68,7 @@ class ImageSet:
     dropped: tuple[DroppedImage, ...] = ()
     crop: float = 1.0
     notices: tuple[str, ...] = ()
+    listed: Tensor | None = None
 
     def __post_init__(self) -> None:
         where = f"data set {self.name} ({self.split})"
@@ -108,6 +110,21 @@ class ImageSet:
         """Whether every sample has a label."""
         return bool((self.labels != UNLABELLED).all())
 
+    @cached_property
+    def labelled(self) -> Tensor:
+        """The positions of the samples with a label, int64 [M]."""
+        return (self.labels != UNLABELLED).nonzero()[:, 0]
+
+    @property
+    def listed_labels(self) -> Tensor:
+        """The labels of the source, int64 [N], by which stores know the samples."""
+        return self.labels if self.listed is None else self.listed
+
+    def label_name(self, position: int) -> str:
+        """Return the name of a sample's class."""
+        label = int(self.labels[position])
+        return "unlabelled" if label == UNLABELLED else self.class_names[label]
+
     @property
     def in_channels(self) -> int:
         return self.images.shape[1] if isinstance(self.images, Tensor) else self.images.spec.channels
@@ -136,7 +153,17 @@ class ImageSet:
             self,
             images=images.index_select(0, indices) if isinstance(images, Tensor) else images.take(indices),
             labels=self.labels[indices],
+            listed=None if self.listed is None else self.listed[indices],
             sample_ids=self.sample_ids[indices],
+        )
+
+
+def require_labels(image_set: ImageSet) -> None:
+    """Raise DataError for samples that are to be learned without a teacher, if none has a label."""
+    if not image_set.has_labels:
+        raise DataError(
+            f"no {image_set.split} image of {image_set.name} has a label, and without a teacher there is nothing to "
+            "learn from them: distil from a teacher with given weights, or give labels."
         )
 
 
@@ -150,8 +177,15 @@ def digest(image_set: ImageSet) -> dict[str, Any]:
         "split": image_set.split,
         "num_samples": image_set.num_samples,
         "num_classes": image_set.num_classes,
-        "ids_and_labels_sha256": ids_and_labels_sha256(image_set.sample_ids.numpy(), image_set.labels.numpy()),
+        "ids_and_labels_sha256": ids_and_labels_sha256(image_set.sample_ids.numpy(), image_set.listed_labels.numpy()),
     }
+
+
+def kept_labels(image_set: ImageSet) -> dict[str, Any]:
+    """Identify which labels are used, as JSON; nothing if those are all of the source."""
+    if image_set.listed is None:
+        return {}
+    return {"kept_labels_sha256": ids_and_labels_sha256(image_set.sample_ids.numpy(), image_set.labels.numpy())}
 
 
 def pixel_checksums(image_set: ImageSet) -> npt.NDArray[np.uint32]:
@@ -219,7 +253,7 @@ def _check_columns(where: str, num_images: int, labels: Tensor, sample_ids: Tens
         index = int(outside[0])
         raise DataError(
             f"{where}: sample {int(sample_ids[index])} (position {index}) has the label "
-            f"{int(labels[index])}, which is outside 0..{num_classes - 1} (-1 is for samples without a label)."
+            f"{int(labels[index])}, which is outside 0..{num_classes - 1}."
             + (" The labels start at 1: subtract 1." if one_based else "")
         )
 

@@ -127,10 +127,8 @@ def _scan(
 
 
 def _scan_image(chosen: ImageFileList, pixel_cache: PixelCache, index: int) -> _Scanned:
-    now_ns, before = (
-        time.time_ns(),
-        chosen.source.stamp(index),
-    )  # before decoding: a change meanwhile gives the file another stamp
+    now_ns = time.time_ns()
+    before = chosen.source.stamp(index)  # before decoding: a change meanwhile gives the file another stamp
     try:
         image = chosen.source.decode(index, chosen.spec)
     except UnreadableImage as error:

@@ -59,14 +59,19 @@ def is_settled(found: Stamp, now_ns: int) -> bool:
 
 def cache_path(folder: Path, spec: DecodeSpec, environ: Mapping[str, str]) -> Path | None:
     """Return the cache file for the images below `folder` decoded to `spec`; None without a home folder."""
+    key = os.fsencode(folder.absolute()) + f"\0{spec.channels}\0{spec.size}\0{spec.crop}".encode()
+    return cache_file("images", key, environ)
+
+
+def cache_file(kind: str, key: bytes, environ: Mapping[str, str]) -> Path | None:
+    """Return the cache file for `key` among those of a kind; None without a home folder."""
     cache = Path(environ.get("XDG_CACHE_HOME") or "")
     if not cache.is_absolute():  # the XDG specification ignores relative paths
         try:
             cache = Path(environ.get("HOME") or Path.home()) / ".cache"
         except RuntimeError:  # a user without a home
             return None
-    key = os.fsencode(folder.absolute()) + f"\0{spec.channels}\0{spec.size}\0{spec.crop}".encode()
-    return cache / "kdpipe" / "images" / f"{hashlib.sha256(key).hexdigest()}.npz"
+    return cache / "kdpipe" / kind / f"{hashlib.sha256(key).hexdigest()}.npz"
 
 
 def read_cache(path: Path | None) -> Entries:
@@ -84,10 +89,15 @@ def read_cache(path: Path | None) -> Entries:
 
 def write_cache(path: Path | None, entries: Entries) -> None:
     """Replace the cache file at `path` atomically; of two concurrent jobs the last one wins."""
+    write_arrays(path, {"made_by": np.array([_made_by()]), "entries": entries})
+
+
+def write_arrays(path: Path | None, arrays: Mapping[str, npt.NDArray[Any]]) -> None:
+    """Write a cache file atomically, if it can be written."""
     if path is None:
         return
     file = io.BytesIO()
-    np.savez(file, made_by=np.array([_made_by()]), entries=entries)
+    np.savez(file, **arrays)  # type: ignore[arg-type]
     try:
         make_folders([path.parent])
         write_atomically(path, file.getvalue())

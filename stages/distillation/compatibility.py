@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 from kdpipe.stages.context import StageContext
+from kdpipe.stages.data.image_set import ImageSet
 from kdpipe.stages.distillation.spec import DistillationSpec
 from kdpipe.stages.distillation.student_config import StudentConfig
 from kdpipe.stages.errors import RecipeError
@@ -61,6 +62,27 @@ def check_image_size(
                 f"{where}.{number} ({loss.loss}) compares gradients pixel by pixel, and student.image_size = "
                 f"{student.image_size} gives the student other pixels than the teacher: remove one of them."
             )
+
+
+def check_labels(losses: Sequence[Loss], teachers: TeachersConfig, train_set: ImageSet, where: str = "distill") -> None:
+    """Raise RecipeError for what needs labels that the training images lack."""
+    if train_set.is_labelled:
+        return
+    num = f"{train_set.num_samples - len(train_set.labelled):,} of {train_set.num_samples:,} training images have none"
+    for number, loss in enumerate(losses):
+        entry = f"{where}.{number} ({loss.loss})"
+        if loss.input_gradient:
+            raise RecipeError(
+                f"{entry} compares the gradients of the cross entropy with the labels, and {num}: use another loss."
+            )
+        if loss.needs_labels and not train_set.has_labels:
+            by = "" if type(loss).one_label else " selects or weighs samples by their labels and"
+            raise RecipeError(f"{entry}{by} needs labels, and the training images have none: use a loss such as kd.")
+    if teachers.weights in ("confidence", "learnable") and not train_set.has_labels:
+        raise RecipeError(
+            f"student.teachers.weights = {teachers.weights!r} needs labels, and the training images have none: use "
+            "'equal', or give the weights as numbers."
+        )
 
 
 def temperatures_of(

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from kdpipe.stages.context import StageContext, test_context
+from kdpipe.stages.data.image_set import UNLABELLED
 from kdpipe.stages.data.splits import VALIDATION, Part
 from kdpipe.stages.errors import RecipeError
 from kdpipe.stages.evaluation.evaluate import BATCH_SIZE
@@ -88,6 +89,11 @@ def deciding_accuracies(stores: Sequence[Path | str], config: TeachersConfig, co
             "student.teachers.weights = 'accuracy' weighs the teachers by their accuracy on the test images, which "
             "then show a student too good: set data.validation_share where the stores are made, and here.",
         )
+    if not context.deciding.test_set.has_labels:
+        raise RecipeError(
+            f"student.teachers.weights = 'accuracy' needs labels, and no {part} image has one: give the weights as "
+            "numbers, or use 'equal'."
+        )
     sources = _sources(stores, config, context.deciding, part)
     if sources is None:
         raise RecipeError(
@@ -134,5 +140,6 @@ def _accuracies(sources: Sequence[JoinedStore], context: StageContext) -> list[f
         batch = zip(correct, targets.batch(0, positions), targets.target_masks(positions), strict=True)
         for found, outputs, mask in batch:
             is_correct = outputs.logits_at(1.0).argmax(1) == labels[positions]
-            found.append(is_correct if mask is None else is_correct[mask])
+            counts = labels[positions] != UNLABELLED
+            found.append(is_correct[counts if mask is None else counts & mask])
     return [float(torch.cat(found).float().mean()) for found in correct]

@@ -14,7 +14,7 @@ from torch import nn
 
 from kdpipe.stages.errors import ModelError, RecipeError, cause, first_few
 from kdpipe.stages.models.build import PUBLISHED, ModelConfig, build_model, weights_path
-from kdpipe.stages.models.libraries.by_name import class_names_of_weights, prefix_of
+from kdpipe.stages.models.libraries.by_name import class_names_of_weights, num_published_classes, prefix_of
 from kdpipe.stages.models.registry import SMALL_IMAGE_NETWORKS
 from kdpipe.stages.models.user_models import is_user_model
 
@@ -75,6 +75,20 @@ def _require_same_order(config: ModelConfig, class_names: Sequence[str], notify:
             f"the classes of {config.name} ({known[0][0]}, ...) and of the data ({class_names[0]}, ...) have no name "
             "in common: their order is not checked."
         )
+
+
+def class_names_of(config: ModelConfig) -> tuple[str, ...]:
+    """Return the names of the classes that a network with given weights tells apart; none if they are not known.
+
+    Raises:
+        RecipeError: As `read_class_list`.
+    """
+    if config.classes is not None:
+        return tuple(names[0] for names in read_class_list(config))
+    if config.weights != PUBLISHED and prefix_of(config.name) is None:
+        return ()
+    known = tuple(names[0] for names in class_names_of_weights(config.name, config.args))
+    return known or tuple(f"class {number}" for number in range(num_published_classes(config.name, config.args)))
 
 
 def read_class_list(config: ModelConfig) -> list[tuple[str, ...]]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
-from functools import partial
 from pathlib import Path
 
 from kdpipe.pipeline.run import Run
@@ -13,23 +12,11 @@ from kdpipe.stages.distillation.spec import DistillationSpec
 from kdpipe.stages.distillation.stores import open_distillation
 from kdpipe.stages.distillation.student_config import ALONE, DISTILLED, student_folder
 from kdpipe.stages.distillation.task_builder import build_student
-from kdpipe.stages.given_teacher import is_as_expected
 from kdpipe.stages.losses.base import Loss
-from kdpipe.stages.teacher import build_teacher, teacher_fingerprint, teacher_folder
 from kdpipe.stages.train_student.student import student_fingerprint
 from kdpipe.stages.training.job_dir import JobDir
 from kdpipe.stages.training.shared_job import offered
 from kdpipe.store import KdpipeError, is_url
-
-
-def find_teacher(run: Run) -> Path | None:
-    """Return the run folder that has the finished teacher, this one or another; None if it must be made."""
-    config, seed, context = run.recipe.teacher, run.recipe.seed, run.context
-    job_dir = teacher_folder(run.folder)
-    if job_dir.result() is not None:
-        return run.folder
-    inputs = teacher_fingerprint(config, seed, build_teacher(config, seed, context), context)
-    return offered(job_dir, inputs, context, partial(is_as_expected, config))
 
 
 def find_students(run: Run, store: Path) -> dict[tuple[str, int], Path]:

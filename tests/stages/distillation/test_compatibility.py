@@ -1,8 +1,10 @@
 """Losses that do not go together with the recipe's other settings are refused before anything is trained."""
 
 import pytest
+from support.tiny_run import squares
 
-from kdpipe.stages.distillation.compatibility import check_losses, class_warnings, require_no_logits
+from kdpipe.stages.data.labelling import keep_labels
+from kdpipe.stages.distillation.compatibility import check_labels, check_losses, class_warnings, require_no_logits
 from kdpipe.stages.errors import RecipeError
 from kdpipe.stages.losses.features.at import ATGradient
 from kdpipe.stages.losses.features.cosine import Cosine
@@ -39,6 +41,21 @@ def test_parts_that_two_classes_make_constant_are_told():
         "distill.3 (dist)",
     ]
     assert list(class_warnings(losses, 3)) == []
+
+
+def test_losses_of_labels_need_some():
+    none, few, teachers = (keep_labels(squares(40, 0), kept) for kept in ("none", 8, "all"))
+    crd, at_gradient = CRD(layers=(("a", "b"),)), ATGradient()
+    for loss in (DKD(), NKD(), KD(samples={"filter": "correct"})):
+        with pytest.raises(RecipeError, match=rf"distill.0 \({loss.loss}\).* needs labels"):
+            check_labels([loss], TeachersConfig(), none)
+        check_labels([loss], TeachersConfig(), few)
+    with pytest.raises(RecipeError, match="32 of 40 training images have none"):
+        check_labels([at_gradient], TeachersConfig(), few)
+    with pytest.raises(RecipeError, match="weights = 'confidence' needs labels"):
+        check_labels([KD()], TeachersConfig(weights="confidence"), none)
+    check_labels([KD(), crd], TeachersConfig(), none)
+    check_labels([at_gradient, DKD()], TeachersConfig(weights="confidence"), teachers)
 
 
 @pytest.mark.parametrize(

@@ -203,7 +203,7 @@ def _test_sample(run: Run, probabilities: Mapping[str, Tensor], index: int, file
     test_set = run.context.test_set
     image = run.context.test_loader.get(ViewRequest(torch.tensor([index]))).images[0]
     predictions = {name: _top(rows[index], test_set.class_names) for name, rows in probabilities.items()}
-    label = test_set.class_names[int(test_set.labels[index])]
+    label = test_set.label_name(index)
     sample = int(test_set.sample_ids[index])
     return Sample(image, label, file_name(sample) or f"test image {sample}", predictions)
 

@@ -14,10 +14,11 @@ from support.tiny_run import TEACHER
 
 from kdpipe.pipeline import steps
 from kdpipe.pipeline.commands.plan import printing
-from kdpipe.pipeline.commands.plan.existing import find_students, find_teacher
+from kdpipe.pipeline.commands.plan.existing import find_students
 from kdpipe.pipeline.commands.plan.plan import run_plan
 from kdpipe.pipeline.recipe.load import Recipe
 from kdpipe.pipeline.run import Run
+from kdpipe.pipeline.shared_store import find_teacher
 from kdpipe.stages.compress import compress as stage
 from kdpipe.stages.compress.compress import CompressConfig, fine_tunings
 from kdpipe.stages.compress.pruning.prune import PruneConfig

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import astuple
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ import torch
 from kdpipe.stages.errors import ModelError, RecipeError
 from kdpipe.stages.models.build import ModelConfig, architecture, build_model
 from kdpipe.stages.models.classes import build_for_classes
-from kdpipe.stages.models.libraries.by_name import scaling_of_network, scaling_of_weights
+from kdpipe.stages.models.libraries.by_name import preprocessing_of_weights, scaling_of_network, scaling_of_weights
 
 transformers = pytest.importorskip("transformers")
 
@@ -31,6 +32,22 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         json.dumps({"image_mean": [0.4, 0.5, 0.6], "image_std": [0.2, 0.2, 0.2], "size": {"height": 16, "width": 16}})
     )
     return path
+
+
+@pytest.mark.parametrize(
+    ("processor", "made"),
+    [
+        ({"size": {"height": 16, "width": 16}, "resample": 2}, ((16, 16), None, "bilinear")),
+        ({"size": {"shortest_edge": 256}, "crop_size": 224, "resample": 3}, ((224, 224), 0.875, "bicubic")),
+        ({"size": {"shortest_edge": 256}, "crop_size": 224, "do_center_crop": False}, ((256, 256), None, None)),
+        ({"size": {"shortest_edge": 224}, "crop_pct": 0.9}, ((224, 224), 0.9, None)),
+        ({}, (None, None, None)),
+    ],
+)
+def test_an_image_processor_states_size_and_crop(processor, made, tmp_path):
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(processor))
+    assert astuple(preprocessing_of_weights(f"hf:{tmp_path}")) == made
 
 
 def test_published_weights_of_a_folder(folder):
