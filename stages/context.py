@@ -180,9 +180,17 @@ class StageContext:
         """Return labelled training images, at most MAX_LABELLED, for what is fitted to a model's embeddings.
 
         They are as they are if they have the size of the views, else in their first view, without a partner mixed in.
+
+        Raises:
+            DataError: There are none.
         """
         train_set = self.train_set
         positions = (train_set.labels >= 0).nonzero()[:, 0]
+        if not len(positions):
+            raise DataError(
+                f"no training image of {train_set.name} has a label, and embeddings are judged by how well classes can "
+                "be told apart from them: give some images labels."
+            )
         if len(positions) > MAX_LABELLED:
             generator = torch.Generator().manual_seed(derive_seed(0, "labelled"))
             positions = positions[torch.randperm(len(positions), generator=generator)[:MAX_LABELLED].sort().values]

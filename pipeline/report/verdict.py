@@ -145,7 +145,7 @@ def _unknown(accuracies: Mapping[str, Accuracy], setting: Setting) -> str:
         return "No network of this run is finished yet."
     student, teacher = accuracies.get("student"), accuracies.get("teacher")
     if student is not None and not setting.has_baseline:
-        goal = f"; the teacher reaches {teacher}" if teacher else ""
+        goal = f"; the teacher reaches {teacher}" if teacher and setting.tested == Setting.tested else ""
         return (
             f"The distilled student reaches {student} {setting.tested}{goal}. It was not trained alone "
             "(student.baseline = false), so that its gain by distillation is not known."

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -61,6 +61,12 @@ def examine(fitted: Embeddings, test: Embeddings, num_classes: int) -> Examined:
     return Examined(knn, probe, {name: float(correct.double().mean()) for name, correct in right.items()})
 
 
+def with_probe(model: nn.Module, labelled: Evaluation, test: Evaluation) -> tuple[Evaluation, dict[str, Any]]:
+    """Return the evaluation of a network without a classifier, by a linear probe, and the entries of its results."""
+    examined = examine(embeddings_of(model, labelled), embeddings_of(model, test), len(test.class_names))
+    return replace(test, head=examined.probe), examined.to_json()
+
+
 def embeddings_of(model: nn.Module, images: Evaluation) -> Embeddings:
     """Return the embeddings of the labelled ones of some images, the vectors on the device.
 
@@ -85,6 +91,7 @@ class _Embedder(nn.Module):
         super().__init__()
         self.model = model
         self._extract = extractor
+        self.training = model.training
 
     def forward(self, images: Tensor) -> Tensor:
         return pooled(self._extract(images).features[PRE_LOGITS])

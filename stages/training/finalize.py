@@ -206,11 +206,12 @@ def require_agreement(path: Path, network: ModelBundle, test: Evaluation, *, who
     max_gap = max(MAX_ACCURACY_GAP, 2 / found.num_samples)  # on a small test set two images are more
     if found.top1_agreement >= MIN_AGREEMENT and abs(accuracies[0] - accuracies[1]) <= max_gap:
         return found.top1_agreement
+    against = " % against ".join(f"{100 * accuracy:.2f}" for accuracy in accuracies)
+    of_labels = "" if found.accuracy is None else f", with an accuracy of {against} %"
     where = first_divergence(path, network.model, test.images(DEBUG_IMAGES).cpu())
     raise ModelError(
         f"{path} agrees with torch on {100 * found.top1_agreement:.2f} % of {found.num_samples} test images, wanted "
-        f"{100 * MIN_AGREEMENT:.0f} %, with an accuracy of {100 * accuracies[0]:.2f} % against "
-        f"{100 * accuracies[1]:.2f} % (logits differ by up to {found.max_logit_difference:.3g}): {where}. Do not "
-        "use it: train the network longer, or keep the first diverging layers in float "
+        f"{100 * MIN_AGREEMENT:.0f} %{of_labels} (logits differ by up to {found.max_logit_difference:.3g}): {where}. "
+        "Do not use it: train the network longer, or keep the first diverging layers in float "
         "(compress.quantize.exclude)."
     )

@@ -255,4 +255,5 @@ def _class_names(title: str, rows: Sequence[_Row]) -> tuple[str, ...]:
     def where(label: str) -> str:
         return next(row.where for row in rows if str(row.label) == label)
 
-    return class_names_of(title, dict.fromkeys(str(row.label) for row in rows), where)
+    labels = dict.fromkeys(text for row in rows if (text := str(row.label)))
+    return class_names_of(title, labels, where) if labels else ()
