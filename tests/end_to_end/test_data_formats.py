@@ -118,6 +118,7 @@ def test_all_formats_hold_the_same_samples_and_targets(place):
 
 def test_tar_files_go_through_the_command_line(place, without_onnx):
     (place / "shards.toml").write_text(RECIPE.replace("FOLDER", str(place)))
-    result = kdpipe_here("run", place / "shards.toml", "--run", place / "run", "--json")
-    assert result.exit_code == 0, result.stderr
+    for command in ("train-teacher", "cache-teacher", "train-student"):
+        result = kdpipe_here(command, place / "shards.toml", "--run", place / "run", "--json")
+        assert result.exit_code == 0, result.stderr
     assert "distilled" in result.stdout
