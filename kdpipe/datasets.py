@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import warnings
 from dataclasses import replace
-from typing import Any
+from typing import Any, Literal
 
 from kdpipe.stages.data.config import DataConfig
 from kdpipe.stages.data.image_set import ImageSet
+from kdpipe.stages.data.labelling import keep_labels
 from kdpipe.stages.data.load import load_dataset as load_split
 from kdpipe.stages.data.splits import VALIDATION, Part
 from kdpipe.stages.errors import DataError
@@ -18,9 +19,9 @@ def load_dataset(name: str = "digits", **options: Any) -> tuple[ImageSet, ...]:
 
     Args:
         name: `digits`, `MNIST`, `FashionMNIST`, `CIFAR10`, `CIFAR100`, `imagefolder:PATH`,
-            `table:PATH`, `npz:PATH`,
+            `table:PATH`, `webdataset:PATH`, `lmdb:PATH`, `hf_dataset:OWNER/NAME`, `npz:PATH`,
             `python:module:function`, or a name given to `register_dataset`.
-        **options: Keys of a recipe's `data` section, such as `root`, `image_size`, `classes` or `num_train`.
+        **options: Keys of a recipe's `data` section, such as `root`, `image_size`, `classes`, `num_train` or `labels`.
 
     Returns:
         Two map-style datasets of (uint8 image [C, H, W], label); with `validation_share` three: training, validation
@@ -53,16 +54,27 @@ def as_validation(dataset: Any, train_set: ImageSet) -> ImageSet | None:
     return replace(as_image_set(dataset, VALIDATION, like=train_set), split=VALIDATION)
 
 
-def as_image_set(dataset: Any, split: Part = "train", *, like: ImageSet | None = None, **options: Any) -> ImageSet:
-    """Read a map-style torch Dataset of (image, label) into memory, as kdpipe keeps it; an `ImageSet` stays as it is.
+def as_image_set(
+    dataset: Any,
+    split: Part = "train",
+    *,
+    like: ImageSet | None = None,
+    labels: Literal["all", "none"] | int = "all",
+    **options: Any,
+) -> ImageSet:
+    """Read a map-style torch Dataset of (image, label), as kdpipe keeps it; an `ImageSet` stays as it is.
 
-    All functions do so with what they are given. Call it yourself to convert a large data set once, or to set options.
+    Images that take more than `max_bytes` (8 GiB), or are of unequal sizes, are read once for their checksums, and then
+    on access; others are kept in memory. All functions do so with what they are given. Call it yourself to convert a
+    large data set once, or to set options. A sample whose label is None or -1 is unlabelled.
 
     Args:
         dataset: The data set. Images must be raw: PIL images, uint8 arrays or tensors, or what ToTensor makes of them.
         split: "train", "validation" or "test".
         like: The training images, whose class names test images get if their data set has no `classes`.
-        **options: `name`, `class_names`, `sample_ids`, `image_size`, `channels` and `max_bytes`.
+        labels: Whose labels are used: those of all samples, of none, or of so many, with every class in proportion.
+        **options: `name`, `class_names`, `sample_ids`, `image_size`, `channels`, `max_bytes` and `num_workers`, the
+            processes that read it once.
 
     Raises:
         DataError: It is neither, or its images or labels are ambiguous: normalized, augmented, of several sizes, ...
@@ -76,7 +88,7 @@ def as_image_set(dataset: Any, split: Part = "train", *, like: ImageSet | None =
     if isinstance(dataset, ImageSet):
         if options:
             raise DataError(f"data set {dataset.name} is converted already: {', '.join(options)} must be set before.")
-        return dataset
+        return keep_labels(dataset, labels)
     if isinstance(dataset, str):
         raise DataError(
             f"{dataset!r} is a name: load the data set first, train, test = kdpipe.load_dataset({dataset!r})."
@@ -85,4 +97,5 @@ def as_image_set(dataset: Any, split: Part = "train", *, like: ImageSet | None =
 
     if like is not None and not hasattr(dataset, "classes"):
         options.setdefault("class_names", like.class_names)
-    return image_set_from_dataset(dataset, **{"name": type(dataset).__name__, "split": split, **options})
+    found = image_set_from_dataset(dataset, **{"name": type(dataset).__name__, "split": split, **options})
+    return keep_labels(found, labels)

@@ -14,6 +14,7 @@ from torch import nn
 from kdpipe.arguments import as_file
 from kdpipe.models import remembering
 from kdpipe.stages.errors import RunError
+from kdpipe.stages.evaluation.main_metric import main_percent, metric_of
 from kdpipe.stages.models.bundle import ModelBundle
 from kdpipe.store import write_atomically
 from kdpipe.store.fs.checksums import require_intact
@@ -33,14 +34,27 @@ class Result:
     folder: Path
 
     @property
+    def metric(self) -> str:
+        """The main metric: "accuracy", or where no test image has a label "agreement" with the teacher."""
+        return metric_of(self.figures).name
+
+    @property
     def accuracy(self) -> float:
-        """Accuracy on the test images after the last epoch, in [0, 1]."""
-        return float(self.figures["accuracy"])
+        """Accuracy on the labelled test images after the last epoch, in [0, 1].
+
+        Raises:
+            RunError: No test image has a label: see `agreement`.
+        """
+        return _accuracy(self.figures)
 
     @property
     def best_accuracy(self) -> float:
-        """Accuracy after the best epoch, in [0, 1], on the validation images, or without any on the test images."""
-        return float(self.figures["best_accuracy"])
+        """Accuracy after the best epoch, in [0, 1], on the validation images, or without any on the test images.
+
+        Raises:
+            RunError: None of these images has a label.
+        """
+        return _accuracy(self.figures, "best_accuracy")
 
     @property
     def cross_entropy(self) -> float:
@@ -81,8 +95,8 @@ class Result:
 
     def __repr__(self) -> str:
         return (
-            f"{type(self).__name__}(accuracy={100 * self.accuracy:.2f} %, {self.num_parameters:,} parameters, "
-            f"folder={str(self.folder)!r})"
+            f"{type(self).__name__}({self.metric}={main_percent(self.figures):.2f} %, "
+            f"{self.num_parameters:,} parameters, folder={str(self.folder)!r})"
         )
 
 
@@ -145,8 +159,12 @@ class CompressedResult:
 
     @property
     def accuracy(self) -> float:
-        """Accuracy of the final network on the test images, in [0, 1]."""
-        return float(self.card["networks"][self.final]["accuracy"])
+        """Accuracy of the final network on the labelled test images, in [0, 1].
+
+        Raises:
+            RunError: No test image has a label: see the `agreement` of `networks`.
+        """
+        return _accuracy(self.card["networks"][self.final])
 
     @property
     def num_bytes(self) -> int:
@@ -172,8 +190,14 @@ class CompressedResult:
         return _copy(self.folder / self.final / f"model{Path(path).suffix}", path)
 
     def __repr__(self) -> str:
-        names = ", ".join(f"{name} {100 * row['accuracy']:.2f} %" for name, row in self.card["networks"].items())
+        names = ", ".join(f"{name} {main_percent(row):.2f} %" for name, row in self.card["networks"].items())
         return f"CompressedResult({names}, folder={str(self.folder)!r})"
+
+
+def _accuracy(figures: Mapping[str, Any], key: str = "accuracy") -> float:
+    if key not in figures:
+        raise RunError("there is no accuracy, as the images have no labels: see `agreement`, with the teacher.")
+    return float(figures[key])
 
 
 def _copy(source: Path, path: str | Path) -> Path:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -74,7 +75,8 @@ class StudentJob:
         beside = [test_store_path(place) for place in self.places]
         if not beside or not all(is_url(place) or Path(place).exists() for place in beside):
             return context
-        return replace(context, get_teacher_logits=lambda: teacher_logits(self.places, self.config.teachers, context))
+        get_logits = partial(teacher_logits, self.places, self.config.teachers, context)
+        return replace(context, get_teacher_logits=get_logits)
 
     def open_stores(self, context: StageContext) -> DistillationSpec | None:
         """Open and check the stores; None for a student on hard labels alone."""

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from kdpipe.stages.runtime.launcher import WorkShard
     from kdpipe.stages.workspace import Workspace
 
-DISTRIBUTED = ("train-teacher", "train-student", "compare")
+DISTRIBUTED = ("train-teacher", "train-student", "compare", "sweep")
 """Commands whose processes train on shares of one batch."""
 
 
@@ -116,8 +116,8 @@ def run_job(
         # Before the processes join: a group that uses GPUs asks CUDA for the devices, which works only once.
         fraction = loaded.gpu_memory_fraction
         select_device(loaded.device, share=options.share, memory_fraction=fraction, warn=print_warning)
-        # Several jobs may fill one store, or sweep, in one run folder; others have the folder to themselves.
-        lock = shared if command in ("cache-teacher", "sweep") else exclusive
+        # Several jobs may fill one store, or train many students, in one run folder; others have it to themselves.
+        lock = shared if command in ("cache-teacher", "compare", "sweep") else exclusive
         with _process_group(command, should_stop) as process_group, ExitStack() as locks:
             process_group.on_main(lambda: _lock(locks, lock(folder, folder / ".kdpipe.lock")))
             run = Run(

@@ -22,6 +22,7 @@ from kdpipe.stages.compute.threads import set_up_threads
 from kdpipe.stages.context import StageContext, require_fitting_test_images, test_context, test_image_size
 from kdpipe.stages.data.config import DataConfig
 from kdpipe.stages.data.image_set import ImageSet
+from kdpipe.stages.data.labelling import hide_labels
 from kdpipe.stages.data.load import load_dataset
 from kdpipe.stages.data.loader.mix_partners import load_partner_pool, read_partner_pool
 from kdpipe.stages.data.splits import VALIDATION, Part
@@ -35,6 +36,7 @@ from kdpipe.stages.errors import RecipeError
 from kdpipe.stages.losses.base import Loss
 from kdpipe.stages.losses.distillation import required_of
 from kdpipe.stages.models.bundle import ModelBundle
+from kdpipe.stages.models.classes import class_names_of
 from kdpipe.stages.runtime.cpu import omp_num_threads
 from kdpipe.stages.runtime.distributed import SINGLE, ProcessGroup
 from kdpipe.stages.runtime.events import RunMonitor
@@ -139,15 +141,18 @@ class Run:
         require_fitting_test_images(context)
         return context
 
-    def _get_teacher_logits(self) -> TeacherLogits | None:
-        """Return the teachers' logits of the test images; None while their stores are missing."""
+    def _get_teacher_logits(self, part: Part) -> TeacherLogits | None:
+        """Return the teachers' logits of the test or validation images; None while their stores are missing."""
         if any(not is_url(store) and not Path(store).exists() for store in self.stores):
             return None
-        return self._teacher_logits
+        if part not in self._teacher_logits:
+            found = teacher_logits(self.stores, self.recipe.student.teachers, self.context, part)
+            self._teacher_logits[part] = found
+        return self._teacher_logits[part]
 
     @cached_property
-    def _teacher_logits(self) -> TeacherLogits | None:
-        return teacher_logits(self.stores, self.recipe.student.teachers, self.context)
+    def _teacher_logits(self) -> dict[Part, TeacherLogits | None]:
+        return {}
 
     def _load(
         self,
@@ -158,7 +163,15 @@ class Run:
     ) -> ImageSet:
         """Load a split of the data set, or only the samples with the ids `only`; warn of all that is left out."""
         counter = self.monitor.counter("data", f"scan the images of the {split} split", "image")
-        image_set = load_dataset(data, split, size=size, only=only, keep=self.keeps_images, on_image=counter)
+        image_set = load_dataset(
+            data,
+            split,
+            size=size,
+            only=only,
+            keep=self.keeps_images,
+            on_image=counter,
+            name_classes=partial(class_names_of, self.recipe.teacher.model),
+        )
         for notice in image_set.notices:
             self.monitor.warn("data", notice)
         for dropped in image_set.dropped:
@@ -180,8 +193,8 @@ class Run:
             return None
         if np.array_equal(pool.ids, np.sort(train_set.sample_ids.numpy())):
             return None
-        whole = replace(self.recipe.data, num_train=None, classes=None, validation_share=0.0)
-        return load_partner_pool(pool, self._load(whole, "train", only=pool.ids), path)
+        whole = replace(self.recipe.data, num_train=None, classes=None, validation_share=0.0, labels="all")
+        return hide_labels(load_partner_pool(pool, self._load(whole, "train", only=pool.ids), path), train_set)
 
     @property
     def store(self) -> Path:
@@ -224,6 +237,11 @@ class Run:
         """The stores that students learn from: folders, or URLs."""
         named = self.recipe.student.stores
         return [where if is_url(where) else Path(where).absolute() for where in named] or [self.store]
+
+    @property
+    def has_stores(self) -> bool:
+        """Whether students have stores to learn from that are named, or that this run made or used before."""
+        return self.stores != [self.store] or self.store != self.own_store or self.own_store.exists()
 
     def check_losses_fit(self) -> dict[FeatureSpec, list[str]]:
         """Check that all losses fit student and teacher, and the store its format, before the teacher is trained.

@@ -1,4 +1,4 @@
-"""Stores of other runs: whether one makes the teacher unnecessary, and which one of the workspace is used."""
+"""Teachers and stores of other runs: whether one makes the teacher unnecessary, and which one is used."""
 
 from __future__ import annotations
 
@@ -13,15 +13,27 @@ from kdpipe.pipeline.run import Run
 from kdpipe.stages.cache_teacher.cache import store_figures
 from kdpipe.stages.cache_teacher.estimate import plan_cache
 from kdpipe.stages.cache_teacher.plan import plan_store, samples_in_row_order
+from kdpipe.stages.given_teacher import is_as_expected
 from kdpipe.stages.losses.features.simkd import SimKD
 from kdpipe.stages.models.bundle import ModelBundle
 from kdpipe.stages.runtime.events import ProgressEvent
 from kdpipe.stages.targets.feature_spec import FeatureSpec
 from kdpipe.stages.targets.open import part_store_path
-from kdpipe.stages.teacher import teacher_folder, untrained_teacher
+from kdpipe.stages.teacher import build_teacher, teacher_fingerprint, teacher_folder, untrained_teacher
+from kdpipe.stages.training.shared_job import offered
 from kdpipe.stages.workspace import shown, store_of_run
 from kdpipe.store import KdpipeError, Manifest, Samples, plan_growth, read_store_manifest
 from kdpipe.store.format.identity import PLAIN
+
+
+def find_teacher(run: Run) -> Path | None:
+    """Return the run folder that has the finished teacher, this one or another; None if it must be made."""
+    config, seed, context = run.recipe.teacher, run.recipe.seed, run.context
+    job_dir = teacher_folder(run.folder)
+    if job_dir.result() is not None:
+        return run.folder
+    inputs = teacher_fingerprint(config, seed, build_teacher(config, seed, context), context)
+    return offered(job_dir, inputs, context, partial(is_as_expected, config))
 
 
 def needs_teacher(run: Run, features: Sequence[FeatureSpec]) -> bool:

@@ -23,7 +23,7 @@ from kdpipe.pipeline.preflight import (
 )
 from kdpipe.pipeline.recipe.load import faults_of_trainings
 from kdpipe.pipeline.run import Run
-from kdpipe.pipeline.shared_store import needs_teacher, shared_stores
+from kdpipe.pipeline.shared_store import find_teacher, needs_teacher, shared_stores
 from kdpipe.stages.cache_teacher.cache import fill_store
 from kdpipe.stages.cache_teacher.plan import (
     CacheConfig,
@@ -39,11 +39,15 @@ from kdpipe.stages.compress.artifacts.write import artifact_folder
 from kdpipe.stages.compress.compress import STEPS, CompressConfig, Step, compress, compressed_root, dry_run, is_done
 from kdpipe.stages.compress.fine_tune import build_fine_tuning
 from kdpipe.stages.context import StageContext
+from kdpipe.stages.data.image_set import require_labels
 from kdpipe.stages.distillation.adapters import save_adapters
+from kdpipe.stages.distillation.embedding_student import evaluation_of_epochs, examine_student
 from kdpipe.stages.distillation.spec import DistillationSpec
 from kdpipe.stages.distillation.student_config import ALONE, DISTILLED, StudentConfig, student_folder, view_warning
 from kdpipe.stages.distillation.task_builder import build_student, build_task
 from kdpipe.stages.errors import RecipeError
+from kdpipe.stages.evaluation.embeddings import with_probe
+from kdpipe.stages.evaluation.evaluate import of_teacher
 from kdpipe.stages.given_teacher import is_as_expected, require_accuracy, require_given
 from kdpipe.stages.losses.base import Loss
 from kdpipe.stages.losses.distillation import student_layers
@@ -88,6 +92,8 @@ def train_teacher(config: TeacherConfig, seed: int, context: StageContext) -> di
         own = f"{config.model.name} brings its own weights: it is not trained"
         context.monitor.report(ProgressEvent("train-teacher", own, 1, 1, "teacher"))
     if config.train is not None:
+        require_labels(context.train_set)
+        require_labels(context.deciding.test_set)
         context.process_group.require_shares(config.train.batch_size, context.train_set.num_samples)
 
     teacher = build_teacher(config, seed, context)
@@ -102,7 +108,11 @@ def train_teacher(config: TeacherConfig, seed: int, context: StageContext) -> di
 def _train_teacher(config: TeacherConfig, seed: int, teacher: ModelBundle, context: StageContext) -> dict[str, Any]:
     process_group, job_dir = context.process_group, teacher_folder(context.run_dir)
     teacher.model.to(context.device)
-    test = context.evaluation(teacher.normalize)
+    test, more = context.evaluation(teacher.normalize), dict[str, Any]()
+    if config.is_headless:
+        test, more = with_probe(teacher.model.eval(), context.labelled(teacher.normalize), test)
+    else:
+        test = of_teacher(test, teacher.model)
     history: list[dict[str, Any]] = []
     if config.train is not None:
         # Views that no store will hold: the teacher must not be fitted to the images that it labels later.
@@ -127,6 +137,7 @@ def _train_teacher(config: TeacherConfig, seed: int, teacher: ModelBundle, conte
         process_group=process_group,
         with_onnx=config.exports,
         on_no_export=partial(_warn_of_no_export, context),
+        more=more,
         require=partial(require_accuracy, config, teacher, test=test),
         validation=context.validation(teacher.normalize),
     )
@@ -147,11 +158,29 @@ def run_cache_teacher(run: Run, *, in_turn: bool = False) -> dict[str, Any]:
     fills one; without, several processes may fill this run's store together.
     """
     recipe, context = run.recipe, run.context  # the context loads the data and its views
+    take_teacher(run)
     require_same_training(recipe.teacher, recipe.seed, context)
     teacher = load_teacher(recipe.teacher, recipe.seed, context)
     features = list(run.required_features(teacher))
     with shared_stores(run, teacher, features, in_turn=in_turn) as figures:
         return figures or _fill_stores(run, teacher, features)
+
+
+def take_teacher(run: Run) -> bool:
+    """Take the finished teacher of another run of the workspace, if this run has none; return whether it has one."""
+    found = run.process_group.on_main(lambda: str(find_teacher(run) or ""))
+    if found not in ("", str(run.folder)):
+        run_train_teacher(run)
+    return found != ""
+
+
+def take_store(run: Run) -> None:
+    """Use the finished store of another run of the workspace, with its teacher, if this run has none."""
+    if run.has_stores or not take_teacher(run):
+        return
+    teacher = load_teacher(run.recipe.teacher, run.recipe.seed, run.context)
+    with shared_stores(run, teacher, list(run.required_features(teacher)), in_turn=False):
+        pass
 
 
 def _fill_stores(run: Run, teacher: ModelBundle, features: Sequence[FeatureSpec]) -> dict[str, Any]:
@@ -217,9 +246,12 @@ def run_train_student(run: Run) -> dict[str, Any]:
     """Train each seed's student twice: on hard labels alone (unless student.baseline is false), and distilled."""
     require_losses(run)
     config, context = run.recipe.student, run.context  # load the data and its views
+    take_store(run)
     spec = run.distillation  # open the stores; check them and the losses
     if warning := view_warning(run.recipe.views):
         run.monitor.warn("train-student", warning)
+    if run.recipe.data.labels == "none":
+        run.monitor.warn("train-student", "data.labels = 'none': no student is trained alone, as there are no labels.")
     task = try_distillation(run, spec, config)
     for number, line in enumerate(task.targets.describe() if task.targets else (), 1):
         run.monitor.report(ProgressEvent("train-student", f"reads {line}", number, len(spec.stores), "store"))
@@ -289,12 +321,14 @@ def _train_student(
         job_dir=student_run.job_dir,
         student_layers=student_layers(main.losses) if main else (),
         process_group=process_group,
+        evaluate=evaluation_of_epochs(student, spec, context),
     )
     if spec is not None:
         build = partial(_build_hint_task, student, spec, context)
         train_hint_stages(job, student, spec.losses, build, device=context.device, monitor=context.monitor)
     history = train(job, context.device, context.monitor)
     more = process_group.on_main(partial(save_adapters, student_run.job_dir, job.task.distillation))
+    more |= process_group.on_main(partial(examine_student, student, spec, context))
     # evaluate, export to ONNX, save
     return finalize(
         student_run.job_dir,

@@ -11,15 +11,23 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from kdpipe.stages.data.image_set import ImageSet, digest, normalization, pixel_checksums, unequal_sizes_message
+from kdpipe.stages.data.image_set import (
+    ImageSet,
+    digest,
+    kept_labels,
+    normalization,
+    pixel_checksums,
+    unequal_sizes_message,
+)
 from kdpipe.stages.data.loader.image_loader import ImageLoader
-from kdpipe.stages.data.splits import VALIDATION
+from kdpipe.stages.data.splits import VALIDATION, Part
 from kdpipe.stages.errors import DataError, RecipeError
 from kdpipe.stages.evaluation.evaluate import Evaluation, LogitsAt
 from kdpipe.stages.models.build import PUBLISHED, ModelConfig, architecture
 from kdpipe.stages.models.classes import build_for_classes
 from kdpipe.stages.models.libraries.by_name import prefix_of, scaling_of_weights
 from kdpipe.stages.models.normalization import Normalization
+from kdpipe.stages.numerics import derive_seed
 from kdpipe.stages.runtime.distributed import SINGLE, ProcessGroup
 from kdpipe.stages.runtime.events import RunMonitor
 from kdpipe.stages.views.config import Views
@@ -27,11 +35,14 @@ from kdpipe.stages.views.renderer import Renderer
 from kdpipe.stages.workspace import NOWHERE, Workspace
 from kdpipe.store import Samples
 
+MAX_LABELLED = 50_000
+"""Training images that k-NN and linear probes are fitted to, at most."""
+
 VIEW_SIZE = "view_size"
 """Key of an architecture record: (H, W) of the views, if a network gets them resized."""
 
 
-def _no_logits() -> None:
+def _no_logits(part: Part) -> None:
     return None
 
 
@@ -49,7 +60,7 @@ class StageContext:
         mix_partners: The images that MixUp and CutMix take partners from; by default the training images.
         num_workers: As in the recipe's `data` section.
         unreadable: As in the recipe's `data` section.
-        get_teacher_logits: Returns what reads the teachers' logits of test images, if they are available.
+        get_teacher_logits: Returns what reads the teachers' logits of the images of a part, if they are available.
         process_group: The processes that train together; the first of them writes.
         load_test: Loads the test images in another size; by default `test_set` is resized.
         validation_set: The images that decide in place of the test images; None if there are none.
@@ -67,7 +78,7 @@ class StageContext:
     mix_partners: ImageSet | None = None
     num_workers: int | None = None
     unreadable: Literal["stop", "drop"] = "stop"
-    get_teacher_logits: Callable[[], LogitsAt | None] = _no_logits  # named, so that loaders can be pickled
+    get_teacher_logits: Callable[[Part], LogitsAt | None] = _no_logits  # named, so that loaders can be pickled
     process_group: ProcessGroup = SINGLE
     load_test: Callable[[int], ImageSet] | None = None
     validation_set: ImageSet | None = None
@@ -150,7 +161,7 @@ class StageContext:
             test_set=self.validation_set,
             load_test=self.load_validation,
             validation_set=None,
-            get_teacher_logits=_no_logits,
+            get_teacher_logits=_no_logits if self.validation_set.has_labels else self.get_teacher_logits,
         )
 
     def evaluation(self, normalize: Normalization) -> Evaluation:
@@ -158,11 +169,42 @@ class StageContext:
         warn = partial(self.monitor.warn, "evaluate")
         # A single process must not stop while the others wait for it.
         check = self.monitor.check if self.process_group.count == 1 else lambda: None
-        return Evaluation(self.test_loader, normalize, self.get_teacher_logits(), warn, check)
+        part: Part = VALIDATION if self.test_set.split == VALIDATION else "test"
+        return Evaluation(self.test_loader, normalize, self.get_teacher_logits(part), warn, check)
 
     def validation(self, normalize: Normalization) -> Evaluation | None:
         """Return the evaluation on the validation images; None if there are none."""
         return None if self.validation_set is None else self.deciding.evaluation(normalize)
+
+    def labelled(self, normalize: Normalization, limit: int = MAX_LABELLED) -> Evaluation:
+        """Return labelled training images, at most `limit`, for what is fitted to a model's embeddings.
+
+        They are as they are if they have the size of the views, else in their first view, without a partner mixed in.
+
+        Raises:
+            DataError: There are none.
+        """
+        train_set = self.train_set
+        positions = (train_set.labels >= 0).nonzero()[:, 0]
+        if not len(positions):
+            raise DataError(
+                f"no training image of {train_set.name} has a label, and embeddings are judged by how well classes can "
+                "be told apart from them: give some images labels."
+            )
+        if len(positions) > limit:
+            generator = torch.Generator().manual_seed(derive_seed(0, "labelled"))
+            positions = positions[torch.randperm(len(positions), generator=generator)[:limit].sort().values]
+        whole = train_set.image_size == self.renderer.shape[1:]
+        context = replace(self, views=replace(self.views, mix=None), mix_partners=None)
+        loader = ImageLoader(
+            train_set.take(positions),
+            self.device,
+            None if whole else context.renderer,
+            num_workers=self.num_workers,
+            on_failure=self._on_unreadable,
+            size=self.input_size,
+        )
+        return replace(self.evaluation(normalize), loader=loader, teacher_logits=None, view=None if whole else 0)
 
     def _on_unreadable(self, sentence: str) -> None:
         """Raise DataError for an unreadable image, or drop it from its batch with a warning, as configured."""
@@ -170,17 +212,17 @@ class StageContext:
             raise DataError(f"{sentence} (data.unreadable = 'drop' leaves such samples out)")
         self.monitor.warn("data", f"{sentence} It is left out of this epoch.")
 
-    def architecture(self, config: ModelConfig) -> dict[str, Any]:
+    def architecture(self, config: ModelConfig, *, headless: bool = False) -> dict[str, Any]:
         """Return the record from which a network for these images and classes can be rebuilt."""
-        train_set = self.train_set
-        record = architecture(config, train_set.num_classes, train_set.in_channels, self.image_shape[1:])
+        train_set, num_classes = self.train_set, 0 if headless else self.train_set.num_classes
+        record = architecture(config, num_classes, train_set.in_channels, self.image_shape[1:])
         return record if self.input_size is None else {**record, VIEW_SIZE: list(self.renderer.shape[1:])}
 
-    def build_model(self, config: ModelConfig, seed: int) -> nn.Module:
-        """Build a network for these images and classes, initialized with `seed`."""
+    def build_model(self, config: ModelConfig, seed: int, *, headless: bool = False) -> nn.Module:
+        """Build a network for these images and classes, or without a classifier, initialized with `seed`."""
         return build_for_classes(
             config,
-            self.train_set.class_names,
+            () if headless else self.train_set.class_names,
             in_channels=self.train_set.in_channels,
             image_size=self.image_shape[1:],
             seed=seed,
@@ -201,18 +243,22 @@ class StageContext:
         return samples_of(self.train_set)
 
     def data_identity(self) -> dict[str, Any]:
-        """Return the identity of the training samples, for stores and jobs."""
+        """Return the identity of the training samples, for stores, whatever labels are used."""
         return digest(self.train_set) | self.samples.digests()
+
+    def training_identity(self) -> dict[str, Any]:
+        """Return the identity of the training samples with the labels that are used, for jobs."""
+        return self.data_identity() | kept_labels(self.train_set)
 
     def test_identity(self) -> dict[str, Any]:
         """Return the identity of the test samples, which determine a job's results."""
-        found = digest(self.test_set) | samples_of(self.test_set).digests()
+        found = digest(self.test_set) | samples_of(self.test_set).digests() | kept_labels(self.test_set)
         return found if self.validation_set is None else {**found, "validation": self.deciding.test_identity()}
 
 
 def samples_of(image_set: ImageSet) -> Samples:
     """Return the ids, labels and pixel checksums of a data set, in order."""
-    return Samples(image_set.sample_ids.numpy(), image_set.labels.numpy(), pixel_checksums(image_set))
+    return Samples(image_set.sample_ids.numpy(), image_set.listed_labels.numpy(), pixel_checksums(image_set))
 
 
 def test_image_size(context: StageContext) -> int | None:

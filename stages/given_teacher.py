@@ -9,13 +9,16 @@ from typing import Any
 from torch import nn
 
 from kdpipe.stages.context import StageContext
+from kdpipe.stages.data.image_files import ImageFiles
 from kdpipe.stages.errors import NotLogitsError, RecipeError
+from kdpipe.stages.evaluation.correct_images import outcome_of
 from kdpipe.stages.evaluation.evaluate import Evaluation
+from kdpipe.stages.evaluation.main_metric import ACCURACY, main_value, metric_of
 from kdpipe.stages.evaluation.metrics import EvalReport
 from kdpipe.stages.evaluation.trials import try_class_order, try_scalings
 from kdpipe.stages.models.build import PUBLISHED, ModelConfig
 from kdpipe.stages.models.bundle import ModelBundle
-from kdpipe.stages.models.libraries.by_name import image_size_of_weights, num_published_classes, prefix_of
+from kdpipe.stages.models.libraries.by_name import num_published_classes, prefix_of, preprocessing_of_weights
 from kdpipe.stages.models.normalization import IMAGENET, Normalization
 from kdpipe.stages.numerics import PROBABILITIES
 from kdpipe.stages.teacher import TeacherConfig, stated_by_weights
@@ -24,6 +27,9 @@ from kdpipe.stages.workspace import RECIPE
 
 ROUNDING = 0.0005
 """Expected accuracies are written in percent with one digit."""
+
+CROP_MARGIN = 0.01
+"""The largest difference between the crop of test images and that of the weights without a warning."""
 
 ENOUGH_TO_TRY = 0.95
 """With an accuracy above it no other scaling is tried: it could not gain much."""
@@ -39,10 +45,11 @@ def require_given(config: TeacherConfig, teacher: ModelBundle, context: StageCon
     """
     if config.train is not None:
         return
-    if has_new_head(config.model, context.train_set.num_classes):
+    if config.has_own_head and has_new_head(config.model, context.train_set.num_classes):
         raise RecipeError(
             f"the classifier of {_named(config.model)} is new and random, as they are of other classes than the data: "
-            "train the teacher ([teacher.train]), or take the rows of the data's classes (teacher.model.classes)."
+            "train the teacher ([teacher.train]), take the rows of the data's classes (teacher.model.classes), or "
+            "learn from its embeddings (teacher.output = 'embeddings')."
         )
     if config.mean is None and known_scaling(config.model, teacher.model, context) is None:
         raise RecipeError(
@@ -54,19 +61,28 @@ def require_given(config: TeacherConfig, teacher: ModelBundle, context: StageCon
         if other != teacher.normalize:
             sentence = f"the teacher's input scaling is the recipe's, {teacher.normalize}; {where} states {other}."
             context.monitor.warn("train-teacher", sentence)
-    _warn_of_image_size(config.model, context)
+    _warn_of_preprocessing(config.model, context)
 
 
-def _warn_of_image_size(config: ModelConfig, context: StageContext) -> None:
-    """Warn where a library's weights are for images of another size than the data's: they are less accurate there."""
+def _warn_of_preprocessing(config: ModelConfig, context: StageContext) -> None:
+    """Warn where a library's weights are for images of another size, or of another crop: they are less accurate."""
     if config.weights is None or not (config.weights == PUBLISHED or prefix_of(config.name)):
         return
-    wanted, found = image_size_of_weights(config.name), context.image_shape[1:]
-    if wanted not in (None, found):
+    wanted, found = preprocessing_of_weights(config.name), context.image_shape[1:]
+    if wanted.size not in (None, found):
+        height, width = wanted.size
         context.monitor.warn(
             "train-teacher",
-            f"the weights of {config.name} are for images of {wanted[0]} x {wanted[1]} pixels, and these have "
-            f"{found[0]} x {found[1]}: set data.image_size = {wanted[0]} (student.image_size may be smaller).",
+            f"the weights of {config.name} are for images of {height} x {width} pixels, and these have "
+            f"{found[0]} x {found[1]}: set data.image_size = {height} (student.image_size may be smaller).",
+        )
+    test = context.test_set
+    if wanted.crop is not None and isinstance(test.images, ImageFiles) and abs(wanted.crop - test.crop) > CROP_MARGIN:
+        context.monitor.warn(
+            "train-teacher",
+            f"the weights of {config.name} are published for the central {100 * wanted.crop:g} % of a test image "
+            f"(resized {wanted.interpolation}), and data.test_crop is {test.crop:g}: unless the images are cropped "
+            f"already, set data.test_crop = {wanted.crop:g}.",
         )
 
 
@@ -112,6 +128,12 @@ def require_accuracy(config: TeacherConfig, teacher: ModelBundle, report: EvalRe
             "the teacher's outputs are probabilities (each row adds up to 1), and stores hold logits: return what goes "
             "into its softmax."
         )
+    if report.metric != ACCURACY:
+        if test.warn is not None:
+            test.warn(
+                "the teacher's accuracy, input scaling and order of classes are not checked: no test image has a label."
+            )
+        return
     reached = f"the teacher reaches {100 * report.top1:.2f} % of {report.num_samples:,} test images"
     if config.expected_accuracy is not None:
         if _reaches(report.top1, config.expected_accuracy, report.num_samples):
@@ -121,7 +143,7 @@ def require_accuracy(config: TeacherConfig, teacher: ModelBundle, report: EvalRe
         if config.expected_accuracy is not None:
             raise RecipeError(f"{reached}: train it for longer, or expect less. The training is kept.")
         return
-    found = findings(teacher, report, test)
+    found = "" if config.is_headless else findings(teacher, report, test)
     if not found and config.expected_accuracy is None and not report.is_at_chance(1.0):
         return
     chance = f"; guessing would reach {100 * report.chance:.2f} %" if report.is_at_chance() else ""
@@ -138,8 +160,10 @@ def require_accuracy(config: TeacherConfig, teacher: ModelBundle, report: EvalRe
 def is_as_expected(config: TeacherConfig, run: Path, result: Mapping[str, Any]) -> bool:
     """Return whether the teacher of another run has the accuracy that `require_accuracy` would demand of it here."""
     if config.expected_accuracy is not None:
-        count: int = (result.get("examined") or {}).get("num_samples", 0)  # results of an older kdpipe lack it
-        return count > 0 and _reaches(result["accuracy"], config.expected_accuracy, count)
+        count = outcome_of(result).num_images or 0  # results of an older kdpipe lack it
+        return metric_of(result) != ACCURACY or (
+            count > 0 and _reaches(main_value(result), config.expected_accuracy, count)
+        )
     if config.train is not None:
         return True
     recipe = read_json_file(run / RECIPE) or {}  # given weights are examined where nothing is expected

@@ -5,12 +5,12 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import Field
 from torch import nn
 
-from kdpipe.stages.config import config_fingerprint, section
+from kdpipe.stages.config import PathStr, config_fingerprint, max_value, section
 from kdpipe.stages.context import StageContext, model_normalization
 from kdpipe.stages.errors import ANOTHER_RUN, RecipeError
 from kdpipe.stages.models.build import PUBLISHED, ModelConfig, weights_path
@@ -22,6 +22,7 @@ from kdpipe.stages.models.weights.state_dict import weights_sha256
 from kdpipe.stages.training.job_dir import JobDir, read_json_file
 from kdpipe.stages.training.optim import TrainConfig
 from kdpipe.stages.training.saved_model import load_finished
+from kdpipe.stages.zero_shot import zero_shot
 from kdpipe.store import FingerprintMismatch, differences
 
 
@@ -41,6 +42,12 @@ class TeacherConfig:
             refused, and given weights that reach it are not examined further.
         export: Whether to write an ONNX file where that is possible; by default of a teacher that is trained here. Only
             its latency in the report needs it.
+        output: What it returns and the store keeps: "logits", or the "embeddings" of a trained network without a
+            classifier, from which students learn by losses on features.
+        class_embeddings: A .safetensors file with the embeddings of class names, [C, D], of a network like CLIP without
+            its text tower: the logits are their cosines with the image's, times `logit_scale`. The names are a JSON
+            list in its metadata (`names`), or in a file beside it (`.json`).
+        logit_scale: That factor; CLIP's is 100.
     """
 
     model: ModelConfig
@@ -49,6 +56,32 @@ class TeacherConfig:
     std: tuple[float, ...] | None = None
     expected_accuracy: Annotated[float, Field(ge=0, le=100)] | None = None
     export: bool | None = None
+    output: Literal["logits", "embeddings"] = "logits"
+    class_embeddings: PathStr | None = None
+    logit_scale: Annotated[float, Field(gt=0), max_value(10_000)] = 100.0
+
+    def __post_init__(self) -> None:
+        if not self.has_own_head:
+            key = "output = 'embeddings'" if self.is_headless else "class_embeddings"
+            if self.is_headless and self.class_embeddings is not None:
+                raise ValueError("class_embeddings make logits of embeddings: leave out output, or class_embeddings")
+            if self.train is not None or self.model.fresh_head or self.model.classes is not None:
+                raise ValueError(
+                    f"{key} is for a trained network without a classifier: leave out train, model.fresh_head and "
+                    "model.classes"
+                )
+            if self.is_headless and self.export:
+                raise ValueError("only networks that return logits are exported: leave out export")
+
+    @property
+    def has_own_head(self) -> bool:
+        """Whether the network is built with a classifier."""
+        return not self.is_headless and self.class_embeddings is None
+
+    @property
+    def is_headless(self) -> bool:
+        """Whether the teacher returns embeddings in place of logits."""
+        return self.output == "embeddings"
 
     @property
     def exports(self) -> bool:
@@ -67,7 +100,7 @@ def teacher_fingerprint(
     """Return everything that determines a teacher."""
     return {
         "starts_from": teacher.identity,
-        "data": context.data_identity(),
+        "data": context.training_identity() if config.train else context.data_identity(),
         "test": context.test_identity(),
         "seed": seed,
         "train": config_fingerprint(config.train) if config.train else None,
@@ -96,7 +129,10 @@ def require_weights(config: TeacherConfig, seed: int, context: StageContext) -> 
         return False
     if not is_user_model(config.model.name):
         raise RecipeError("the teacher has neither [teacher.train] nor teacher.model.weights: give one of them.")
-    one, other = (weights_sha256(context.build_model(config.model, each)) for each in (seed, seed + 1))
+    one, other = (
+        weights_sha256(context.build_model(config.model, each, headless=not config.has_own_head))
+        for each in (seed, seed + 1)
+    )
     if one != other:
         raise RecipeError(
             f"the teacher {config.model.name} has random weights, others for each seed: give teacher.model.weights or "
@@ -135,7 +171,7 @@ def teacher_identity(config: TeacherConfig, context: StageContext) -> dict[str, 
     """
     result = teacher_folder(context.run_dir).result()
     normalize = model_normalization(context.train_set, config.model, config.mean, config.std)
-    identity = {"architecture": context.architecture(config.model), "normalization": normalize.to_json()}
+    identity = {"architecture": _architecture(config, context), "normalization": normalize.to_json()}
     if result and config.mean is None:
         identity["normalization"] = result["identity"].get("normalization")
     return {**identity, "weights_sha256": result["identity"]["weights_sha256"]} if result else identity
@@ -143,11 +179,22 @@ def teacher_identity(config: TeacherConfig, context: StageContext) -> dict[str, 
 
 def build_teacher(config: TeacherConfig, seed: int, context: StageContext) -> ModelBundle:
     """Build the untrained teacher, or the one with the weights that are taken as they are."""
-    model = context.build_model(config.model, seed)
+    model = context.build_model(config.model, seed, headless=not config.has_own_head)
     normalize = model_normalization(context.train_set, config.model, config.mean, config.std)
     if config.train is None and config.mean is None:
         normalize = next(iter(stated_by_weights(config.model, model, context).values()), normalize)
-    return ModelBundle(model, context.architecture(config.model), normalize)
+    if config.class_embeddings is not None:
+        names = context.train_set.class_names
+        model = zero_shot(model, config.class_embeddings, config.logit_scale, names, context.image_shape)
+    return ModelBundle(model, _architecture(config, context), normalize)
+
+
+def _architecture(config: TeacherConfig, context: StageContext) -> dict[str, Any]:
+    """Return the record of the teacher's network."""
+    record = context.architecture(config.model, headless=not config.has_own_head)
+    if config.class_embeddings is None:
+        return record
+    return {**record, "num_classes": context.train_set.num_classes, "zero_shot": {"scale": config.logit_scale}}
 
 
 def stated_by_weights(config: ModelConfig, model: nn.Module, context: StageContext) -> dict[str, Normalization]:

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from kdpipe.losses import functional
     from kdpipe.stages.losses.base import FeatureLoss, LogitLoss, Loss, MapLoss, SoftLogitLoss
     from kdpipe.stages.losses.features.at import AT, ATGradient
+    from kdpipe.stages.losses.features.cosine import Cosine
     from kdpipe.stages.losses.features.fitnet import FitNet
     from kdpipe.stages.losses.features.hint import Hint
     from kdpipe.stages.losses.features.nst import NST
@@ -45,6 +46,7 @@ if TYPE_CHECKING:
 _MODULES = {
     "losses.base": "FeatureLoss LogitLoss Loss MapLoss SoftLogitLoss",
     "losses.features.at": "AT ATGradient",
+    "losses.features.cosine": "Cosine",
     "losses.features.fitnet": "FitNet",
     "losses.features.hint": "Hint",
     "losses.features.nst": "NST",
@@ -74,7 +76,7 @@ _MODULE_OF = {name: module for module, names in _MODULES.items() for name in nam
 # fmt: off
 __all__ = [  # literal, so that linters and type checkers see it; a test compares it with _MODULES
     "AT", "CC", "CRD", "DIST", "DKD", "KD", "MLLD", "NKD", "NST", "PKT", "RKD", "SP", "VID", "ATGradient",
-    "FeatureLoss", "FeatureSpec", "FitNet", "Hint", "LogitLoss", "LogitMSE", "Loss", "LossInputs", "MapLoss",
+    "Cosine", "FeatureLoss", "FeatureSpec", "FitNet", "Hint", "LogitLoss", "LogitMSE", "Loss", "LossInputs", "MapLoss",
     "ModelOutput", "Negatives", "RelationLoss", "ReviewKD", "SampleSelection", "Schedule", "Scheduled", "SimKD",
     "SoftLogitLoss", "TrainProgress", "all_gather_with_grad", "functional",
 ]

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from kdpipe.stages.losses.features.at import at_loss
+    from kdpipe.stages.losses.features.cosine import cosine_loss
     from kdpipe.stages.losses.features.hint import hint_loss
     from kdpipe.stages.losses.features.nst import nst_loss
     from kdpipe.stages.losses.features.review_kd import hcl_loss
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
 
 _MODULES = {
     "features.at": "at_loss",
+    "features.cosine": "cosine_loss",
     "features.hint": "hint_loss",
     "features.nst": "nst_loss",
     "features.review_kd": "hcl_loss",
@@ -52,6 +54,7 @@ __all__ = [  # literal, so that linters and type checkers see it; a test compare
     "at_loss",
     "cc_loss",
     "correlation_loss",
+    "cosine_loss",
     "dist_loss",
     "distance_loss",
     "dkd_loss",

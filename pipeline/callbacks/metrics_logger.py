@@ -7,10 +7,11 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from kdpipe.stages.errors import cause
+from kdpipe.stages.evaluation.main_metric import METRICS
 from kdpipe.stages.runtime.callbacks import Callback, CallbackState
 from kdpipe.store.errors import KdpipeError
 
-TAGS = {"accuracy": "test/accuracy", "cross_entropy": "test/cross_entropy", "lr": "lr", "wall_s": "epoch_wall_s"}
+TAGS = {name: f"test/{name}" for name in (*METRICS, "cross_entropy")} | {"lr": "lr", "wall_s": "epoch_wall_s"}
 
 
 class Unavailable(KdpipeError):

@@ -2,74 +2,69 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
+from kdpipe.pipeline.commands.trainings import Training, alone_at, num_diverged, run_of, train_all
 from kdpipe.pipeline.preflight import preflight, try_distillation
 from kdpipe.pipeline.report.differences import Outcomes, between
 from kdpipe.pipeline.report.printing import full_report
 from kdpipe.pipeline.report.variants import RESULTS, compare_table
 from kdpipe.pipeline.run import Run
 from kdpipe.pipeline.shared_store import needs_teacher
-from kdpipe.pipeline.steps import run_cache_teacher, run_train_teacher, train_student
+from kdpipe.pipeline.steps import run_cache_teacher, run_train_teacher
 from kdpipe.pipeline.terminal.output import console
 from kdpipe.pipeline.terminal.tables import print_short_table
-from kdpipe.stages.distillation.student_config import ALONE, view_warning
+from kdpipe.stages.distillation.student_config import ALONE, StudentConfig, view_warning
 from kdpipe.stages.errors import NotFiniteError, RecipeError
 from kdpipe.stages.evaluation.correct_images import outcome_of
 from kdpipe.stages.evaluation.intervals import accuracy_interval
+from kdpipe.stages.evaluation.main_metric import ACCURACY, best_value, deciding, main_percent, metric_of
+from kdpipe.stages.losses.base import Loss
 from kdpipe.stages.train_student.compare import (
     COST,
     Variant,
     build_step_job,
     measure_costs,
-    variant_run,
     with_overrides,
 )
-from kdpipe.stages.training.finalize import deciding_accuracy
 from kdpipe.stages.training.job_dir import write_json_file
 
 
 def run_compare(run: Run) -> dict[str, Any]:
-    """Train all variants, seed by seed so that all have early results; then measure the cost of a step."""
+    """Train all variants, seed by seed so that all have early results; then measure the cost of a step.
+
+    Several jobs that run the same command share the trainings.
+    """
     if not run.recipe.compare:
         raise RecipeError(
             f"the recipe {run.recipe.name} has nothing to compare: add sections such as [compare.at] with a "
             "list of losses, as in recipes/compare-losses.toml."
         )
-    teacher = prepare_store(run, "compare")
+    with alone_at(run, run.folder / "compare" / ".teacher.lock"):
+        teacher = prepare_store(run, "compare")
     student, context = run.recipe.student, run.context
-    baseline = [Variant(ALONE, student, None)] if student.baseline else []
-    variants = [*baseline, *_variants(run)]
-    results: dict[str, list[dict[str, Any]]] = {variant.name: [] for variant in variants}
-    for seed in student.seeds:
-        if baseline:
-            results[ALONE].append(train_student(student, seed, None, context))
-        for variant in variants[len(baseline) :]:
-            try:
-                student_run = variant_run(variant.name, seed, run.folder)
-                result = train_student(variant.student, seed, variant.spec, context, student_run=student_run)
-                results[variant.name].append(result)
-            except NotFiniteError as error:  # the other variants go on
-                run.monitor.warn("compare", str(error))
+    variants = _variants(run)
+    trained = train_all(run, "compare", list(compare_trainings(run, variants)))
+    results = {one.name: [own for seed in student.seeds if (own := trained[one.name, seed])] for one in variants}
     if not any(results.values()):
         raise NotFiniteError("every variant diverged: try lower weights of the losses, or a lower learning rate.")
-    costs = measure_costs(
-        variants,
-        partial(build_step_job, context=context),
-        run.folder / "compare" / COST,
-        device=run.device,
-        monitor=run.monitor,
-        process_group=run.process_group,
-    )
+    with alone_at(run, run.folder / "compare" / ".cost.lock"):  # the first of several jobs measures them
+        costs = measure_costs(
+            variants,
+            partial(build_step_job, context=context),
+            run.folder / "compare" / COST,
+            device=run.device,
+            monitor=run.monitor,
+            process_group=run.process_group,
+        )
     first = next(own for own in results.values() if own)
     rows = [{**accuracy_row(own, first), "name": name, **costs[name]} for name, own in results.items() if own]
-    diverged = {name: len(student.seeds) - len(own) for name, own in results.items() if len(own) < len(student.seeds)}
-    found = {"teacher": teacher, "rows": rows, "num_diverged": diverged}
+    found = {"teacher": teacher, "rows": rows, "num_diverged": num_diverged(trained)}
     run.process_group.on_main(partial(write_json_file, run.folder / "compare" / RESULTS, found))
     return found
 
@@ -94,13 +89,20 @@ def prepare_store(run: Run, command: str) -> dict[str, Any] | None:
     return teacher
 
 
+def variants_of(run: Run) -> dict[str, tuple[tuple[Loss, ...], StudentConfig]]:
+    """Return losses and student of each variant by its name, the student alone first."""
+    student = run.recipe.student
+    alone: dict[str, tuple[tuple[Loss, ...], StudentConfig]] = {ALONE: ((), student)} if student.baseline else {}
+    others = run.recipe.compare.items()
+    return alone | {name: (entry.distill, with_overrides(entry, student)) for name, entry in others}
+
+
 def _variants(run: Run) -> list[Variant]:
-    """Return the recipe's variants, each checked before any student is trained."""
+    """Return the student alone and the recipe's variants, each checked before any student is trained."""
     variants = []
-    for name, entry in run.recipe.compare.items():
-        student = with_overrides(entry, run.recipe.student)
+    for name, (losses, student) in variants_of(run).items():
         try:
-            spec = run.open_distillation(entry.distill, student) if entry.distill else None
+            spec = run.open_distillation(losses, student) if losses else None
             if spec is not None:
                 try_distillation(run, spec, student)
         except RecipeError as error:
@@ -109,19 +111,29 @@ def _variants(run: Run) -> list[Variant]:
     return variants
 
 
+def compare_trainings(run: Run, variants: Sequence[Variant]) -> Iterator[Training]:
+    """Yield the trainings of a comparison in their order."""
+    for seed in run.recipe.student.seeds:
+        for one in variants:
+            student_run = run_of(run.folder, "compare", one.name, seed)
+            yield Training(one.name, seed, one.student, one.spec, student_run)
+
+
 def accuracy_row(results: Sequence[dict[str, Any]], first: Sequence[dict[str, Any]] = ()) -> dict[str, Any]:
-    """Return a student's results over seeds: accuracies and agreement in percent, KL in nats.
+    """Return a student's results over seeds: accuracies (or what `metric` names) and agreement in percent, KL in nats.
 
     With those of the `first` student, its difference from them: interval and p over the same seeds.
     """
     examined = [result.get("examined") or {} for result in results]
-    accuracies = [100 * result["accuracy"] for result in results]
+    accuracies = [main_percent(result) for result in results]
+    metric = metric_of(results[0])
     validates = all("validation" in result for result in results)
     interval = accuracy_interval(list(map(outcome_of, results)))
     return {
+        **({} if metric == ACCURACY else {"metric": metric.name}),
         "accuracies": accuracies,
-        "best_accuracy_mean": mean(100 * result["best_accuracy"] for result in results),
-        "validation_mean": mean(100 * deciding_accuracy(result) for result in results) if validates else None,
+        "best_accuracy_mean": mean(100 * best_value(result) for result in results),
+        "validation_mean": mean(main_percent(deciding(result)) for result in results) if validates else None,
         "agreement_mean": _mean([metrics.get("agreement") for metrics in examined], 100),
         "teacher_kl_mean": _mean([metrics.get("teacher_kl") for metrics in examined], 1),
         "accuracy_mean": mean(accuracies),

@@ -24,6 +24,7 @@ from kdpipe.stages.distillation.task_builder import build_student
 from kdpipe.stages.errors import RecipeError
 from kdpipe.stages.evaluation.correct_images import outcome_of
 from kdpipe.stages.evaluation.intervals import accuracy_interval
+from kdpipe.stages.evaluation.main_metric import best_value, main_percent, metric_of
 from kdpipe.stages.losses.features.simkd import SimKD
 from kdpipe.stages.models.build import ModelConfig
 from kdpipe.stages.teacher import TeacherConfig
@@ -101,20 +102,21 @@ def _run_generation(run: Run, number: int, *, with_alone: bool) -> dict[str, Any
 
 def print_generations(recipe: str, results: dict[str, Any]) -> None:
     """Print the table to stdout."""
-    headers = ["network", "its teacher %", "test accuracy %", "95 % interval", "best epoch %"]
-    headers += ["agreement with its teacher %", "seeds"]
     first = results["generations"][0]
+    tested = f"test {metric_of(first['teacher']).title} %"
+    headers = ["network", "its teacher %", tested, "95 % interval", "best epoch %"]
+    headers += ["agreement with its teacher %", "seeds"]
     cells = [_row("teacher", "", [first["teacher"]])]
     if first["alone"]:  # none with student.baseline = false
         cells.append(_row("student alone", "", first["alone"]))
     for result in results["generations"]:
-        teacher = f"{100 * result['teacher']['accuracy']:.2f}"
+        teacher = f"{main_percent(result['teacher']):.2f}"
         cells.append(_row(f"generation {result['generation']}", teacher, result["students"]))
     print_table(console(), Table(f"{recipe}: generations", headers, cells))
 
 
 def _row(name: str, teacher: str, students: list[dict[str, Any]]) -> list[str]:
-    accuracies = [100 * student["accuracy"] for student in students]
+    accuracies = [main_percent(student) for student in students]
     agreements = [(student.get("examined") or {}).get("agreement") for student in students]
     interval = accuracy_interval(list(map(outcome_of, students)))
     known = [100 * agreement for agreement in agreements if agreement is not None]
@@ -123,7 +125,7 @@ def _row(name: str, teacher: str, students: list[dict[str, Any]]) -> list[str]:
         teacher,
         mean_std(mean(accuracies), stdev(accuracies) if len(accuracies) > 1 else None),
         interval_text(interval.in_percent if interval else None),
-        f"{mean(100 * student['best_accuracy'] for student in students):.2f}",
+        f"{mean(100 * best_value(student) for student in students):.2f}",
         f"{mean(known):.2f}" if known and teacher else "",
         str(len(students)),
     ]

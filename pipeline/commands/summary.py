@@ -12,6 +12,7 @@ from kdpipe.pipeline.report.networks import network_entries
 from kdpipe.pipeline.terminal.output import printable
 from kdpipe.stages.evaluation.correct_images import outcome_of
 from kdpipe.stages.evaluation.intervals import accuracy_interval
+from kdpipe.stages.evaluation.main_metric import main_percent, metric_of
 from kdpipe.stages.training.job_dir import read_json_file
 from kdpipe.store.format.identity import describe_computation
 
@@ -64,7 +65,7 @@ def _compressed(results: dict[str, Any], names: Mapping[str, str]) -> Iterator[s
     for card in results.get("artifacts", []):
         best = card["ranking"][0]
         yield f"exported: {', '.join(card['ranking'])}: {card['folder']}"
-        accuracy = f"{100 * card['networks'][best]['accuracy']:.2f} %"
+        accuracy = f"{main_percent(card['networks'][best]):.2f} %"
         yield f"recommended: {names.get(best, best)} ({accuracy}): {card['reason']}"
 
 
@@ -76,4 +77,5 @@ def _first_five(texts: list[str]) -> str:
 def _figures(name: str, figures: dict[str, Any]) -> str:
     interval = accuracy_interval([outcome_of(figures)])
     sure = f" (95 % interval {interval_text(interval.in_percent)})" if interval else ""
-    return f"{name}: test accuracy {100 * figures['accuracy']:.2f} %{sure}, {figures['num_parameters']:,} parameters"
+    reached = f"test {metric_of(figures).title} {main_percent(figures):.2f} %{sure}"
+    return f"{name}: {reached}, {figures['num_parameters']:,} parameters"

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import csv
 import io
-import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack
-from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -15,39 +13,20 @@ from typing import Any
 from tabulate import tabulate
 
 from kdpipe.pipeline.commands.compare import accuracy_row, prepare_store
+from kdpipe.pipeline.commands.trainings import Results, Training, alone_at, num_diverged, run_of, train_all
 from kdpipe.pipeline.preflight import try_distillation
 from kdpipe.pipeline.recipe.sweep import SweepPoint, alone_of, as_override, short_names
 from kdpipe.pipeline.report.printing import full_report
 from kdpipe.pipeline.report.variants import RESULTS, ranking_accuracy, sweep_table
 from kdpipe.pipeline.run import Run
-from kdpipe.pipeline.steps import train_student
 from kdpipe.pipeline.terminal.output import console
 from kdpipe.pipeline.terminal.tables import print_short_table
 from kdpipe.stages.distillation.spec import DistillationSpec
-from kdpipe.stages.distillation.student_config import ALONE, StudentConfig, student_folder
+from kdpipe.stages.distillation.student_config import ALONE, StudentConfig
 from kdpipe.stages.errors import NotFiniteError, RecipeError
-from kdpipe.stages.runtime.events import ProgressEvent
-from kdpipe.stages.train_student.student import StudentRun
-from kdpipe.stages.training.job_dir import JobDir, write_json_file
-from kdpipe.store import LockedError, exclusive
+from kdpipe.stages.evaluation.main_metric import main_value
+from kdpipe.stages.training.job_dir import write_json_file
 from kdpipe.store.fs.atomic_write import write_atomically
-
-POLL_S = 1.0
-"""Seconds between looks at trainings of other processes."""
-
-Key = tuple[str, int]
-"""A network's name and its seed."""
-
-
-@dataclass(frozen=True)
-class Training:
-    """One training of a sweep; `spec` is None for a student alone."""
-
-    name: str
-    seed: int
-    student: StudentConfig
-    spec: DistillationSpec | None
-    student_run: StudentRun
 
 
 def run_sweep(run: Run) -> dict[str, Any]:
@@ -61,24 +40,23 @@ def run_sweep(run: Run) -> dict[str, Any]:
             f"the recipe {run.recipe.name} has nothing to sweep: give a key several values, as in "
             "--set student.train.lr=0.05,0.1, or add a section [sweep]."
         )
-    with exclusive(folder, folder / ".teacher.lock", check=run.monitor.check):
+    with alone_at(run, folder / ".teacher.lock"):
         teacher = prepare_store(run, "sweep")
     specs = {point.name: _open(run, point) for point in points}
     alone = _names_of_alone(run, points) if run.recipe.student.baseline else {}
-    results = _train_all(run, list(sweep_trainings(run, points, specs)))
+    results = train_all(run, "sweep", list(sweep_trainings(run, points, specs)))
     if not any(results.values()):
         raise NotFiniteError("every training diverged: try a lower learning rate, or lower weights of the losses.")
     rows = [_row(point, results, alone, run.recipe.student.seeds) for point in points]
     rows = sorted((row for row in rows if row["accuracies"]), key=ranking_accuracy, reverse=True)
-    num_diverged = {point.name: _num_diverged(point.name, results) for point in points}
     found = {
         "teacher": teacher,
         "keys": list(points[0].settings),
         "rows": rows,
         "best": rows[0]["settings"] if rows else None,
-        "num_diverged": {name: number for name, number in num_diverged.items() if number},
+        "num_diverged": num_diverged(results),
     }
-    write_tables(folder, found)
+    run.process_group.on_main(partial(write_tables, folder, found))
     return found
 
 
@@ -112,66 +90,15 @@ def sweep_trainings(
     alone = _names_of_alone(run, points) if run.recipe.student.baseline else {}
     for seed in run.recipe.student.seeds:
         for name, student in dict(alone.values()).items():
-            yield Training(name, seed, student, None, _alone_run(run.folder, name, seed))
+            yield Training(name, seed, student, None, run_of(run.folder, "sweep", name, seed))
         for point in points:
-            yield Training(
-                point.name, seed, point.student, specs.get(point.name), _run_of(run.folder, point.name, seed)
-            )
-
-
-def _run_of(folder: Path, name: str, seed: int) -> StudentRun:
-    return StudentRun(JobDir(folder / "sweep" / name / f"seed{seed}"), f"{name}, seed {seed}", with_onnx=False)
-
-
-def _alone_run(folder: Path, name: str, seed: int) -> StudentRun:
-    """Return the folder of a student alone; that of `kdpipe train-student` if no setting of it is swept."""
-    if name != ALONE:
-        return _run_of(folder, name, seed)
-    return StudentRun(student_folder(folder, ALONE, seed), f"student {ALONE}, seed {seed}", with_onnx=False)
-
-
-def _train_all(run: Run, trainings: Sequence[Training]) -> dict[Key, dict[str, Any] | None]:
-    """Train all that no other process works on, and wait for the others; diverged ones have None."""
-    results: dict[Key, dict[str, Any] | None] = {}
-    waiting = list(trainings)
-    while waiting:
-        busy = []
-        for training in waiting:
-            with ExitStack() as locks:
-                path = training.student_run.job_dir.path
-                try:
-                    locks.enter_context(exclusive(path, path / ".lock"))
-                except LockedError:
-                    busy.append(training)
-                    continue
-                results[training.name, training.seed] = _trained(run, training)
-            event = ProgressEvent("sweep", "all trainings", len(results), len(trainings), "training")
-            run.monitor.report(event)
-        if busy == waiting:
-            run.monitor.warn_once("sweep", f"other processes train the last {len(busy)}: this one waits for them.")
-            run.monitor.check()
-            time.sleep(POLL_S)
-        waiting = busy
-    return results
-
-
-def _trained(run: Run, training: Training) -> dict[str, Any] | None:
-    try:
-        return train_student(
-            training.student, training.seed, training.spec, run.context, student_run=training.student_run
-        )
-    except NotFiniteError as error:  # the others go on
-        run.monitor.warn("sweep", str(error))
-        return None
-
-
-def _num_diverged(name: str, results: Mapping[Key, dict[str, Any] | None]) -> int:
-    return sum(result is None for (own, _), result in results.items() if own == name)
+            student_run = run_of(run.folder, "sweep", point.name, seed)
+            yield Training(point.name, seed, point.student, specs.get(point.name), student_run)
 
 
 def _row(
     point: SweepPoint,
-    results: Mapping[Key, dict[str, Any] | None],
+    results: Results,
     alone: Mapping[str, tuple[str, StudentConfig]],
     seeds: Sequence[int],
 ) -> dict[str, Any]:
@@ -179,7 +106,7 @@ def _row(
     name = alone[point.name][0] if alone else None
     own = {seed: result for seed in seeds if (result := results[point.name, seed]) is not None}
     base = {seed: result for seed in own if name is not None and (result := results[name, seed]) is not None}
-    gains = [100 * (own[seed]["accuracy"] - base[seed]["accuracy"]) for seed in base]
+    gains = [100 * (main_value(own[seed]) - main_value(base[seed])) for seed in base]
     return {
         "name": point.name,
         "settings": dict(point.settings),

@@ -16,7 +16,7 @@ from kdpipe.stages.cache_teacher.plan import top_k_of
 from kdpipe.stages.compress.compress import dry_run
 from kdpipe.stages.context import StageContext
 from kdpipe.stages.data.image_set import ImageSet
-from kdpipe.stages.data.load import list_source
+from kdpipe.stages.data.load import list_source, require_applicable
 from kdpipe.stages.data.names import FILE_KINDS, KINDS, NUM_CLASSES, SHAPES
 from kdpipe.stages.data.sources.user_function import is_user_dataset
 from kdpipe.stages.distillation.student_config import StudentConfig
@@ -35,6 +35,7 @@ from kdpipe.stages.targets.feature_spec import parse_feature, source_shapes
 from kdpipe.stages.teacher import TeacherConfig, require_weights, untrained_teacher
 from kdpipe.stages.train_student.preflight import dry_run_losses
 from kdpipe.stages.training.preflight import try_network
+from kdpipe.stages.zero_shot import class_names_of
 
 Config = TypeVar("Config", TeacherConfig, StudentConfig)
 
@@ -83,7 +84,10 @@ def faults_of_given(recipe: Recipe) -> tuple[list[str], list[str]]:
             return [], [f"the teacher's input scaling is not checked: {model.weights} is not on this machine."]
         channels = recipe.data.channels or SHAPES.get(recipe.data.name, (0, 3, 0))[1] or 3
         context = blank_context(recipe) or _blank(recipe, NUM_CLASSES, channels, SIDES[0])
-        network = context.build_model(replace(model, weights=None), recipe.seed) if is_own else nn.Identity()
+        network: nn.Module = nn.Identity()
+        if is_own:
+            given = replace(model, weights=None)
+            network = context.build_model(given, recipe.seed, headless=not teacher.has_own_head)
         scaling = Normalization(teacher.mean, teacher.std) if teacher.mean and teacher.std else IMAGENET
         fault = fault_of(require_given, teacher, ModelBundle(network, {}, scaling), context)
     except (ModelError, RecipeError, DataError):
@@ -100,8 +104,9 @@ def blank_context(recipe: Recipe) -> StageContext | None:
     data = recipe.data
     kind = data.name.partition(":")[0]
     unknown = kind not in KINDS and not is_user_dataset(data.name)
-    if unknown or (kind not in FILE_KINDS and data.test_crop != 1):
-        list_source(data, "train", None)  # raises for either, before it reads anything
+    require_applicable(data)
+    if unknown:
+        list_source(data, "train", None)  # raises before it reads anything
     num_classes, channels, side = SHAPES.get(data.name, (NUM_CLASSES, 3 if kind in FILE_KINDS else None, None))
     channels, side = data.channels or channels, data.image_size or side
     if channels is None:
@@ -120,7 +125,9 @@ def _blank(recipe: Recipe, num_classes: int, channels: int, side: int) -> StageC
     names = tuple(str(number) for number in range(num_classes))
     if recipe.teacher.model.classes is not None:
         names = tuple(each[0] for each in read_class_list(recipe.teacher.model))[:num_classes]
-        num_classes = len(names)
+    elif recipe.teacher.class_embeddings is not None:
+        names = tuple(each[0] for each in class_names_of(recipe.teacher.class_embeddings))[:num_classes]
+    num_classes = len(names)
     num_images = 2 * num_classes
     images = torch.zeros(num_images, channels, side, side, dtype=torch.uint8)
     images[num_classes:] = 255
@@ -175,7 +182,7 @@ def _faults_of_cache(recipe: Recipe, teacher: ModelBundle, context: StageContext
         except (ModelError, RecipeError) as error:
             yield f"cache.layers.{number}: {error}"
     if recipe.data.name in SHAPES:  # the number of classes is known
-        fault = fault_of(top_k_of, recipe.cache, context)
+        fault = fault_of(top_k_of, recipe.cache, context, teacher)
         yield from [fault] if fault else []
 
 

@@ -127,7 +127,16 @@ def validate(source: Overrides, context: Mapping[str, bool] | None = None) -> tu
         return None, fault_messages(Recipe, error, source.origin_of)
     except (ValueError, RecursionError) as error:  # numbers of thousands of digits, endlessly nested sections
         return None, [one_line(f"{source.path} is not a recipe: its nesting or its numbers are too long ({error}).")]
+    recipe = _without_alone(recipe)
     return recipe, [one_line(f"{source.path}: {fault}") for fault in _contradictions(recipe)]
+
+
+def _without_alone(recipe: Recipe) -> Recipe:
+    """Return the recipe; of images without labels without the networks that learn from labels alone."""
+    if recipe.data.labels != "none":
+        return recipe
+    student, compress = replace(recipe.student, baseline=False), replace(recipe.compress, baselines=False)
+    return replace(recipe, student=student, compress=compress)
 
 
 def faults_of_each(losses: Sequence[Loss], where: str, check: Callable[[Sequence[Loss]], object]) -> Iterator[str]:

@@ -25,7 +25,7 @@ def require_data(answers: Answers, root: str) -> None:
         raise RecipeError(
             f"there is no folder {place.absolute()}: name the folder that holds {path}, or move it there."
         )
-    if answers.kind in ("npz", "table") and not place.exists():
+    if answers.kind in ("npz", "table", "lmdb") and not place.exists():
         raise RecipeError(f"there is no file {place.absolute()}: name the folder that holds {path}, or move it there.")
 
 

@@ -54,8 +54,7 @@ DEFAULTS = {
     "FashionMNIST": GRAY,
     "CIFAR10": COLOR,
     "CIFAR100": COLOR,
-    "imagefolder": PHOTOS,
-    "table": PHOTOS,
+    **dict.fromkeys(FILE_KINDS, PHOTOS),
 }
 
 

@@ -20,6 +20,7 @@ from kdpipe.pipeline.report.networks import compressed_folder, style_of
 from kdpipe.pipeline.report.report import read_report
 from kdpipe.pipeline.report.rows import Report
 from kdpipe.stages.evaluation.intervals import Interval
+from kdpipe.stages.evaluation.main_metric import ACCURACY, METRICS
 from kdpipe.stages.training.job_dir import read_json_file
 from kdpipe.store.fs.atomic_write import write_atomically
 
@@ -50,6 +51,7 @@ class Point:
     file_bytes: int
     latency_ms: float | None
     kind: str = "student"
+    metric: str = ACCURACY.title
 
     @property
     def ends(self) -> tuple[float, float]:
@@ -83,6 +85,7 @@ def tradeoff_points(report: Report) -> list[Point]:
             row.file_bytes,
             row.latency_ms[largest]["p50_ms"] if row.latency_ms else None,
             row.kind,
+            METRICS[row.metric].title,
         )
         for row in report.rows
         if row.file_bytes and "hard labels" not in row.name
@@ -90,9 +93,10 @@ def tradeoff_points(report: Report) -> list[Point]:
 
 
 def tradeoff_title(report: Report) -> str:
+    what = METRICS[report.rows[0].metric].title
     if report.latency is None:
-        return f"{report.recipe}: accuracy and size"
-    return f"{report.recipe}: accuracy, size and latency (batch of {report.latency.batch_sizes[-1]})"
+        return f"{report.recipe}: {what} and size"
+    return f"{report.recipe}: {what}, size and latency (batch of {report.latency.batch_sizes[-1]})"
 
 
 @drawing()
@@ -141,8 +145,9 @@ def _panels(points: Sequence[Point]) -> Iterator[tuple[str, list[Cost], Callable
     """Yield each panel's title, points, and the format of its ticks."""
     by_size = [(point, float(point.file_bytes)) for point in points]
     by_time = [(point, point.latency_ms) for point in points if point.latency_ms is not None]
-    yield "accuracy, % by ONNX file size", by_size, bytes_text
-    yield "accuracy, % by latency", by_time, "{:.4g} ms".format
+    what = points[0].metric if points else ACCURACY.title
+    yield f"{what}, % by ONNX file size", by_size, bytes_text
+    yield f"{what}, % by latency", by_time, "{:.4g} ms".format
 
 
 def _height(points: Sequence[Point]) -> int:

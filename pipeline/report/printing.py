@@ -102,7 +102,7 @@ def print_short(run: PageRun, page: Path | None) -> None:
             ]
             for row in rows
         ]
-        headers = ["network", "test accuracy %", "95 % interval", "ONNX file", "size / teacher's", "parameters"]
+        headers = ["network", f"{rows[0].tested} %", "95 % interval", "ONNX file", "size / teacher's", "parameters"]
         print_short_table(screen, Table("", headers, cells), full_report(run.path))
     for name, text in _places(run, best, page):
         screen.print(Text(f"{name:<8} {text}"), soft_wrap=True)

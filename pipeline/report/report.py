@@ -16,7 +16,7 @@ from kdpipe.pipeline.terminal.output import printable
 from kdpipe.stages.compress.artifacts.latency_record import Latencies, latency_path, read_latencies
 from kdpipe.stages.errors import RunError
 from kdpipe.stages.evaluation.intervals import Outcome, accuracy_interval
-from kdpipe.stages.training.finalize import deciding_accuracy
+from kdpipe.stages.evaluation.main_metric import best_value, deciding, main_percent, metric_of
 from kdpipe.stages.training.job_dir import JobDir, read_json_file
 
 Result = Mapping[str, Any]
@@ -64,7 +64,7 @@ def read_report(run: Path, compressed: Path | None = None) -> Report:
     return Report(
         run=str(run),
         recipe=name,
-        verdict=_verdict(rows, outcomes, _setting(recipe, entries, found)),
+        verdict=_verdict(rows, outcomes, _setting(recipe, entries, found, rows)),
         latency=latency,
         rows=rows,
         differences=differences_of(outcomes),
@@ -79,10 +79,13 @@ def _finished(results: Mapping[Path, Result | None]) -> dict[Path, Result]:
     return {job: result for job, result in results.items() if result is not None}
 
 
-def _setting(recipe: Mapping[str, Any], entries: Sequence[NetworkEntry], found: AllResults) -> Setting:
+def _setting(
+    recipe: Mapping[str, Any], entries: Sequence[NetworkEntry], found: AllResults, rows: Sequence[Row]
+) -> Setting:
     finished = {entry.kind: list(_finished(found[entry.kind]).values()) for entry in entries}
     at_chance = [entry.name for entry in entries if any(one.get("at_chance") for one in finished[entry.kind])]
-    return replace(setting_of(recipe, finished["student"]), at_chance=at_chance)
+    setting = replace(setting_of(recipe, finished["student"]), at_chance=at_chance)
+    return replace(setting, tested=rows[0].tested) if rows else setting
 
 
 def _verdict(rows: Sequence[Row], outcomes: Outcomes, setting: Setting) -> Verdict:
@@ -105,7 +108,7 @@ def _row(
     outcomes: Sequence[Outcome | None],
     latency: Latencies | None,
 ) -> Row:
-    accuracy_mean, accuracy_std = mean_and_std([100 * result["accuracy"] for result in results.values()])
+    accuracy_mean, accuracy_std = mean_and_std([main_percent(result) for result in results.values()])
     first = next(iter(results.values()))
     interval = accuracy_interval([one for one in outcomes if one is not None])
     agreements = [result["onnx_agreement"] for result in results.values() if result["onnx_agreement"] is not None]
@@ -119,11 +122,12 @@ def _row(
         kind=entry.kind,
         timed_as=entry.timed_as,
         num_seeds=len(results),
+        metric=metric_of(first).name,
         accuracy_mean=accuracy_mean or 0.0,
         accuracy_std=accuracy_std,
         interval=interval.in_percent if interval else None,
-        best_accuracy_mean=mean(100 * result["best_accuracy"] for result in results.values()),
-        validation_mean=mean_and_std([100 * deciding_accuracy(result) for result in results.values()])[0]
+        best_accuracy_mean=mean(100 * best_value(result) for result in results.values()),
+        validation_mean=mean_and_std([main_percent(deciding(result)) for result in results.values()])[0]
         if "validation" in first
         else None,
         num_parameters=first["num_parameters"],

@@ -13,6 +13,7 @@ from kdpipe.pipeline.report.verdict import Verdict
 from kdpipe.stages.compress.artifacts.latency_record import Latencies
 from kdpipe.stages.errors import RunError
 from kdpipe.stages.evaluation.intervals import Interval
+from kdpipe.stages.evaluation.main_metric import ACCURACY, METRICS
 
 PAIRS = tuple((kind, f"{kind}-alone") for kind in ("pruned", "int8-unpruned", "int8", "int4-unpruned", "int4"))
 """Kinds fine-tuned with the teacher's stores, each with its counterpart fine-tuned with hard labels alone."""
@@ -49,6 +50,7 @@ class Row(QualityMetrics):
 
     Attributes:
         timed_as: Kind of the network whose file takes the same time.
+        metric: What takes the place of accuracy in all figures, such as "agreement" where test images have no labels.
         accuracy_mean: Test accuracy in percent after the last epoch.
         interval: Its 95 % confidence interval in percent: the wider one of Wilson's over images, and over several
             seeds Student's. None for one seed without the number of test images.
@@ -77,6 +79,12 @@ class Row(QualityMetrics):
     latency_ms: dict[str, dict[str, float]] | None
     files: list[str]
     validation_mean: float | None = None
+    metric: str = ACCURACY.name
+
+    @property
+    def tested(self) -> str:
+        """What the accuracy is, such as "test accuracy"."""
+        return f"test {METRICS[self.metric].title}"
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ from kdpipe.pipeline.report.formatting import integer, interval_text, kib, mean_
 from kdpipe.pipeline.report.rows import Report, Row
 from kdpipe.pipeline.terminal.output import printable
 from kdpipe.pipeline.terminal.tables import Table
+from kdpipe.stages.evaluation.main_metric import METRICS
 
 MAX_CLASS_NAME = 20
 """Letters of a class name in a table; --json has the whole name."""
@@ -22,7 +23,7 @@ def report_tables(report: Report) -> Iterator[Table]:
     if report.differences:
         yield _differences(report)
     yield _costs(report)
-    if any(row.ece_mean is not None for row in report.rows):
+    if any(row.ece_mean is not None or row.agreement_mean is not None for row in report.rows):
         yield _agreement(report.rows)
     if report.recovered:
         yield _recovered(report)
@@ -30,7 +31,7 @@ def report_tables(report: Report) -> Iterator[Table]:
 
 def _results(rows: Sequence[Row]) -> Table:
     validates = any(row.validation_mean is not None for row in rows)
-    headers = ["network", "test accuracy %", "95 % interval"]
+    headers = ["network", f"{rows[0].tested} %", "95 % interval"]
     headers += ["validation %", "its best epoch %"] if validates else ["best epoch %"]
     headers += ["seeds", "parameters", "ONNX file", "ONNX = torch %"]
     cells = [
@@ -67,7 +68,7 @@ def _differences(report: Report) -> Table:
         for one in report.differences
     ]
     basis = report.differences[0].basis if len(bases) == 1 else ""
-    caption = f"Differences of test accuracy, in percentage points{': ' * bool(basis)}{basis}"
+    caption = f"Differences of {report.rows[0].tested}, in percentage points{': ' * bool(basis)}{basis}"
     return Table(caption, headers, cells, num_names=2)
 
 
@@ -128,7 +129,8 @@ def _recovered(report: Report) -> Table:
         ]
         for row in report.recovered
     ]
-    return Table("Accuracy lost by compression, in percentage points", headers, cells)
+    what = METRICS[report.rows[0].metric].title
+    return Table(f"{what.capitalize()} lost by compression, in percentage points", headers, cells)
 
 
 def worst_class(row: Row) -> str:

@@ -12,6 +12,7 @@ from kdpipe.pipeline.report.formatting import interval_text, mean_std, num_seeds
 from kdpipe.pipeline.terminal.tables import Table
 from kdpipe.stages.errors import RunError
 from kdpipe.stages.evaluation.intervals import Interval
+from kdpipe.stages.evaluation.main_metric import main_percent, metric_of
 from kdpipe.stages.training.job_dir import read_json_file
 
 RESULTS = "results.json"
@@ -28,10 +29,10 @@ def compare_table(recipe: str, results: Mapping[str, Any]) -> Table:
     """Return a comparison's table, the best variant first: on the validation images, if there are any."""
     first, teacher = results["rows"][0], results["teacher"]  # the student alone, unless student.baseline is false
     validates = all(row["validation_mean"] is not None for row in results["rows"])
-    headers = ["variant", "test accuracy %", f"over {first['name']}", "95 % interval", "p"]
+    headers = ["variant", f"test {metric_of(first).title} %", f"over {first['name']}", "95 % interval", "p"]
     headers += ["validation %"] * validates
     headers += [f"step vs {first['name']}", "ms / step", "agreement %", "KL, nats", "best epoch %"]
-    cells = [["teacher", f"{100 * teacher['accuracy']:.2f}", *[""] * len(headers)]] if teacher else []
+    cells = [["teacher", f"{main_percent(teacher):.2f}", *[""] * len(headers)]] if teacher else []
     for row in sorted(results["rows"], key=ranking_accuracy, reverse=True):
         interval = Interval(**row["interval"]) if row["interval"] else None
         cells.append(
@@ -56,7 +57,8 @@ def sweep_table(recipe: str, found: Mapping[str, Any]) -> Table:
     """Return a sweep's table, the best combination first."""
     names, rows = short_names(found["keys"]), found["rows"]
     validates = all(row["validation_mean"] is not None for row in rows)
-    headers = [*names.values(), "test accuracy %", "alone %", "gain", "its 95 % interval"]
+    tested = f"test {metric_of(rows[0]).title} %" if rows else "test accuracy %"
+    headers = [*names.values(), tested, "alone %", "gain", "its 95 % interval"]
     headers += ["validation %"] * validates + ["agreement %", "KL, nats", "best epoch %"]
     cells = [
         [

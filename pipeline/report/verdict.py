@@ -37,6 +37,7 @@ class Setting:
         temperatures: Of the losses that have a fixed one.
         last_is_best: Whether the distilled students of all seeds were best after their last epoch.
         at_chance: The names of networks that are no better than guessing.
+        tested: What the accuracy is, such as "test accuracy".
     """
 
     has_baseline: bool = True
@@ -44,6 +45,7 @@ class Setting:
     temperatures: Sequence[float] = ()
     last_is_best: bool = False
     at_chance: Sequence[str] = ()
+    tested: str = "test accuracy"
 
 
 @dataclass(frozen=True)
@@ -114,7 +116,7 @@ def _verdict(
     if gain is None:
         return Verdict("unknown", _unknown(accuracies, setting), None, [])
     alone, student, teacher = (accuracies.get(kind) for kind in ("alone", "student", "teacher"))
-    figures = f"the student reaches {student} test accuracy distilled and {alone} alone, {gain.points:+.2f} points"
+    figures = f"the student reaches {student} {setting.tested} distilled and {alone} alone, {gain.points:+.2f} points"
     sentence = f"{figures} ({gain.certainty})."
     if student is not None and student.name in setting.at_chance:
         advice = ["more epochs (student.train.epochs) or a lower student.train.lr, as the student has not learned yet"]
@@ -143,13 +145,13 @@ def _unknown(accuracies: Mapping[str, Accuracy], setting: Setting) -> str:
         return "No network of this run is finished yet."
     student, teacher = accuracies.get("student"), accuracies.get("teacher")
     if student is not None and not setting.has_baseline:
-        goal = f"; the teacher reaches {teacher}" if teacher else ""
+        goal = f"; the teacher reaches {teacher}" if teacher and setting.tested == Setting.tested else ""
         return (
-            f"The distilled student reaches {student} test accuracy{goal}. It was not trained alone "
+            f"The distilled student reaches {student} {setting.tested}{goal}. It was not trained alone "
             "(student.baseline = false), so that its gain by distillation is not known."
         )
     best = max(accuracies.values(), key=lambda one: one.mean)
-    return f"Best network finished so far: {best.name}, {best} test accuracy."
+    return f"Best network finished so far: {best.name}, {best} {setting.tested}."
 
 
 def _advice(

@@ -7,6 +7,7 @@ import socket
 import time
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -17,6 +18,7 @@ from kdpipe.pipeline.report.networks import MADE_IN_PYTHON, NetworkEntry, networ
 from kdpipe.pipeline.session.event_log import EVENTS
 from kdpipe.pipeline.status.files import Budget, Measure, number, read_tail, text
 from kdpipe.pipeline.terminal.exit_codes import DONE, DONE_IN_PART, INTERRUPTED, STOPPED_EARLY
+from kdpipe.stages.evaluation.main_metric import ACCURACY, main_percent, metric_of
 from kdpipe.store.fs.checksums import read_intact_json
 from kdpipe.store.fs.lock import lock_holder
 
@@ -181,8 +183,8 @@ def _accuracies(networks: list[NetworkEntry], folder: Path, budget: Budget) -> I
     by_kind = {network.kind: network for network in networks}
     smallest = next((by_kind[kind] for kind in ("int8", "int4", "pruned") if kind in by_kind), None)
     for network in (by_kind.get("alone"), by_kind.get("student"), smallest):
-        if network and (known := _known_accuracies(network.jobs)):
-            yield network.name.removeprefix("student "), mean(known)
+        if network and (known := _known(network.jobs)):
+            yield network.name.removeprefix("student ") + known.what, mean(known.percents)
     for command, what in VARIANTS.items():
         yield from _best_of(folder / command, what, budget)
 
@@ -192,10 +194,10 @@ def _best_of(folder: Path, what: str, budget: Budget) -> Iterator[tuple[str, flo
     means: dict[str, float] = {}
     deciding: dict[str, float] = {}
     for variant, jobs in _variants(folder, budget):
-        if not variant.startswith("alone,") and (known := _known_accuracies(jobs)):
-            name = text(variant)
-            means[name], validated = mean(known), _known_accuracies(jobs, "validation")
-            deciding |= {name: mean(validated)} if validated else {}
+        if not variant.startswith("alone,") and (known := _known(jobs)):
+            name = text(variant) + known.what
+            means[name], validated = mean(known.percents), _known(jobs, "validation")
+            deciding |= {name: mean(validated.percents)} if validated else {}
     if means:
         best = max(means, key=(deciding if len(deciding) == len(means) else means).__getitem__)
         yield f"best of {len(means)} {what}: {best}", means[best]
@@ -209,12 +211,24 @@ def _variants(folder: Path, budget: Budget) -> Iterator[tuple[str, list[Path]]]:
             yield variant.name, [job for job in jobs if job.name.startswith("seed")]
 
 
-def _known_accuracies(jobs: Iterable[Path], part: str = "test") -> list[float]:
-    """Return the test or validation accuracies of finished jobs in percent; results are untrusted."""
+@dataclass(frozen=True)
+class _Known:
+    """Main metrics in percent; what they are, such as " (agreement)", if no accuracies."""
+
+    percents: list[float]
+    what: str
+
+
+def _known(jobs: Iterable[Path], part: str = "test") -> _Known | None:
+    """Return the main metrics of finished jobs on the test or validation images; results are untrusted."""
     results = [read_intact_json(job / "result.json") or {} for job in jobs]
-    parts = results if part == "test" else [result.get(part) for result in results]
-    found = [one.get("accuracy") for one in parts if isinstance(one, dict)]
-    return [100 * value for value in found if isinstance(value, int | float) and 0 <= value <= 1]
+    percents, what = [], ""
+    for one in results if part == "test" else [result.get(part) for result in results]:
+        with suppress(ValueError):
+            if isinstance(one, dict):
+                percents.append(main_percent(one))
+                what = "" if metric_of(one) == ACCURACY else f" ({metric_of(one).name})"
+    return _Known(percents, what) if percents else None
 
 
 def read_progress(run: Path) -> RunProgress | None:

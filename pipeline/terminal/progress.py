@@ -17,6 +17,7 @@ from kdpipe.pipeline.terminal.output import Verbosity, console, printable, verbo
 from kdpipe.pipeline.terminal.rate import Rate, RateTracker, count_text, duration_text, rate_text
 from kdpipe.pipeline.terminal.reporter import Reporter, Throttle, is_last, json_text, utc_now
 from kdpipe.pipeline.terminal.whole_run import WholeRun
+from kdpipe.stages.evaluation.main_metric import metric_of
 from kdpipe.stages.runtime.events import WARNING, ProgressEvent
 
 if TYPE_CHECKING:
@@ -114,10 +115,10 @@ def _speed(event: ProgressEvent, rate: Rate) -> list[str]:
 
 
 def _metrics(event: ProgressEvent) -> list[str]:
-    """Return the accuracy of an epoch and its loss, with what that is the sum of; they come with its last step."""
-    accuracy, losses = event.metrics.get("accuracy"), event.metrics.get("losses")
-    split = event.metrics.get("split", "test")
-    shown = [f"{split} accuracy {100 * accuracy:.2f} %"] if isinstance(accuracy, int | float) else []
+    """Return the main metric of an epoch and its loss, with what that is the sum of; they come with its last step."""
+    metric, losses = metric_of(event.metrics), event.metrics.get("losses")
+    value, split = event.metrics.get(metric.name), event.metrics.get("split", "test")
+    shown = [f"{split} {metric.title} {100 * value:.2f} %"] if isinstance(value, int | float) else []
     if isinstance(losses, dict) and losses and all(isinstance(loss, int | float) for loss in losses.values()):
         names = " + ".join([*list(losses)[:MAX_LOSSES], *["..."] * (len(losses) > MAX_LOSSES)])
         shown.append(f"loss {sum(losses.values()):.4g} ({names})")

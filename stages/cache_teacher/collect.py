@@ -38,7 +38,7 @@ class UnitOutputs:
 
     Attributes:
         unit: The unit.
-        logits: float32 [n, C].
+        logits: float32 [n, C]; [n, 0] if the store has none.
         features: By array, [n, ...] in the store's type.
         samples: By array, its first rows in float32: they represent the unit, as maps are large, and errors alike.
         waiting: Batches that have not been checked yet.
@@ -111,12 +111,11 @@ def collect_unit(
     outputs: UnitOutputs | None = None
     start = 0
     for ids, found in batches:
+        logits = found.logits if manifest.has_logits else found.logits[:, :0]
         exact = {feature.array: compute_statistic(feature, found.features[feature.source]) for feature in required}
         if outputs is None:
-            outputs = UnitOutputs.empty(manifest, unit, found.logits, exact)
-        outputs.waiting.append(
-            _send(outputs, slice(start, start + len(ids)), ids, {"logits": found.logits.float(), **exact})
-        )
+            outputs = UnitOutputs.empty(manifest, unit, logits, exact)
+        outputs.waiting.append(_send(outputs, slice(start, start + len(ids)), ids, {"logits": logits.float(), **exact}))
         start += len(ids)
         if len(outputs.waiting) > found.logits.is_cuda:
             outputs.check_next(manifest)
@@ -134,6 +133,8 @@ def _send(outputs: UnitOutputs, rows: slice, ids: Tensor, exact: dict[str, Tenso
 
 
 def _dtype(manifest: Manifest, name: str) -> torch.dtype:
+    if name == "logits" and not manifest.has_logits:
+        return torch.float32
     dtype: torch.dtype = getattr(torch, manifest.spec(VALUES if name == "logits" and manifest.top_k else name).dtype)
     return dtype
 

@@ -19,6 +19,8 @@ def compare(
 ) -> dict[str, Any] | None:
     """Return the errors of outputs over all batches, as pairs (in float32, to compare); None if they are not finite.
 
+    Without `temperatures` they have no logits.
+
     Returns:
         num_images, kl (by temperature, the mean of KL(float32 || other) in nats), top1_flips, largest_error of a logit,
         and features (by array, the root mean square of the errors over that of the features).

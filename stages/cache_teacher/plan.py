@@ -13,13 +13,14 @@ from pydantic import AfterValidator, Field
 
 from kdpipe.stages.cache_teacher.cache import CacheJob, row_positions
 from kdpipe.stages.cache_teacher.choice import batch_size_of, teacher_of_store
-from kdpipe.stages.cache_teacher.inference import hooked_layers
+from kdpipe.stages.cache_teacher.inference import hooked_layers, needs_labels
 from kdpipe.stages.compute.settings import ComputeSettings, MemoryFormat, Precision
 from kdpipe.stages.config import Count, PathStr, section
 from kdpipe.stages.context import StageContext
 from kdpipe.stages.errors import RecipeError, RunError
 from kdpipe.stages.models.bundle import ModelBundle
 from kdpipe.stages.models.hooks import overwritten_layers
+from kdpipe.stages.models.tokens import PRE_LOGITS
 from kdpipe.stages.runtime.versions import library_versions
 from kdpipe.stages.targets.feature_spec import FeatureSpec, statistic_shapes
 from kdpipe.store import (
@@ -116,13 +117,23 @@ def plan_store(
 ) -> Manifest:
     """Return the manifest of the store to make.
 
+    That of a teacher without a classifier has embeddings in place of logits.
+
     Raises ModelError, listing the nearest paths, for an unknown layer; RecipeError for a top_k of all classes;
     StoreError for a store that readers would refuse.
     """
-    top_k = top_k_of(config, context)
-    logits = (
-        top_k.arrays(config.dtype) if top_k else (ArraySpec(LOGITS, (context.train_set.num_classes,), config.dtype),)
-    )
+    top_k = top_k_of(config, context, teacher)
+    if teacher.is_headless:
+        logits: tuple[ArraySpec, ...] = ()
+        layers = with_embeddings(layers)
+    else:
+        num_classes = context.train_set.num_classes
+        logits = top_k.arrays(config.dtype) if top_k else (ArraySpec(LOGITS, (num_classes,), config.dtype),)
+    if needs_labels(layers) and not context.train_set.is_labelled:
+        raise RecipeError(
+            "the input gradient is that of the cross entropy with the labels, and some training images have none: "
+            "leave it out of cache.layers, or give all labels."
+        )
     shapes = statistic_shapes(teacher.model, layers, context.image_shape)
     own = overwritten_layers(teacher.model, hooked_layers(layers), context.image_shape)
     specs = (*logits, *[ArraySpec(one.array, shapes[one], config.dtype, one.source in own) for one in layers])
@@ -165,10 +176,21 @@ def require_room(path: Path, needed: int) -> None:
         )
 
 
-def top_k_of(config: CacheConfig, context: StageContext) -> TopK | None:
-    """Return the layout of top-k logits, None for all of them. Raises RecipeError if k is the number of classes."""
+def with_embeddings(layers: Sequence[FeatureSpec]) -> list[FeatureSpec]:
+    """Return the features to store of a teacher without a classifier: its embeddings first."""
+    embeddings = FeatureSpec(PRE_LOGITS)
+    return [embeddings, *(one for one in layers if one != embeddings)]
+
+
+def top_k_of(config: CacheConfig, context: StageContext, teacher: ModelBundle) -> TopK | None:
+    """Return the layout of top-k logits, None for all of them.
+
+    Raises RecipeError if k is the number of classes, or there are no logits.
+    """
     if config.top_k is None:
         return None
+    if teacher.is_headless:
+        raise RecipeError("cache.top_k keeps the largest logits, and the teacher has embeddings: leave it out.")
     num_classes = context.train_set.num_classes
     if config.top_k >= num_classes:
         raise RecipeError(

@@ -48,21 +48,21 @@ def show_views(context: StageContext, store: TargetStore | None, num_samples: in
     views = range(min(num_views, context.views.num_views if store is None else store.num_views))
     batches = [context.train_loader.get(ViewRequest(indices, view)) for view in views]
     images = torch.stack([batch.images.cpu() for batch in batches], dim=1)
-    names = train_set.class_names
     top = _top(context, store, indices, views) if store is not None else [[[] for _ in views] for _ in indices]
     partners = [list(row) for row in zip(*[_partners(context, batch) for batch in batches], strict=True)]
-    labels = [names[label] for label in train_set.labels[indices].tolist()]
+    labels = [train_set.label_name(index) for index in indices.tolist()]
     return ViewPreview(images, train_set.sample_ids[indices].tolist(), labels, top, partners)
 
 
 def _partners(context: StageContext, batch: ImageBatch) -> list[tuple[str, float] | None]:
     """Return label and share of the partner mixed into each image of a batch."""
     found: list[tuple[str, float] | None] = [None] * len(batch.indices)
+    names = (*context.train_set.class_names, "unlabelled")  # of the label -1
     if batch.mixture is not None:
         rows = batch.mixture.mixed.nonzero()[:, 0]
         labels = context.train_loader.partner_labels(batch.mixture.partner_ids[rows]).tolist()
         for row, label, share in zip(rows.tolist(), labels, batch.mixture.own_share[rows].tolist(), strict=True):
-            found[row] = (context.train_set.class_names[label], 1 - share)
+            found[row] = (names[label], 1 - share)
     return found
 
 

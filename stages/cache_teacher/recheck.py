@@ -162,6 +162,8 @@ def _logit_errors(
     Of top-k logits the stored classes and the mass of the rest are compared; a stored class must be one of the largest.
     """
     top_k = store.manifest.top_k
+    if not store.manifest.has_logits:
+        return {}
     if top_k is None:
         return {"logits": _row_errors(logits, stored["logits"], _tolerance(store, "logits"))}
     classes = np.minimum(stored[INDICES].astype(np.intp), top_k.num_classes - 1)

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from kdpipe.stages.cache_teacher.choice import DEFAULT_BATCH_SIZE, require_available, settings_of, with_settings
 from kdpipe.stages.cache_teacher.fidelity import compare
 from kdpipe.stages.cache_teacher.inference import forward, hooked_layers, needs_labels
-from kdpipe.stages.cache_teacher.plan import CacheConfig, samples_in_row_order
+from kdpipe.stages.cache_teacher.plan import CacheConfig, samples_in_row_order, with_embeddings
 from kdpipe.stages.compute.settings import EXACT, ComputeSettings, fast_precisions
 from kdpipe.stages.compute.threads import fastest_count, max_threads, open_counts, threads
 from kdpipe.stages.compute.trial import WORTH_A_TRIAL, choose, is_worth_a_trial, time_in_turn, time_on_one_thread
@@ -72,6 +72,7 @@ def decide(
         own = read_store_manifest(like)
         return with_settings(planned, settings_of(own), own.trial)
     require_available(config.precision, context.device)
+    layers = with_embeddings(layers) if teacher.is_headless else layers
     settings, num_images = config.settings, planned.layout.num_views * planned.layout.num_samples
     is_large = _is_large(teacher.model, context, num_images)
     if not is_large and settings.precision == "float32":
@@ -156,7 +157,8 @@ class Trial:
             chosen, record = choose(seconds), {"dropped": {str(one): why for one, why in dropped.items()}}
             if chosen == EXACT:
                 return chosen, record if dropped else {}
-            errors = compare(self._pairs(chosen, size), self.layers, self.config.temperatures)
+            temperatures = () if self.teacher.is_headless else self.config.temperatures
+            errors = compare(self._pairs(chosen, size), self.layers, temperatures)
             fault = self._fault(errors)
             if errors is not None and fault is None:
                 return chosen, {**errors, **(record if dropped else {})}
@@ -211,7 +213,7 @@ class Trial:
         """Return why outputs with such errors are not as good as those in float32; None if they are."""
         if errors is None:
             return "its outputs are not finite"
-        temperature, kl = max(errors["kl"].items(), key=lambda pair: float(pair[1]))
+        temperature, kl = max(errors["kl"].items(), key=lambda pair: float(pair[1]), default=("", 0.0))
         if kl > self.config.max_kl:
             return (
                 f"its KL divergence from float32 is {kl:.2g} nats at T = {temperature} ({errors['top1_flips']} of "

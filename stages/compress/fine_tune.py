@@ -15,6 +15,7 @@ from kdpipe.stages.compress.resume import TrainedModel
 from kdpipe.stages.config import config_fingerprint
 from kdpipe.stages.context import StageContext
 from kdpipe.stages.distillation.adapters import KeptChannels, restore_adapters
+from kdpipe.stages.distillation.embedding_student import examine_student
 from kdpipe.stages.distillation.spec import DistillationSpec
 from kdpipe.stages.distillation.student_config import StudentConfig
 from kdpipe.stages.distillation.task_builder import build_student, build_task
@@ -43,6 +44,7 @@ class FineTuneContext:
             schedules are at their end.
         evaluation: Returns the test images for a model's normalization.
         validation: Returns the validation images, None if there are none.
+        examine: Returns what a fine-tuned network's embeddings tell, for students of embeddings, and fits its head.
         inputs: The identities of data and views, which decide the results.
         run_dir: The run folder, with the student and the teacher.
         root: The folder of the compressed networks.
@@ -57,6 +59,7 @@ class FineTuneContext:
     build_task: Callable[[ModelBundle, DistillationSpec | None], TrainingTask]
     evaluation: Callable[[Normalization], Evaluation]
     validation: Callable[[Normalization], Evaluation | None]
+    examine: Callable[[ModelBundle], dict[str, Any]]
     inputs: Mapping[str, Any]
     run_dir: Path
     root: Path
@@ -116,8 +119,9 @@ def build_fine_tuning(
         ),
         evaluation=context.evaluation,
         validation=context.validation,
+        examine=lambda network: examine_student(network, spec, context),
         inputs={
-            "data": context.data_identity(),
+            "data": context.training_identity(),
             "test": context.test_identity(),
             "views": context.student_views(),
         },

@@ -88,7 +88,7 @@ def prune_student(
     pruned = _pruned(pruner, folder, before, config.steps)
     history, losses = fine_tune(_fine_tuning(pruner, pruned, folder, train, name), fine_tuning)
     test = fine_tuning.evaluation(pruned.network.normalize)
-    more = {**pruned.facts, **save_adapters(folder, losses)}
+    more = {**pruned.facts, **save_adapters(folder, losses), **fine_tuning.examine(pruned.network)}
     figures = finalize(
         folder,
         pruned.network,
@@ -170,7 +170,7 @@ def _pruned(pruner: _Pruner, folder: JobDir, before: PrunedCheckpoint, step: int
         facts = {
             "channel_ratio": max(pruned.ratio, before.facts["channel_ratio"]),
             "excluded": dict(pruned.excluded),
-            "accuracy_before": measured.accuracy,
+            f"{measured.metric.name}_before": measured.value,
         }
         kept = {}
         if before.adapters and pruned.removed and fine_tuning.spec:

@@ -123,8 +123,15 @@ def quantize_student(
         f"{name}, seed {fine_tuning.seed}", quantized, folder, exact, warm_up, before_epoch, masks, adapters
     )
     history, _ = fine_tune(job, fine_tuning)
-    validation = fine_tuning.validation(network.normalize)
-    return finalize(folder, quantized, history, test, with_onnx=fine_tuning.exports_onnx, validation=validation)
+    return finalize(
+        folder,
+        quantized,
+        history,
+        test,
+        with_onnx=fine_tuning.exports_onnx,
+        more=fine_tuning.examine(quantized),
+        validation=fine_tuning.validation(network.normalize),
+    )
 
 
 def quantize_fingerprint(

@@ -20,16 +20,20 @@ class DataConfig:
     """Configuration of the data set.
 
     Attributes:
-        name: digits, MNIST, FashionMNIST, CIFAR10, CIFAR100, imagefolder:PATH, table:PATH, npz:PATH,
-            python:MODULE:FUNCTION, or a registered name.
+        name: digits, MNIST, FashionMNIST, CIFAR10, CIFAR100, imagefolder:PATH, table:PATH, webdataset:PATH, lmdb:PATH,
+            hf_dataset:OWNER/NAME, npz:PATH, python:MODULE:FUNCTION, or a registered name.
         root: Folder of the named sets, and base of a relative PATH.
-        download: Whether torchvision may download a named set.
+        download: Whether torchvision may download a named set, and hf_dataset may ask the hub.
+        image_column: Column of the images of table and hf_dataset; found by its name or type if None.
+        label_column: Column of their labels; found by its name or type if None.
         channels: Convert to grayscale (1) or RGB (3).
         image_size: Crop the largest centered square and resize it to this many pixels.
         test_crop: Fraction of that square kept for the test images of files.
-        classes: Keep only samples of these classes.
+        classes: Keep only samples of these classes; of images without labels, the classes that the teacher tells apart.
         num_train: Keep a fixed stratified subset of the training split.
         test_share: Fraction split off for testing where the set has no test split.
+        labels: Keep the labels of "all" training samples, of "none", or of so many, with every class in proportion; the
+            others are unlabelled images. "none" holds for the validation images, too.
         validation_share: Fraction of the training images, of every class, that is not trained on or cached but decides
             instead of the test images: accuracy of each epoch, weights of teachers by accuracy, the best of variants.
         cache_bytes: Keep the decoded images of files in memory if they take no more than this.
@@ -40,11 +44,14 @@ class DataConfig:
     name: PathStr = "digits"
     root: PathStr = "data"
     download: bool = True
+    image_column: PathStr | None = None
+    label_column: PathStr | None = None
     channels: Annotated[Literal[1, 3], BeforeValidator(_reject_bool)] | None = None
     image_size: Annotated[int, Field(ge=1, le=2**14)] | None = None
     test_crop: Annotated[float, Field(gt=0, le=1)] = 1.0
     classes: Annotated[tuple[str, ...], Field(min_length=1)] | None = None
     num_train: Annotated[int, Field(ge=1, lt=2**63)] | None = None
+    labels: Literal["all", "none"] | Annotated[int, Field(ge=1, lt=2**63)] = "all"
     test_share: Annotated[float, Field(gt=0, lt=1)] = 0.2
     validation_share: Annotated[float, Field(ge=0, lt=1)] = 0.0
     cache_bytes: Bytes = 8 * 2**30

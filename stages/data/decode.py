@@ -9,11 +9,11 @@ import errno
 import math
 import threading
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import numpy.typing as npt
@@ -62,15 +62,20 @@ class DecodeSpec:
     crop: float = 1.0
 
 
-def decode_image(path: Path, spec: DecodeSpec) -> Pixels:
-    """Decode one file to a new uint8 array [C, H, W]: EXIF orientation applied, then converted to `spec`.
+def decode_image(path: str | Path, spec: DecodeSpec, opened: Callable[[], BinaryIO] | None = None) -> Pixels:
+    """Decode one image to a new uint8 array [C, H, W]: EXIF orientation applied, then converted to `spec`.
+
+    Args:
+        path: Where the image is: the file, or, for messages only, its place in what `opened` reads from.
+        spec: The format.
+        opened: Returns its bytes; may raise OSError.
 
     Raises:
         UnreadableImage: The file is not a complete image of 8 bits per channel in one of FORMATS.
         DataError: This machine lacks the resources to read it.
     """
     try:
-        with Image.open(path, formats=FORMATS) as file:
+        with Image.open(path if opened is None else opened(), formats=FORMATS) as file:
             _check_size(file)
             file.load()
             method = _UPRIGHT.get(_orientation(file))
@@ -218,7 +223,7 @@ def _check_size(file: Image.Image) -> None:
         raise Image.DecompressionBombError
 
 
-def _failure(path: Path, error: Exception) -> DataError:
+def _failure(path: str | Path, error: Exception) -> DataError:
     number = error.errno if isinstance(error, OSError) else None
     if isinstance(error, MemoryError) or number in _MACHINE_FAULTS:
         return DataError(

@@ -1,10 +1,8 @@
-"""Images that stay on disk and are decoded on access: more than memory holds, or of unequal sizes."""
+"""Images that stay where they are and are decoded on access: more than memory holds, or of unequal sizes."""
 
 from __future__ import annotations
 
 import dataclasses
-import os
-from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -14,44 +12,36 @@ import numpy as np
 import numpy.typing as npt
 from torch import Tensor
 
-from kdpipe.stages.data.decode import DecodeSpec, Pixels, UnreadableImage, decode_image, quiet_pillow
+from kdpipe.stages.data.decode import DecodeSpec, Pixels, UnreadableImage, quiet_pillow
+from kdpipe.stages.data.image_source import ImageSource
 from kdpipe.stages.data.splits import Indices
-
-Paths = npt.NDArray[np.bytes_]
-"""N paths in one array, which forked workers share: a million Path objects would be copied as their counts change."""
-
-
-def pack_paths(paths: Iterable[str | Path]) -> Paths:
-    """Pack paths into an array."""
-    return np.array([os.fsencode(path) for path in paths], dtype=np.bytes_)
-
-
-def path_at(paths: Paths, index: int) -> Path:
-    """Return one of the packed paths."""
-    return Path(os.fsdecode(bytes(paths[index])))
 
 
 @dataclass(frozen=True, eq=False)
 class ImageFileList:
-    """N image files of the data set `name` below `folder`, not decoded yet; `sample_ids` int64 [N]."""
+    """N images of the data set `name`, not decoded yet; `sample_ids` int64 [N].
+
+    Attributes:
+        folder: What the scan is cached by: the folder that the images are in, with the split if it holds several.
+    """
 
     name: str
     folder: Path
-    paths: Paths
+    source: ImageSource
     sample_ids: Indices
     spec: DecodeSpec
 
     def __len__(self) -> int:
-        return len(self.paths)
+        return len(self.source)
 
     def take(self, indices: Indices) -> ImageFileList:
         """Return the files at `indices`, int64 [M], in that order."""
-        return dataclasses.replace(self, paths=self.paths[indices], sample_ids=self.sample_ids[indices])
+        return dataclasses.replace(self, source=self.source.take(indices), sample_ids=self.sample_ids[indices])
 
 
 @dataclass(frozen=True, eq=False)
 class ImageFiles:
-    """N scanned image files. All data is in arrays, which forked workers share.
+    """N scanned images that are decoded on access. All data is in arrays, which forked workers share.
 
     Attributes:
         checksums: crc32c of each decoded image's [C, H, W] bytes when the data set was scanned: uint32 [N].
@@ -60,14 +50,14 @@ class ImageFiles:
             memory; None for those that stay files.
     """
 
-    paths: Paths
+    source: ImageSource
     spec: DecodeSpec
     checksums: npt.NDArray[np.uint32]
     shapes: npt.NDArray[np.int32]
     levels: npt.NDArray[np.int64] | None = None
 
     def __len__(self) -> int:
-        return len(self.paths)
+        return len(self.source)
 
     @cached_property
     def common_shape(self) -> tuple[int, int] | None:
@@ -88,13 +78,12 @@ class ImageFiles:
         Raises:
             UnreadableImage: The file cannot be decoded, or changed since the data set was scanned.
         """
-        path = path_at(self.paths, index)
         with quiet_pillow():
-            pixels = decode_image(path, self.spec)
+            pixels = self.source.decode(index, self.spec)
         if pixels.shape[1:] != tuple(self.shapes[index]) or pixel_checksum(pixels) != self.checksums[index]:
             raise UnreadableImage(
-                f"{path} changed since the data set was first read: restore the old file, or restart the job to use "
-                "the new one."
+                f"{self.source.where(index)} changed since the data set was first read: restore the old file, or "
+                "restart the job to use the new one."
             )
         return pixels
 
@@ -102,7 +91,7 @@ class ImageFiles:
         """Return the files at `indices`, int64 [M], in that order."""
         rows = indices.numpy()
         return dataclasses.replace(
-            self, paths=self.paths[rows], checksums=self.checksums[rows], shapes=self.shapes[rows], levels=None
+            self, source=self.source.take(rows), checksums=self.checksums[rows], shapes=self.shapes[rows], levels=None
         )
 
 

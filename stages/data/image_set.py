@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from dataclasses import dataclass
-from pathlib import Path
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from kdpipe.stages.data.decode import Pixels
-from kdpipe.stages.data.image_files import ImageFiles, path_at, pixel_checksum
+from kdpipe.stages.data.image_files import ImageFiles, pixel_checksum
 from kdpipe.stages.errors import DataError
 from kdpipe.store import ids_and_labels_sha256
 
@@ -27,6 +27,9 @@ FILES_NORMALIZATION = {
 }
 """Mean and std of image files by number of channels: ImageNet's, and the usual values for grayscale photographs."""
 
+UNLABELLED = -1
+"""The label of a sample without one, as in scikit-learn."""
+
 _CHUNK = 4096
 
 
@@ -34,7 +37,7 @@ _CHUNK = 4096
 class DroppedImage:
     """An unreadable image that was left out of its data set, and the reason."""
 
-    path: Path
+    path: str
     sample_id: int
     why: str
 
@@ -45,11 +48,12 @@ class ImageSet:
 
     Attributes:
         images: In memory, uint8 [N, C, H, W] with C 1 (grayscale) or 3 (RGB); or files decoded on access.
-        labels: int64 [N], each within [0, num_classes).
+        labels: int64 [N], each within [0, num_classes), or -1: unlabelled.
         sample_ids: int64 [N], unique within the split, >= 0, the same on every machine.
         dropped: Unreadable images, which are not among the N.
         crop: The share of their centered square that the images were cropped to before they were resized.
         notices: Sentences on what was left out, or was not plain, when the set was loaded.
+        listed: The labels of the source, int64 [N], where some of them are not used; they identify the samples.
 
     Raises:
         DataError: There are no samples, a label is out of range, or an id is negative or not unique.
@@ -64,6 +68,7 @@ class ImageSet:
     dropped: tuple[DroppedImage, ...] = ()
     crop: float = 1.0
     notices: tuple[str, ...] = ()
+    listed: Tensor | None = None
 
     def __post_init__(self) -> None:
         where = f"data set {self.name} ({self.split})"
@@ -95,6 +100,31 @@ class ImageSet:
     def num_classes(self) -> int:
         return len(self.class_names)
 
+    @cached_property
+    def has_labels(self) -> bool:
+        """Whether any sample has a label."""
+        return bool((self.labels != UNLABELLED).any())
+
+    @cached_property
+    def is_labelled(self) -> bool:
+        """Whether every sample has a label."""
+        return bool((self.labels != UNLABELLED).all())
+
+    @cached_property
+    def labelled(self) -> Tensor:
+        """The positions of the samples with a label, int64 [M]."""
+        return (self.labels != UNLABELLED).nonzero()[:, 0]
+
+    @property
+    def listed_labels(self) -> Tensor:
+        """The labels of the source, int64 [N], by which stores know the samples."""
+        return self.labels if self.listed is None else self.listed
+
+    def label_name(self, position: int) -> str:
+        """Return the name of a sample's class."""
+        label = int(self.labels[position])
+        return "unlabelled" if label == UNLABELLED else self.class_names[label]
+
     @property
     def in_channels(self) -> int:
         return self.images.shape[1] if isinstance(self.images, Tensor) else self.images.spec.channels
@@ -123,7 +153,17 @@ class ImageSet:
             self,
             images=images.index_select(0, indices) if isinstance(images, Tensor) else images.take(indices),
             labels=self.labels[indices],
+            listed=None if self.listed is None else self.listed[indices],
             sample_ids=self.sample_ids[indices],
+        )
+
+
+def require_labels(image_set: ImageSet) -> None:
+    """Raise DataError for samples that are to be learned without a teacher, if none has a label."""
+    if not image_set.has_labels:
+        raise DataError(
+            f"no {image_set.split} image of {image_set.name} has a label, and without a teacher there is nothing to "
+            "learn from them: distil from a teacher with given weights, or give labels."
         )
 
 
@@ -137,8 +177,15 @@ def digest(image_set: ImageSet) -> dict[str, Any]:
         "split": image_set.split,
         "num_samples": image_set.num_samples,
         "num_classes": image_set.num_classes,
-        "ids_and_labels_sha256": ids_and_labels_sha256(image_set.sample_ids.numpy(), image_set.labels.numpy()),
+        "ids_and_labels_sha256": ids_and_labels_sha256(image_set.sample_ids.numpy(), image_set.listed_labels.numpy()),
     }
+
+
+def kept_labels(image_set: ImageSet) -> dict[str, Any]:
+    """Identify which labels are used, as JSON; nothing if those are all of the source."""
+    if image_set.listed is None:
+        return {}
+    return {"kept_labels_sha256": ids_and_labels_sha256(image_set.sample_ids.numpy(), image_set.labels.numpy())}
 
 
 def pixel_checksums(image_set: ImageSet) -> npt.NDArray[np.uint32]:
@@ -157,8 +204,8 @@ def unequal_sizes_message(image_set: ImageSet) -> str:
         raise ValueError(f"all images of {image_set.name} have the same size")
     (height, width), (other_height, other_width) = files.shapes[0].tolist(), files.shapes[other].tolist()
     return (
-        f"the images have different sizes: {path_at(files.paths, 0)} is {width} x {height}, "
-        f"{path_at(files.paths, other)} is {other_width} x {other_height}: set data.image_size to crop and "
+        f"the images have different sizes: {files.source.where(0)} is {width} x {height}, "
+        f"{files.source.where(other)} is {other_width} x {other_height}: set data.image_size to crop and "
         "resize them (in Python: image_size= of kdpipe.load_dataset or kdpipe.as_image_set)."
     )
 
@@ -196,12 +243,12 @@ def _moments(counts: Tensor) -> tuple[float, float]:
 
 
 def _check_columns(where: str, num_images: int, labels: Tensor, sample_ids: Tensor, num_classes: int) -> None:
-    """Raise DataError unless there are samples, labels are in [0, num_classes), and ids unique and >= 0."""
+    """Raise DataError unless there are samples, labels are in [0, num_classes) or -1, and ids unique and >= 0."""
     if num_images == 0:
         raise DataError(f"{where} has no samples: at least one is required.")
     _check_ids(where, sample_ids)
     one_based = int(labels.min()) == 1 and int(labels.max()) == num_classes
-    outside = ((labels < 0) | (labels >= num_classes)).nonzero()
+    outside = ((labels < UNLABELLED) | (labels >= num_classes)).nonzero()
     if len(outside):
         index = int(outside[0])
         raise DataError(

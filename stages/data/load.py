@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import get_args
 
@@ -11,13 +12,17 @@ import torch
 
 from kdpipe.stages.data.config import DataConfig
 from kdpipe.stages.data.decode import DecodeSpec, with_channels, with_size
-from kdpipe.stages.data.image_files import ImageFileList
+from kdpipe.stages.data.image_files import ImageFileList, ImageFiles
 from kdpipe.stages.data.image_set import ImageSet
+from kdpipe.stages.data.labelling import keep_labels
 from kdpipe.stages.data.names import FILE_KINDS, KNOWN_NAMES, TORCHVISION_NAMES
 from kdpipe.stages.data.scan import OnImage, ScanResult, scan_images
 from kdpipe.stages.data.sources.image_folder import list_image_folder
-from kdpipe.stages.data.sources.listing import Listing, absent_classes
+from kdpipe.stages.data.sources.listing import Listing, absent_classes, unlabelled_samples
 from kdpipe.stages.data.sources.npz import list_npz
+from kdpipe.stages.data.sources.packed.hf_dataset import list_hf_dataset
+from kdpipe.stages.data.sources.packed.lmdb import list_lmdb
+from kdpipe.stages.data.sources.packed.webdataset import list_webdataset
 from kdpipe.stages.data.sources.table import list_table
 from kdpipe.stages.data.sources.torchvision import list_digits, list_torchvision
 from kdpipe.stages.data.sources.user_function import DATASETS, is_user_dataset, list_user_dataset
@@ -34,6 +39,7 @@ def load_dataset(
     only: Indices | None = None,
     keep: bool = True,
     on_image: OnImage | None = None,
+    name_classes: Callable[[], tuple[str, ...]] = tuple,
 ) -> ImageSet:
     """Load a part of a data set: uint8 [N, C, H, W] in memory, or files.
 
@@ -44,6 +50,7 @@ def load_dataset(
         size: Replaces `config.image_size`.
         only: Ids of the samples to load; None loads all.
         keep: Whether to keep the images of a folder in memory where they fit; otherwise they stay files.
+        name_classes: Names the classes of unlabelled images where neither the data set nor `classes` does.
         on_image: Called with (done, total) from time to time while files are scanned; may raise to abort, which keeps
             most of the scan.
 
@@ -54,15 +61,16 @@ def load_dataset(
     if split not in get_args(Part):
         raise DataError(f"unknown split {split!r}: expected 'train', 'validation' or 'test'.")
     size = config.image_size if size is None else size
-    listing = list_source(config, split, size)
+    listing = list_source(config, split, size, on_image)
     indices = _select(listing, config, split)
     if only is not None:
         indices = indices[np.isin(listing.sample_ids[indices], only)]
     found = _load_images(listing, indices, config, size, on_image, keep=keep)
     indices = indices[found.kept]
-    labels, names = listing.labels[indices], listing.class_names
-    absent = absent_classes(listing.name, split, labels, names, config.classes) if only is None else ()
-    return ImageSet(
+    labels, names = listing.labels[indices], listing.class_names or _names_of(config, size, name_classes)
+    absent = absent_classes(listing.name, split, labels, names, config.classes)
+    absent += unlabelled_samples(listing.name, split, labels)
+    loaded = ImageSet(
         name=listing.name,
         split=split,
         images=torch.from_numpy(found.images) if isinstance(found.images, np.ndarray) else found.images,
@@ -73,10 +81,27 @@ def load_dataset(
         crop=1.0 if split == "train" else config.test_crop,
         notices=(*listing.notices, *absent) if only is None else (),
     )
+    if split == "train" and config.labels != "none" and not loaded.has_labels:
+        raise DataError(f"no training sample of {listing.name} has a label: set data.labels = 'none'.")
+    keeps_all = split == "test" or (split == "validation" and config.labels != "none")
+    return loaded if keeps_all else keep_labels(loaded, config.labels)
 
 
-def list_source(config: DataConfig, part: Part, size: int | None) -> Listing:
+def _names_of(config: DataConfig, size: int | None, name_classes: Callable[[], tuple[str, ...]]) -> tuple[str, ...]:
+    """Return the class names of samples without labels: the test split's, `data.classes`, or the teacher's."""
+    found = list_source(config, "test", size).class_names or config.classes or name_classes()
+    if not found:
+        raise DataError(
+            f"no sample of {config.name} has a label, so that its classes are not known: name them in the order of the "
+            "teacher's outputs (data.classes)."
+        )
+    return tuple(found)
+
+
+def list_source(config: DataConfig, part: Part, size: int | None, on_image: OnImage | None = None) -> Listing:
     """List the samples of the data set `config.name` that a part is taken from; files are to be decoded to `size`.
+
+    A torch Dataset that does not fit in memory is read once, which `on_image` is told.
 
     Raises:
         UnknownDataError: There is no such source.
@@ -85,14 +110,9 @@ def list_source(config: DataConfig, part: Part, size: int | None) -> Listing:
     split: Split = "test" if part == "test" else "train"
     kind, colon, argument = config.name.partition(":")
     root = _path(config.root)
+    require_applicable(config)
     if colon and argument and kind in FILE_KINDS:
-        list_files = list_image_folder if kind == "imagefolder" else list_table
-        return list_files(_path(argument, config.root), split, _decode_spec(config, part, size))
-    if config.test_crop != 1:
-        raise RecipeError(
-            f"data.test_crop applies only to imagefolder:PATH and table:PATH, and data.name is {config.name!r}: "
-            "remove it."
-        )
+        return _list_files(config, kind, argument, split, _decode_spec(config, part, size))
     if config.name == "digits":
         return list_digits()
     if config.name in TORCHVISION_NAMES:
@@ -100,12 +120,38 @@ def list_source(config: DataConfig, part: Part, size: int | None) -> Listing:
     if colon and argument and kind == "npz":
         return list_npz(_path(argument, config.root), split)
     if is_user_dataset(config.name):
-        return list_user_dataset(config.name, split, root=root, size=size, channels=config.channels)
+        options = {"max_bytes": config.cache_bytes, "num_workers": config.num_workers, "on_image": on_image}
+        return list_user_dataset(config.name, split, root=root, size=size, channels=config.channels, **options)
     known = [*KNOWN_NAMES, *DATASETS.registered()]
     near = did_you_mean(config.name, known, limit=2, otherwise="")
     raise UnknownDataError(
         f"unknown data set data.name={config.name!r}; {near}{' ' if near else ''}known names: {', '.join(known)}."
     )
+
+
+def _list_files(config: DataConfig, kind: str, argument: str, split: Split, spec: DecodeSpec) -> Listing:
+    path, columns = _path(argument, config.root), (config.image_column, config.label_column)
+    unlabelled = config.labels == "none"
+    if kind == "table":
+        return list_table(path, split, spec, columns)
+    if kind == "hf_dataset":
+        return list_hf_dataset(
+            argument, path, split, spec, columns=columns, download=config.download, unlabelled=unlabelled
+        )
+    if kind == "imagefolder":
+        return list_image_folder(path, split, spec, unlabelled=unlabelled)
+    return (list_webdataset if kind == "webdataset" else list_lmdb)(path, split, spec)
+
+
+def require_applicable(config: DataConfig) -> None:
+    """Raise RecipeError if a key is set that does not apply to data sets of this kind."""
+    columns = ("table", "hf_dataset")
+    for key, kinds in {"test_crop": FILE_KINDS, "image_column": columns, "label_column": columns}.items():
+        is_set = getattr(config, key) != DataConfig.__dataclass_fields__[key].default
+        if is_set and config.name.partition(":")[0] not in kinds:
+            raise RecipeError(
+                f"data.{key} applies only to {', '.join(kinds)}, and data.name is {config.name!r}: remove it."
+            )
 
 
 def _decode_spec(config: DataConfig, part: Part, size: int | None) -> DecodeSpec:
@@ -135,6 +181,8 @@ def _load_images(
             drop_unreadable=config.unreadable == "drop",
             on_image=on_image,
         )
+    if isinstance(listing.images, ImageFiles):
+        return ScanResult(listing.images.take(torch.from_numpy(indices)), np.arange(len(indices)), ())
     pixels = with_size(with_channels(listing.images(indices), config.channels), size, f"data set {listing.name}")
     return ScanResult(pixels, np.arange(len(indices)), ())
 
@@ -145,7 +193,7 @@ def _select(listing: Listing, config: DataConfig, part: Part) -> Indices:
     if listing.unsplit:
         train, test = stratified_split(listing.labels, config.test_share)
         indices = test if part == "test" else train
-    if config.classes is not None:
+    if config.classes is not None and listing.class_names:
         indices = indices[np.isin(listing.labels[indices], _labels_of(config.classes, listing))]
         if not len(indices):
             raise DataError(f"data set {listing.name} ({part}) has no samples of the classes in data.classes.")

@@ -4,10 +4,18 @@ from __future__ import annotations
 
 TORCHVISION_NAMES = ("MNIST", "FashionMNIST", "CIFAR10", "CIFAR100")
 
-KNOWN_NAMES = ("digits", *TORCHVISION_NAMES, "imagefolder:PATH", "table:PATH", "npz:PATH", "python:MODULE:FUNCTION")
+FILES = (
+    "imagefolder:PATH",
+    "table:PATH",
+    "webdataset:PATH",
+    "lmdb:PATH",
+    "hf_dataset:OWNER/NAME",
+)
 
-FILE_KINDS = ("imagefolder", "table")
-"""Data sets of image files, which are decoded on access."""
+FILE_KINDS = tuple(name.partition(":")[0] for name in FILES)
+"""Data sets of encoded images, which are decoded on access."""
+
+KNOWN_NAMES = ("digits", *TORCHVISION_NAMES, *FILES, "npz:PATH", "python:MODULE:FUNCTION")
 
 KINDS = {name.partition(":")[0] for name in KNOWN_NAMES}
 

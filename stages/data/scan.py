@@ -12,10 +12,11 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from kdpipe.stages.data.decode import LevelCounts, PixelCache, Pixels, UnreadableImage, decode_image, quiet_pillow
-from kdpipe.stages.data.image_files import ImageFileList, ImageFiles, path_at, pixel_checksum
+from kdpipe.stages.data.decode import LevelCounts, PixelCache, Pixels, UnreadableImage, quiet_pillow
+from kdpipe.stages.data.image_files import ImageFileList, ImageFiles, pixel_checksum
 from kdpipe.stages.data.image_set import DroppedImage
-from kdpipe.stages.data.scan_cache import CHUNK, NO_STAMP, ScanState, Stamp, is_settled, scan_threads, stamp
+from kdpipe.stages.data.image_source import NO_STAMP, Stamp
+from kdpipe.stages.data.scan_cache import CHUNK, ScanState, is_settled, scan_threads
 from kdpipe.stages.data.splits import Indices
 from kdpipe.stages.errors import DataError
 
@@ -68,7 +69,7 @@ def scan_images(
                     state.add(index, image.stamp, image.checksum, image.shape)
                     continue
                 state.readable[index] = False
-                dropped.append(DroppedImage(path_at(chosen.paths, index), int(chosen.sample_ids[index]), image.why))
+                dropped.append(DroppedImage(chosen.source.where(index), int(chosen.sample_ids[index]), image.why))
                 _check_dropped(files.name, dropped, len(chosen), drop_unreadable)
     finally:
         if not pixel_cache.active:
@@ -78,7 +79,7 @@ def scan_images(
     if pixel_cache.active and counts is None:
         return ScanResult(pixel_cache.take(kept), kept, tuple(dropped))
     readable, entries = chosen.take(kept) if dropped else chosen, state.entries[kept]
-    images = ImageFiles(readable.paths, spec, entries["checksum"].copy(), entries["shape"].copy(), counts)
+    images = ImageFiles(readable.source, spec, entries["checksum"].copy(), entries["shape"].copy(), counts)
     return ScanResult(images, kept, tuple(dropped))
 
 
@@ -126,10 +127,10 @@ def _scan(
 
 
 def _scan_image(chosen: ImageFileList, pixel_cache: PixelCache, index: int) -> _Scanned:
-    path = path_at(chosen.paths, index)
-    now_ns, before = time.time_ns(), stamp(path)  # before decoding: a change meanwhile gives the file another stamp
+    now_ns = time.time_ns()
+    before = chosen.source.stamp(index)  # before decoding: a change meanwhile gives the file another stamp
     try:
-        image = decode_image(path, chosen.spec)
+        image = chosen.source.decode(index, chosen.spec)
     except UnreadableImage as error:
         return _Scanned(why=str(error))
     pixel_cache.put(index, image)

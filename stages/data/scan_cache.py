@@ -22,7 +22,8 @@ import PIL
 from PIL import features
 
 from kdpipe.stages.data.decode import DecodeSpec
-from kdpipe.stages.data.image_files import ImageFileList, path_at
+from kdpipe.stages.data.image_files import ImageFileList
+from kdpipe.stages.data.image_source import NO_STAMP, Stamp
 from kdpipe.stages.runtime.cpu import num_cores
 from kdpipe.store import make_folders, write_atomically
 
@@ -31,11 +32,6 @@ ENTRY = np.dtype([("id", "<i8"), ("stamp", "<i8", 3), ("checksum", "<u4"), ("sha
 
 Entries: TypeAlias = npt.NDArray[np.void]
 """Array [N] of ENTRY; in a cache file sorted by id."""
-
-Stamp = tuple[int, int, int]
-"""(size in bytes, mtime_ns, ctime_ns) of a file."""
-
-NO_STAMP: Stamp = (-1, -1, -1)
 
 RACY_NS = 2_000_000_000
 """A file changed less than this before it was read is not cached: it could change again within one tick of the disk's
@@ -56,15 +52,6 @@ SAVE_EVERY_S = 120.0
 """Seconds between saves: the work that a killed job repeats."""
 
 
-def stamp(path: Path) -> Stamp:
-    """Return the file's stamp, or NO_STAMP, which is never valid, if it cannot be read."""
-    try:
-        status = os.stat(path)  # noqa: PTH116 - Path.stat costs twice as much, and there may be a million
-    except OSError:
-        return NO_STAMP
-    return status.st_size, status.st_mtime_ns, status.st_ctime_ns
-
-
 def is_settled(found: Stamp, now_ns: int) -> bool:
     """Return whether the last change is so long before `now_ns` that a later one must alter the stamp."""
     return found != NO_STAMP and max(found[1], found[2]) < now_ns - RACY_NS
@@ -72,14 +59,19 @@ def is_settled(found: Stamp, now_ns: int) -> bool:
 
 def cache_path(folder: Path, spec: DecodeSpec, environ: Mapping[str, str]) -> Path | None:
     """Return the cache file for the images below `folder` decoded to `spec`; None without a home folder."""
+    key = os.fsencode(folder.absolute()) + f"\0{spec.channels}\0{spec.size}\0{spec.crop}".encode()
+    return cache_file("images", key, environ)
+
+
+def cache_file(kind: str, key: bytes, environ: Mapping[str, str]) -> Path | None:
+    """Return the cache file for `key` among those of a kind; None without a home folder."""
     cache = Path(environ.get("XDG_CACHE_HOME") or "")
     if not cache.is_absolute():  # the XDG specification ignores relative paths
         try:
             cache = Path(environ.get("HOME") or Path.home()) / ".cache"
         except RuntimeError:  # a user without a home
             return None
-    key = os.fsencode(folder.absolute()) + f"\0{spec.channels}\0{spec.size}\0{spec.crop}".encode()
-    return cache / "kdpipe" / "images" / f"{hashlib.sha256(key).hexdigest()}.npz"
+    return cache / "kdpipe" / kind / f"{hashlib.sha256(key).hexdigest()}.npz"
 
 
 def read_cache(path: Path | None) -> Entries:
@@ -97,10 +89,15 @@ def read_cache(path: Path | None) -> Entries:
 
 def write_cache(path: Path | None, entries: Entries) -> None:
     """Replace the cache file at `path` atomically; of two concurrent jobs the last one wins."""
+    write_arrays(path, {"made_by": np.array([_made_by()]), "entries": entries})
+
+
+def write_arrays(path: Path | None, arrays: Mapping[str, npt.NDArray[Any]]) -> None:
+    """Write a cache file atomically, if it can be written."""
     if path is None:
         return
     file = io.BytesIO()
-    np.savez(file, made_by=np.array([_made_by()]), entries=entries)
+    np.savez(file, **arrays)  # type: ignore[arg-type]
     try:
         make_folders([path.parent])
         write_atomically(path, file.getvalue())
@@ -196,7 +193,7 @@ def _read_stamps(chosen: ImageFileList) -> npt.NDArray[np.int64]:
     """Read the stamp of each file in threads, int64 [N, 3]: network disks answer slowly, but many at once."""
 
     def of_chunk(start: int) -> list[Stamp]:
-        return [stamp(path_at(chosen.paths, index)) for index in range(start, min(start + CHUNK, len(chosen)))]
+        return [chosen.source.stamp(index) for index in range(start, min(start + CHUNK, len(chosen)))]
 
     with scan_threads() as map_threads:
         chunks = map_threads(of_chunk, range(0, len(chosen), CHUNK))

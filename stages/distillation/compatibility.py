@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 from kdpipe.stages.context import StageContext
+from kdpipe.stages.data.image_set import ImageSet
 from kdpipe.stages.distillation.spec import DistillationSpec
 from kdpipe.stages.distillation.student_config import StudentConfig
 from kdpipe.stages.errors import RecipeError
@@ -12,6 +13,7 @@ from kdpipe.stages.losses.base import LogitLoss, Loss
 from kdpipe.stages.losses.schedules import bounds
 from kdpipe.stages.targets.ensemble import TeachersConfig
 from kdpipe.stages.targets.join import JoinedStore
+from kdpipe.stages.targets.outputs import NO_LOGITS
 from kdpipe.stages.targets.reader import Targets
 from kdpipe.stages.views.config import Views
 from kdpipe.store import StoreError, TargetStore, interpolation
@@ -60,6 +62,27 @@ def check_image_size(
                 f"{where}.{number} ({loss.loss}) compares gradients pixel by pixel, and student.image_size = "
                 f"{student.image_size} gives the student other pixels than the teacher: remove one of them."
             )
+
+
+def check_labels(losses: Sequence[Loss], teachers: TeachersConfig, train_set: ImageSet, where: str = "distill") -> None:
+    """Raise RecipeError for what needs labels that the training images lack."""
+    if train_set.is_labelled:
+        return
+    num = f"{train_set.num_samples - len(train_set.labelled):,} of {train_set.num_samples:,} training images have none"
+    for number, loss in enumerate(losses):
+        entry = f"{where}.{number} ({loss.loss})"
+        if loss.input_gradient:
+            raise RecipeError(
+                f"{entry} compares the gradients of the cross entropy with the labels, and {num}: use another loss."
+            )
+        if loss.needs_labels and not train_set.has_labels:
+            by = "" if type(loss).one_label else " selects or weighs samples by their labels and"
+            raise RecipeError(f"{entry}{by} needs labels, and the training images have none: use a loss such as kd.")
+    if teachers.weights in ("confidence", "learnable") and not train_set.has_labels:
+        raise RecipeError(
+            f"student.teachers.weights = {teachers.weights!r} needs labels, and the training images have none: use "
+            "'equal', or give the weights as numbers."
+        )
 
 
 def temperatures_of(
@@ -144,13 +167,25 @@ def _require_probabilities(store: TargetStore, entry: str) -> None:
         ) from error
 
 
+def require_no_logits(losses: Sequence[Loss], store: int, where: str = "distill") -> None:
+    """Raise RecipeError if a loss needs the logits of this store, which has the embeddings of its teacher."""
+    for number, loss in enumerate(losses):
+        is_own = (loss.store or 0) == store or (loss.store is None and loss.on_logits)
+        if is_own and (loss.on_logits or loss.input_gradient or loss.samples.needs_probabilities):
+            what = "selects samples by" if not loss.on_logits and not loss.input_gradient else "needs"
+            raise RecipeError(f"{where}.{number} ({loss.loss}) {what} the teacher's logits: {NO_LOGITS}")
+
+
 def require_logits(stores: Sequence[TargetStore], losses: Sequence[Loss], teachers: TeachersConfig) -> None:
-    """Check that stores with top-k logits have what the losses require.
+    """Check that stores with top-k logits, or without any, have what the losses require.
 
     Raises:
         StoreError: A loss's temperature is outside the range of the stored tail.
         RecipeError: A loss needs the logits of all classes.
     """
+    for index, store in enumerate(stores):
+        if not store.manifest.has_logits:
+            require_no_logits(losses, index)
     for number, loss in enumerate(losses):
         for index, store in enumerate(stores):
             if not store.manifest.top_k or not loss.on_logits or loss.store not in (None, index):

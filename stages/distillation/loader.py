@@ -45,7 +45,7 @@ class StudentBatch(dict[str, Any]):
         images: Normalized images in the very view that the teacher saw, float32 [B, C, H, W].
         labels: int64 [B]; of views mixed by MixUp or CutMix, probabilities float32 [B, num_classes], as torchvision's
             CutMix returns. `F.cross_entropy` takes either.
-        teacher_logits: float32 [B, num_classes].
+        teacher_logits: float32 [B, num_classes]; not there where the store has embeddings.
         features: The teacher's features by name, float32 [B, ...].
         sample_ids: int64 [B].
         teacher: Everything the store has of these samples, for losses of kdpipe; an attribute only, not an entry.
@@ -235,7 +235,7 @@ class DistillationLoader:
         made = StudentBatch(
             images=batch.images,
             labels=_labels(batch.hard, self.dataset.num_classes),
-            teacher_logits=teacher.logits_at(self._temperature),
+            **({"teacher_logits": teacher.logits_at(self._temperature)} if self.store.manifest.has_logits else {}),
             features={name: teacher.features[spec] for name, spec in self._features.items()},
             sample_ids=self._ids[batch.ranks],
         )
@@ -247,7 +247,8 @@ def _labels(hard: HardLabels, num_classes: int) -> Tensor:
     """Return int64 [B], or float32 [B, num_classes] of mixed views."""
     if hard.partner_labels is None or hard.own_share is None:
         return hard.labels
-    own, partners = (F.one_hot(labels, num_classes).float() for labels in (hard.labels, hard.partner_labels))
+    shifted = (labels + 1 for labels in (hard.labels, hard.partner_labels))  # the first column is for unlabelled ones
+    own, partners = (F.one_hot(labels, num_classes + 1)[:, 1:].float() for labels in shifted)
     return torch.lerp(partners, own, hard.own_share[:, None])
 
 

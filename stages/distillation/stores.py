@@ -11,6 +11,7 @@ from kdpipe.stages.context import StageContext
 from kdpipe.stages.distillation.classifier_reuse import require_teacher
 from kdpipe.stages.distillation.compatibility import (
     check_image_size,
+    check_labels,
     check_losses,
     class_warnings,
     require_logits,
@@ -58,6 +59,7 @@ def open_distillation(
     check_losses(losses, context.views, student.teachers)
     check_teachers(student.teachers, len(places))
     check_image_size(losses, student, context)
+    check_labels(losses, student.teachers, context.train_set)
     for number, loss in enumerate(losses):
         if (loss.store or 0) >= len(places):
             raise RecipeError(

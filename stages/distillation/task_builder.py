@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from kdpipe.stages.context import StageContext, model_normalization
+from kdpipe.stages.data.image_set import require_labels
 from kdpipe.stages.distillation.classifier_reuse import reuse_teacher_classifier
 from kdpipe.stages.distillation.compatibility import check_combination
 from kdpipe.stages.distillation.spec import DistillationSpec, shapes_of
@@ -45,6 +46,7 @@ def build_task(
     views = context.views
     task = TrainingTask(context.train_loader, views.num_views, network.normalize, fresh_views=not views.replay)
     if spec is None:
+        require_labels(context.train_set)
         return replace(task, label_smoothing=label_smoothing)
     sources = spec.join_stores(context.train_set)
     distillation = build_distillation(

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from kdpipe.stages.context import StageContext, test_context
+from kdpipe.stages.data.image_set import UNLABELLED
 from kdpipe.stages.data.splits import VALIDATION, Part
 from kdpipe.stages.errors import RecipeError
 from kdpipe.stages.evaluation.evaluate import BATCH_SIZE
@@ -47,26 +48,30 @@ class TeacherLogits:
         return logits
 
 
-def teacher_logits(stores: Sequence[Path | str], config: TeachersConfig, context: StageContext) -> TeacherLogits | None:
-    """Open the combined logits of the teachers for the test images.
+def teacher_logits(
+    stores: Sequence[Path | str], config: TeachersConfig, context: StageContext, part: Part = "test"
+) -> TeacherLogits | None:
+    """Open the combined logits of the teachers for the test or the validation images.
 
     Args:
         stores: Paths or URLs of the training stores.
         config: The `student.teachers` section.
         context: The stage context.
+        part: The images.
 
     Returns:
-        The logits; None if a store has no finished test store beside it.
+        The logits; None if a store has no finished store of these images beside it, or has embeddings.
     """
-    sources = _sources(stores, config, context, "test")
-    if sources is None:
+    images = context if part == "test" else context.deciding
+    sources = _sources(stores, config, images, part)
+    if sources is None or not all(source.store.manifest.has_logits for source in sources):
         return None
     # Learned weights belong to one student, and confidence weights need labels, which a test must not use.
     config = replace(config, weights="equal") if config.weights in ("learnable", "confidence") else config
     accuracies = deciding_accuracies(stores, config, context) if config.weights == "accuracy" else None
     targets, ensemble = _targets(sources), TeacherEnsemble(config, len(sources), accuracies)
     some = targets.target_masks(torch.arange(1))
-    logits = TeacherLogits(targets, ensemble, context.test_set.labels, all(mask is not None for mask in some))
+    logits = TeacherLogits(targets, ensemble, images.test_set.labels, all(mask is not None for mask in some))
     logits(torch.arange(1))  # a damaged store is found before the training
     return logits
 
@@ -75,7 +80,7 @@ def deciding_accuracies(stores: Sequence[Path | str], config: TeachersConfig, co
     """Return each teacher's accuracy on the validation images, or without any, and with a warning, the test images.
 
     Raises:
-        RecipeError: A store of these images is missing.
+        RecipeError: A store of these images is missing, or has no logits.
     """
     part: Part = "test" if context.validation_set is None else VALIDATION
     if part == "test" and len(stores) > 1:
@@ -84,6 +89,11 @@ def deciding_accuracies(stores: Sequence[Path | str], config: TeachersConfig, co
             "student.teachers.weights = 'accuracy' weighs the teachers by their accuracy on the test images, which "
             "then show a student too good: set data.validation_share where the stores are made, and here.",
         )
+    if not context.deciding.test_set.has_labels:
+        raise RecipeError(
+            f"student.teachers.weights = 'accuracy' needs labels, and no {part} image has one: give the weights as "
+            "numbers, or use 'equal'."
+        )
     sources = _sources(stores, config, context.deciding, part)
     if sources is None:
         raise RecipeError(
@@ -91,6 +101,8 @@ def deciding_accuracies(stores: Sequence[Path | str], config: TeachersConfig, co
             f"every store has a {part} store (store.{part}.zarr) of them beside it: run `kdpipe cache-teacher` again "
             "where the stores were made, or give the weights as numbers."
         )
+    if without := [source.store.path for source in sources if not source.store.manifest.has_logits]:
+        raise RecipeError(f"student.teachers.weights = 'accuracy': {without[0]} has embeddings, no logits.")
     return _accuracies(sources, context.deciding)
 
 
@@ -128,5 +140,6 @@ def _accuracies(sources: Sequence[JoinedStore], context: StageContext) -> list[f
         batch = zip(correct, targets.batch(0, positions), targets.target_masks(positions), strict=True)
         for found, outputs, mask in batch:
             is_correct = outputs.logits_at(1.0).argmax(1) == labels[positions]
-            found.append(is_correct if mask is None else is_correct[mask])
+            counts = labels[positions] != UNLABELLED
+            found.append(is_correct[counts if mask is None else counts & mask])
     return [float(torch.cat(found).float().mean()) for found in correct]

@@ -11,6 +11,7 @@ import numpy as np
 from torch import Tensor
 
 from kdpipe.stages.evaluation.intervals import Outcome
+from kdpipe.stages.evaluation.main_metric import main_value
 from kdpipe.store import ids_and_labels_sha256
 
 
@@ -43,7 +44,7 @@ def outcome_of(result: Mapping[str, Any]) -> Outcome:
     Raises:
         ValueError, TypeError, KeyError, AttributeError: If the evaluation in the results is damaged.
     """
-    accuracy, examined = float(result["accuracy"]), result.get("examined")
+    accuracy, examined = main_value(result), result.get("examined")
     if examined is None:
         return Outcome(accuracy)
     kept = examined.get("correct")

@@ -1,10 +1,15 @@
-"""Evaluation: accuracy and cross entropy over a test set, in eval mode, without views."""
+"""Evaluation: the main metric and the cross entropy over a test set, in eval mode, without views.
+
+Where no test image has a label, the classes that the teacher predicts take the place of the labels.
+"""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
@@ -13,8 +18,10 @@ from torch import Tensor, nn
 
 from kdpipe.stages.compute.settings import EXACT, ComputeSettings
 from kdpipe.stages.compute.threads import CheckedThreads, max_threads
+from kdpipe.stages.data.image_set import UNLABELLED
 from kdpipe.stages.data.loader.image_loader import ImageLoader, ViewRequest
-from kdpipe.stages.errors import NotFiniteError
+from kdpipe.stages.errors import DataError, NotFiniteError
+from kdpipe.stages.evaluation.main_metric import ACCURACY, AGREEMENT, MainMetric
 from kdpipe.stages.models.clone import preserve_modes
 from kdpipe.stages.models.main_logits import main_logits
 from kdpipe.stages.models.normalization import Normalization
@@ -38,6 +45,8 @@ class Evaluation:
         warn: Receives a sentence about batches that did not fit into memory.
         before_batch: Called before each batch; may raise StoppedEarly, as a large test set takes minutes.
         compute: How the network is computed.
+        view: The view of the images that is evaluated; None for the original images.
+        head: What makes logits of the network's outputs, if these are embeddings.
     """
 
     loader: ImageLoader
@@ -46,6 +55,8 @@ class Evaluation:
     warn: Callable[[str], None] | None = None
     before_batch: Callable[[], None] = lambda: None
     compute: ComputeSettings = EXACT
+    view: int | None = None
+    head: Callable[[Tensor], Tensor] | None = None
 
     @property
     def device(self) -> torch.device:
@@ -62,6 +73,28 @@ class Evaluation:
     def crop(self) -> float:
         """The share of the centered square that test images were cropped to before they were resized."""
         return self.loader.dataset.crop
+
+    @cached_property
+    def metric(self) -> MainMetric:
+        """What a network is judged by: without a single label, its agreement with the teacher."""
+        return ACCURACY if self.loader.dataset.has_labels else AGREEMENT
+
+    def expected(self, positions: Tensor) -> Tensor:
+        """Return the class that each sample should have, int64 [B], -1 where that is not known.
+
+        Raises:
+            DataError: The test images have no labels, and no teacher's outputs on them are known.
+        """
+        if self.metric is ACCURACY:
+            return self.loader.dataset.labels[positions]
+        if self.teacher_logits is None:
+            raise DataError(
+                f"the {self.loader.dataset.split} images of {self.loader.dataset.name} have no labels, and there are "
+                "no outputs of the teacher for them to compare a network with: give some of them labels, or cache the "
+                "teacher on them (kdpipe cache-teacher, in Python test_set=)."
+            )
+        logits = self.teacher_logits(positions).cpu()
+        return torch.where(logits.isnan().any(1), UNLABELLED, logits.argmax(1))
 
     @property
     def class_names(self) -> tuple[str, ...]:
@@ -83,28 +116,39 @@ class Evaluation:
 
 @dataclass(frozen=True)
 class Predictions:
-    """A model's logits float32 [B, C] of a batch and the labels int64 [B], on the device; positions int64 [B]."""
+    """A model's logits float32 [B, C] of a batch and the labels int64 [B], on the device; positions int64 [B].
+
+    The labels are the classes that were expected, -1 where that is not known.
+    """
 
     positions: Tensor
     labels: Tensor
     logits: Tensor
 
+    @property
+    def labelled(self) -> Predictions:
+        """Those with a label."""
+        kept = self.labels != UNLABELLED
+        return Predictions(self.positions[kept.cpu()], self.labels[kept], self.logits[kept])
+
 
 @dataclass(frozen=True)
 class EvalResult:
-    """Top-1 accuracy, and mean cross entropy in nats."""
+    """Top-1 accuracy, or what takes its place, and mean cross entropy in nats."""
 
-    accuracy: float
+    value: float
     cross_entropy: float
+    metric: MainMetric = ACCURACY
 
-    def to_json(self) -> dict[str, float]:
-        return {"accuracy": self.accuracy, "cross_entropy": self.cross_entropy}
+    def to_json(self) -> dict[str, Any]:
+        return {**self.metric.record(self.value), "cross_entropy": self.cross_entropy}
 
 
 @dataclass
 class EvalAccumulator:
     """Running sums of a pass over a test set, kept on the device."""
 
+    metric: MainMetric
     num_correct: Tensor | int = 0
     num_seen: int = 0
     total: Tensor | float = 0.0
@@ -115,7 +159,9 @@ class EvalAccumulator:
         self.total += F.cross_entropy(predictions.logits, predictions.labels, reduction="sum").double()
 
     def result(self) -> EvalResult:
-        return EvalResult(int(self.num_correct) / self.num_seen, float(self.total) / self.num_seen)
+        if not self.num_seen:
+            raise DataError("the teacher has no outputs for any of the unlabelled test images: cache it on them.")
+        return EvalResult(int(self.num_correct) / self.num_seen, float(self.total) / self.num_seen, self.metric)
 
 
 @torch.no_grad()
@@ -126,12 +172,13 @@ def predict(model: nn.Module, test: Evaluation, device: torch.device) -> Iterato
     that does not fit into memory is halved until it does: its logits then differ by rounding.
     """
     image_set = test.loader.dataset
-    requests = (ViewRequest(indices) for indices in torch.split(torch.arange(image_set.num_samples), BATCH_SIZE))
+    every = torch.split(torch.arange(image_set.num_samples), BATCH_SIZE)
+    requests = (ViewRequest(indices, test.view) for indices in every)
     with preserve_modes(model):
         model.eval()
         for image_batch in test.loader.stream(requests):
             test.before_batch()
-            labels = image_set.labels[image_batch.indices].to(device, non_blocking=True)
+            labels = test.expected(image_batch.indices).to(device, non_blocking=True)
             yield Predictions(image_batch.indices, labels, _logits(model, test, image_batch.images))
 
 
@@ -150,14 +197,27 @@ def _logits(model: nn.Module, test: Evaluation, images: Tensor) -> Tensor:
         return threads.run_checked((*images[rows].shape, test.compute), compute, lambda logits: [logits])
 
     chunks = list(run_in_chunks(model, len(images), logits_of, test.warn))
-    return chunks[0] if len(chunks) == 1 else torch.cat(chunks)
+    outputs = chunks[0] if len(chunks) == 1 else torch.cat(chunks)
+    return outputs if test.head is None else test.head(outputs)
+
+
+def of_teacher(test: Evaluation, model: nn.Module) -> Evaluation:
+    """Return the evaluation of a teacher: it is compared with itself where no test image has a label."""
+    if test.metric is ACCURACY:
+        return test
+
+    @torch.no_grad()
+    def logits_at(positions: Tensor) -> Tensor:
+        return _logits(model, test, test.loader.get(ViewRequest(positions)).images)
+
+    return replace(test, teacher_logits=logits_at)
 
 
 def evaluate(model: nn.Module, test: Evaluation, device: torch.device) -> EvalResult:
     """Evaluate `model`, restoring its mode; raises NotFiniteError if the cross entropy is not finite."""
-    sums = EvalAccumulator()
+    sums, is_whole = EvalAccumulator(test.metric), test.loader.dataset.is_labelled
     for predictions in predict(model, test, device):
-        sums.add(predictions)
+        sums.add(predictions if is_whole else predictions.labelled)
     result = sums.result()
     if not math.isfinite(result.cross_entropy):
         raise NotFiniteError(

@@ -15,9 +15,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from kdpipe.stages.data.image_set import ImageSet
+from kdpipe.stages.data.image_set import UNLABELLED, ImageSet
 from kdpipe.stages.evaluation.correct_images import CorrectImages, pack
-from kdpipe.stages.evaluation.evaluate import EvalAccumulator, Evaluation, LogitsAt, Predictions, predict
+from kdpipe.stages.evaluation.evaluate import EvalAccumulator, Evaluation, Predictions, predict
+from kdpipe.stages.evaluation.main_metric import ACCURACY, MainMetric
 from kdpipe.stages.numerics import kinds_of_outputs
 
 NUM_BINS = 15
@@ -53,26 +54,29 @@ class EvalReport:
     """Metrics over the readable test samples.
 
     Attributes:
-        top1: Share of samples whose label has the largest logit.
+        top1: Share of labelled samples whose label has the largest logit. Where no sample has a label, the teacher's
+            classes stand for the labels here and below, and what needs true ones is left out.
         top5: Share of samples whose label is among the five largest logits; None below six classes.
         cross_entropy: Mean cross entropy, nats.
         ece: Expected calibration error, the sum over bins of share * |accuracy - confidence|; the confidence is the
-            largest softmax (arXiv 1706.04599, equation 3).
+            largest softmax (arXiv 1706.04599, equation 3). None without labels.
         agreement: Share of samples with teacher logits on which network and teacher agree; None without any.
         teacher_kl: Mean KL(p_teacher || p_network) at temperature 1 over these samples, nats.
-        per_class: Metrics of each class.
-        bins: The bins of `ece`, from confidence 0 to 1; None if a confidence is NaN.
-        confusions: [label, prediction, samples] of wrong predictions, sorted by label and prediction.
+        per_class: Metrics of each class; none without labels.
+        bins: The bins of `ece`, from confidence 0 to 1; None if a confidence is NaN, or without labels.
+        confusions: [label, prediction, samples] of wrong predictions, sorted by label and prediction; none without
+            labels.
         chance: The accuracy of guessing with the frequencies of these predictions; that of a network which returns the
             same class for every image is its accuracy.
         outputs: "logits", or what else the network's outputs are: "probabilities" or "log-probabilities".
         correct: Which images were classified correctly.
+        metric: What top1 is.
     """
 
     top1: float
     top5: float | None
     cross_entropy: float
-    ece: float
+    ece: float | None
     agreement: float | None
     teacher_kl: float | None
     per_class: list[ClassMetrics]
@@ -81,11 +85,12 @@ class EvalReport:
     chance: float
     outputs: str
     correct: CorrectImages
+    metric: MainMetric = ACCURACY
 
     @property
     def num_samples(self) -> int:
-        """The number of readable test samples."""
-        return sum(one.num_samples for one in self.per_class)
+        """The number of readable test samples that count for top1."""
+        return self.correct.num_images
 
     def is_at_chance(self, num_errors: float = 2.0) -> bool:
         """Return whether the accuracy is not above chance by more than `num_errors` standard errors.
@@ -98,7 +103,7 @@ class EvalReport:
         return self.top1 <= self.chance + num_errors * error
 
     def to_json(self) -> dict[str, Any]:
-        return asdict(self)
+        return {key: value for key, value in asdict(self).items() if key != "metric"}
 
 
 def evaluate_in_depth(model: nn.Module, test: Evaluation, device: torch.device) -> EvalReport:
@@ -107,7 +112,7 @@ def evaluate_in_depth(model: nn.Module, test: Evaluation, device: torch.device) 
     top1 and cross_entropy equal those of `evaluate` bit for bit.
     """
     image_set = test.loader.dataset
-    metrics = _MetricAccumulator(image_set.num_samples, test.teacher_logits)
+    metrics = _MetricAccumulator(test)
     for predictions in predict(model, test, device):
         metrics.add(predictions)
     return metrics.report(image_set)
@@ -119,29 +124,32 @@ class _MetricAccumulator(EvalAccumulator):
     The tensors are allocated at once: small ones between large temporary ones would fragment memory.
     """
 
-    def __init__(self, num_samples: int, teacher_logits: LogitsAt | None) -> None:
-        super().__init__()
+    def __init__(self, test: Evaluation) -> None:
+        super().__init__(test.metric)
+        num_samples, self.teacher_logits = test.loader.dataset.num_samples, test.teacher_logits
+        self.is_whole = test.loader.dataset.is_labelled
         self.positions, self.labels, self.predicted = torch.zeros(3, num_samples, dtype=torch.int64)
         self.confidences = torch.zeros(num_samples, dtype=torch.float64)
-        self.teacher_logits = teacher_logits
         self.kinds: frozenset[str] | None = None
         self.num_in_top5 = self.num_compared = self.num_agreed = 0
         self.kl_sum = 0.0
 
     def add(self, predictions: Predictions) -> None:
+        log_p = F.log_softmax(predictions.logits.cpu().double(), dim=1)
+        kinds = kinds_of_outputs(predictions.logits.cpu())
+        self.kinds = kinds if self.kinds is None else self.kinds & kinds
+        if self.teacher_logits is not None:
+            self._compare(predictions.logits.argmax(1).cpu(), log_p, self.teacher_logits(predictions.positions).cpu())
+        if not self.is_whole:
+            log_p, predictions = log_p[(predictions.labels != UNLABELLED).cpu()], predictions.labelled
         new = slice(self.num_seen, self.num_seen + len(predictions.labels))
         super().add(predictions)
         logits, labels = predictions.logits.cpu(), predictions.labels.cpu()
-        log_p = F.log_softmax(logits.double(), dim=1)
-        kinds = kinds_of_outputs(logits)
-        self.kinds = kinds if self.kinds is None else self.kinds & kinds
         self.positions[new], self.labels[new] = predictions.positions, labels
         self.predicted[new] = predictions.logits.argmax(1)
         self.confidences[new] = log_p.amax(1).exp()
         if logits.shape[1] >= MIN_CLASSES_FOR_TOP5:
             self.num_in_top5 += int((logits.topk(5).indices == labels[:, None]).sum())
-        if self.teacher_logits is not None:
-            self._compare(self.predicted[new], log_p, self.teacher_logits(predictions.positions).cpu())
 
     def _compare(self, predicted: Tensor, log_p: Tensor, teacher: Tensor) -> None:
         """Compare the network's classes [B] and log-probabilities float64 [B, C] with the teacher's logits [B, C]."""
@@ -158,25 +166,27 @@ class _MetricAccumulator(EvalAccumulator):
         labels, predicted = self.labels[seen], self.predicted[seen]
         # A confidence of 1 belongs to the last bin.
         confidences = self.confidences[seen].clamp(max=1 - torch.finfo(torch.float64).eps)
-        correct, result = predicted == labels, self.result()
+        correct, result, is_true = predicted == labels, self.result(), self.metric == ACCURACY
         counts = torch.stack([torch.bincount(some, minlength=num_classes) for some in (labels[correct], labels)], 1)
-        bins = _bins(confidences, correct)
+        bins = _bins(confidences, correct) if is_true else None
         return EvalReport(
-            top1=result.accuracy,
+            top1=result.value,
             top5=self.num_in_top5 / self.num_seen if num_classes >= MIN_CLASSES_FOR_TOP5 else None,
             cross_entropy=result.cross_entropy,
-            ece=_calibration_error(bins),
+            ece=_calibration_error(bins) if is_true else None,
             agreement=self.num_agreed / self.num_compared if self.num_compared else None,
             teacher_kl=self.kl_sum / self.num_compared if self.num_compared else None,
             per_class=[
                 ClassMetrics(name, right / num if num else None, num)
                 for name, (right, num) in zip(class_names, counts.tolist(), strict=True)
+                if is_true
             ],
             bins=bins,
-            confusions=_confusions(labels[~correct], predicted[~correct], num_classes),
+            confusions=_confusions(labels[~correct], predicted[~correct], num_classes) if is_true else [],
             chance=_chance(labels, predicted, num_classes),
             outputs=next(iter(self.kinds or ()), "logits"),
             correct=pack(correct, image_set.sample_ids[self.positions[seen]], labels),
+            metric=self.metric,
         )
 
 

@@ -22,15 +22,15 @@ class OnnxAgreement:
     Attributes:
         top1_agreement: The share of images with the same top-1 class.
         max_logit_difference: The largest difference of any logit; NaN if either has one.
-        accuracy: The file's accuracy.
+        accuracy: The file's accuracy on the labelled images, None without any.
         torch_accuracy: The network's.
     """
 
     num_samples: int
     top1_agreement: float
     max_logit_difference: float
-    accuracy: float
-    torch_accuracy: float
+    accuracy: float | None
+    torch_accuracy: float | None
 
 
 def check_onnx(
@@ -70,12 +70,13 @@ def check_onnx(
             rows.append(torch.stack([found.argmax(1), expected.argmax(1), labels.cpu()]))
             differences.append((found - expected).abs().max())
     predicted, torch_predicted, labels = torch.cat(rows, dim=1)
+    known = labels >= 0
     return OnnxAgreement(
         num_samples=len(labels),
         top1_agreement=_share(predicted == torch_predicted),
         max_logit_difference=float(torch.stack(differences).max()),  # torch's max, unlike Python's, propagates NaN
-        accuracy=_share(predicted == labels),
-        torch_accuracy=_share(torch_predicted == labels),
+        accuracy=_share((predicted == labels)[known]) if known.any() else None,
+        torch_accuracy=_share((torch_predicted == labels)[known]) if known.any() else None,
     )
 
 

@@ -101,6 +101,11 @@ class Loss:
         return {"source_sha256": object_sha256(type(self).original or type(self), f"loss = {self.loss!r}", RecipeError)}
 
     @property
+    def needs_labels(self) -> bool:
+        """Return whether the loss is computed on labelled samples only."""
+        return type(self).one_label or self.samples.needs_single_label
+
+    @property
     def num_negatives(self) -> int:
         """Return the number of negatives (other samples of the data set) per batch."""
         return int(vars(self).get("num_negatives", 0))

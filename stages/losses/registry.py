@@ -14,6 +14,7 @@ from kdpipe.stages.config import section
 from kdpipe.stages.errors import RecipeError
 from kdpipe.stages.losses.base import Loss
 from kdpipe.stages.losses.features.at import AT, ATGradient
+from kdpipe.stages.losses.features.cosine import Cosine
 from kdpipe.stages.losses.features.fitnet import FitNet
 from kdpipe.stages.losses.features.hint import Hint
 from kdpipe.stages.losses.features.nst import NST
@@ -39,7 +40,7 @@ L = TypeVar("L", bound=type[Loss])
 # In the order in which `kdpipe losses` lists them.
 _BUILTIN: tuple[type[Loss], ...] = (
     *(KD, DKD, DIST, NKD, MLLD, LogitMSE),
-    *(Hint, FitNet, AT, ATGradient, NST, VID, ReviewKD, SimKD),
+    *(Hint, Cosine, FitNet, AT, ATGradient, NST, VID, ReviewKD, SimKD),
     *(RKD, SP, PKT, CC, CRD),
 )
 

@@ -9,6 +9,7 @@ from pydantic import Field, GetPydanticSchema, Strict
 from torch import Tensor
 
 from kdpipe.stages.errors import RecipeError
+from kdpipe.stages.models.tokens import PRE_LOGITS
 from kdpipe.stages.targets.feature_spec import Shape
 
 Size = tuple[int, int]
@@ -20,6 +21,9 @@ _PAIRS = Annotated[tuple[Annotated[Pair, Strict(False)], ...], Strict(False), Fi
 
 Layers = Annotated[Sequence[Pair], GetPydanticSchema(lambda _, handler: handler(_PAIRS))]
 """Pairs of layers, one or more: a tuple, for which lists are accepted."""
+
+EMBEDDINGS: tuple[Pair, ...] = ((PRE_LOGITS, PRE_LOGITS),)
+"""The default of losses on the last vectors of both networks."""
 
 
 def map_size(shape: Shape) -> Size | None:

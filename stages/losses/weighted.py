@@ -9,6 +9,7 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
+from kdpipe.stages.data.image_set import UNLABELLED
 from kdpipe.stages.data.loader.labels import HardLabels
 from kdpipe.stages.errors import RecipeError
 from kdpipe.stages.losses.inputs import LossInputs, Negatives
@@ -36,6 +37,8 @@ class LossSettings(Protocol):
     def per_sample(self) -> bool: ...
     @property
     def on_logits(self) -> bool: ...
+    @property
+    def needs_labels(self) -> bool: ...
 
 
 @dataclass(frozen=True)
@@ -114,7 +117,10 @@ class WeightedLoss(nn.Module):
         return weight * share * (loss.mean() if num_local else loss.sum())
 
     def _with_targets(self, batch: DistillationBatch, ensemble: TeacherTargets) -> tuple[LossInputs, bool]:
-        """Return the inputs of the samples with targets, and whether these are always all of the batch."""
+        """Return the inputs of the samples with targets, and with labels if the loss needs them.
+
+        Also whether these are always all of the batch.
+        """
         uses_ensemble = self.config.store is None and self.config.on_logits
         number = self.config.store or 0
         inputs = LossInputs(
@@ -127,6 +133,9 @@ class WeightedLoss(nn.Module):
             batch.input_gradient,
         )
         rows = samples_with_targets(batch.target_masks if uses_ensemble else [batch.target_masks[number]])
+        if self.config.needs_labels and batch.hard is not None and not batch.hard.always:
+            labelled = (batch.labels != UNLABELLED).cpu()
+            rows = labelled.nonzero()[:, 0] if rows is None else rows[labelled[rows]]
         if rows is not None and len(rows) < len(inputs.labels):
             inputs = inputs.rows(rows.to(inputs.labels.device, non_blocking=True))
         return inputs, rows is None

@@ -16,13 +16,15 @@ from torch import Tensor, nn
 from kdpipe.stages.config import PathStr, section
 from kdpipe.stages.errors import ModelError, NotLogitsError, UnknownModelError, cause
 from kdpipe.stages.models.clone import clone_without_hooks, unwrap, unwrap_all
-from kdpipe.stages.models.libraries.by_name import BY_PREFIX, prefix_of
+from kdpipe.stages.models.libraries.by_name import BY_PREFIX, num_published_classes, prefix_of
 from kdpipe.stages.models.libraries.torchvision import WITH_AUXILIARY_HEADS, build_classifier, classifier_names, refusal
 from kdpipe.stages.models.libraries.transformers import PREFIX as HF
 from kdpipe.stages.models.libraries.transformers import recorded_args
 from kdpipe.stages.models.main_logits import keep_main_logits, require_repeatable
 from kdpipe.stages.models.registry import SMALL_IMAGE_NETWORKS, build_small_image_network
+from kdpipe.stages.models.tokens import HEADLESS, is_headless
 from kdpipe.stages.models.user_models import MODELS, build_user_model, is_user_model, model_source_sha256
+from kdpipe.stages.models.weights.match import remove_head
 from kdpipe.stages.models.weights.state_dict import load_weights
 from kdpipe.stages.numerics import PROBABILITIES, kinds_of_outputs
 from kdpipe.stages.plugins.user_source import network_sha256
@@ -83,6 +85,8 @@ def build_model(
 ) -> nn.Module:
     """Build the network on the CPU, in training mode: images [B, in_channels, *image_size] -> logits [B, num_classes].
 
+    With `num_classes` 0 it has no classifier, and returns embeddings [B, D].
+
     Equal seeds give equal weights, and torch's global generators are left unchanged. `notify` receives sentences on
     what was changed or chosen: main logits of several outputs, the entries of a weights file. Raises ModelError for an
     unknown name, unknown arguments, images that do not fit the network, or weights that cannot be loaded.
@@ -109,6 +113,7 @@ def build_model(
             weights_path(config.weights),
             weights_key=config.weights_key,
             fresh_head=num_classes if config.fresh_head else None,
+            without_head=num_classes == 0,
             notify=notify,
         )
     if is_user_model(config.name):
@@ -186,6 +191,11 @@ def _construct(
     notify: Callable[[str], None],
 ) -> nn.Module:
     name, is_published = config.name.removeprefix(TORCHVISION), config.weights == PUBLISHED
+    if num_classes == 0 and not prefix_of(config.name) and not is_user_model(config.name):
+        count = num_published_classes(name, config.args) if is_published and name in classifier_names() else 1
+        model = _construct(config, count, in_channels, image_size, notify)
+        remove_head(model)
+        return model
     if prefix := prefix_of(config.name):
         return BY_PREFIX[prefix](
             config.name,
@@ -257,17 +267,25 @@ def _check_fit(name: str, model: nn.Module, num_classes: int, image_shape: tuple
     except Exception as error:  # networks may raise anything on a misfit
         raise ModelError(f"{name} cannot take images of {images} ({cause(error)}).") from error
     model.train()
+    kind, width = ("logits", str(num_classes)) if num_classes else ("embeddings", "D")
     if not isinstance(logits, Tensor):
-        raise ModelError(f"{name} returns {type(logits).__name__}, wanted a tensor of logits [B, {num_classes}].")
+        raise ModelError(f"{name} returns {type(logits).__name__}, wanted a tensor of {kind} [B, {width}].")
+    are_vectors = logits.dim() == 2 and len(logits) == 2
+    if are_vectors and num_classes == 0:
+        setattr(model, HEADLESS, True)
+        return
+    if is_headless(model):
+        setattr(model, HEADLESS, False)
     if list(logits.shape) != [2, num_classes]:
+        advice = " If these are a teacher's embeddings, set teacher.output = 'embeddings'." * are_vectors
         raise ModelError(
-            f"{name} makes {list(logits.shape)} of two images of {images}, wanted logits [2, {num_classes}]."
+            f"{name} makes {list(logits.shape)} of two images of {images}, wanted {kind} [2, {width}].{advice}"
         )
     may_be_probabilities = not logits.is_meta and bool(((logits >= 0) & (logits <= 1)).all())
-    if may_be_probabilities and (kind := _probabilities_of(model, image_shape)):
+    if may_be_probabilities and (last := _probabilities_of(model, image_shape)):
         raise NotLogitsError(
-            f"{name} ends in a {kind}: its outputs are probabilities, and losses and stores take logits. Return what "
-            f"goes into the {kind}."
+            f"{name} ends in a {last}: its outputs are probabilities, and losses and stores take logits. Return what "
+            f"goes into the {last}."
         )
 
 

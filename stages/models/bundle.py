@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from kdpipe.stages.compute.settings import EXACT, ComputeSettings
 from kdpipe.stages.errors import ModelError
 from kdpipe.stages.models.normalization import Normalization
+from kdpipe.stages.models.tokens import is_headless
 from kdpipe.stages.models.weights.state_dict import weights_sha256
 
 
@@ -22,6 +23,11 @@ class ModelBundle:
     architecture: Mapping[str, Any]
     normalize: Normalization
     compute: ComputeSettings = EXACT
+
+    @property
+    def is_headless(self) -> bool:
+        """Whether the network returns embeddings in place of logits."""
+        return is_headless(self.model)
 
     def __call__(self, images: Tensor) -> Tensor:
         """Compute the logits [B, num_classes] of images uint8 [B, C, H, W]. Raises ModelError for others."""

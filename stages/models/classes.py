@@ -14,7 +14,7 @@ from torch import nn
 
 from kdpipe.stages.errors import ModelError, RecipeError, cause, first_few
 from kdpipe.stages.models.build import PUBLISHED, ModelConfig, build_model, weights_path
-from kdpipe.stages.models.libraries.by_name import class_names_of_weights, prefix_of
+from kdpipe.stages.models.libraries.by_name import class_names_of_weights, num_published_classes, prefix_of
 from kdpipe.stages.models.registry import SMALL_IMAGE_NETWORKS
 from kdpipe.stages.models.user_models import is_user_model
 
@@ -32,16 +32,19 @@ def build_for_classes(
 ) -> nn.Module:
     """Build a network for these classes: as `build_model`, or with the rows of those among `config.classes`.
 
+    Without classes it has no classifier.
+
     Raises:
         RecipeError: A class is not among the network's, or several of that name are.
         ModelError: As `build_model`, or the network does not end in a classifier of one layer.
     """
     shape: dict[str, Any] = {"in_channels": in_channels, "image_size": image_size, "seed": seed, "notify": notify}
     if config.classes is None:
-        _require_same_order(config, class_names, notify)
+        if class_names:
+            _require_same_order(config, class_names, notify)
         return build_model(config, num_classes=len(class_names), **shape)
     known = read_class_list(config)
-    rows = _find(class_names, known, config.classes)
+    rows = rows_of_classes(class_names, known, config.classes)
     model = build_model(replace(config, classes=None), num_classes=len(known), **shape)
     _select_classes(model, rows, len(known), (in_channels, *image_size), config.name)
     found = [f"{name} is {row}" for name, row in zip(class_names, rows, strict=True)]
@@ -72,6 +75,20 @@ def _require_same_order(config: ModelConfig, class_names: Sequence[str], notify:
             f"the classes of {config.name} ({known[0][0]}, ...) and of the data ({class_names[0]}, ...) have no name "
             "in common: their order is not checked."
         )
+
+
+def class_names_of(config: ModelConfig) -> tuple[str, ...]:
+    """Return the names of the classes that a network with given weights tells apart; none if they are not known.
+
+    Raises:
+        RecipeError: As `read_class_list`.
+    """
+    if config.classes is not None:
+        return tuple(names[0] for names in read_class_list(config))
+    if config.weights != PUBLISHED and prefix_of(config.name) is None:
+        return ()
+    known = tuple(names[0] for names in class_names_of_weights(config.name, config.args))
+    return known or tuple(f"class {number}" for number in range(num_published_classes(config.name, config.args)))
 
 
 def read_class_list(config: ModelConfig) -> list[tuple[str, ...]]:
@@ -126,23 +143,29 @@ def _names(entry: str | list[str]) -> Iterator[str]:
     yield from [*parts, entry] if len(parts) > 1 else parts
 
 
-def _find(class_names: Sequence[str], known: Sequence[Sequence[str]], where: str) -> list[int]:
-    """Return the position of each of the data's classes among the network's."""
+def rows_of_classes(
+    class_names: Sequence[str], known: Sequence[Sequence[str]], where: str, key: str = "model.classes"
+) -> list[int]:
+    """Return the position of each of the data's classes among the `known` ones of `where`, which `key` names.
+
+    Raises:
+        RecipeError: A class is not among them, several of that name are, or two of the data are the same one.
+    """
     rows_of = _outputs_by_name(known)
     found = [sorted(rows_of.get(_plain(name), ())) for name in class_names]
     absent = [name for name, rows in zip(class_names, found, strict=True) if not rows]
     if absent:
         raise RecipeError(
-            f"model.classes: {len(absent)} of the data's {len(class_names)} classes are not among the {len(known):,} "
+            f"{key}: {len(absent)} of the data's {len(class_names)} classes are not among the {len(known):,} "
             f"of {where}: {first_few(absent)}. It has {first_few([names[0] for names in known])}; add the data's names "
             "to its lines."
         )
     for name, rows in zip(class_names, found, strict=True):
         if len(rows) > 1:
-            raise RecipeError(f"model.classes: {where} has several classes {name!r}, {rows}: give them other names.")
+            raise RecipeError(f"{key}: {where} has several classes {name!r}, {rows}: give them other names.")
     rows = [one for one, *_ in found]
     if twice := [name for name, row in zip(class_names, rows, strict=True) if rows.count(row) > 1]:
-        raise RecipeError(f"model.classes: the data's classes {first_few(twice)} are the same class of {where}.")
+        raise RecipeError(f"{key}: the data's classes {first_few(twice)} are the same class of {where}.")
     return rows
 
 

@@ -10,12 +10,12 @@ from functools import partial
 from typing import Any, TypeVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from kdpipe.stages.compute.compiled import begin_step, compiled
 from kdpipe.stages.errors import ModelError, cause
 from kdpipe.stages.models.clone import preserve_modes
-from kdpipe.stages.models.tokens import hooked, split_form, token_part
+from kdpipe.stages.models.tokens import PRE_LOGITS, hooked, split_form, token_part
 from kdpipe.stages.numerics import to_float32
 from kdpipe.store.errors import did_you_mean
 
@@ -279,11 +279,18 @@ def extract_features(
     with ExitStack() as hooks:
         for layer in layers:
             path, form = split_form(model, layer)
-            module = hooks.enter_context(hooked(get_module(model, path), layer, form))
+            named = get_module(model, path) if path or layer != PRE_LOGITS else model
+            module = hooks.enter_context(hooked(named, layer, form))
             hook = partial(extractor.hook, layer, token_part(model, layer, form))
+            hook = partial(_hook_input, hook) if form == PRE_LOGITS else hook
             hooks.enter_context(module.register_forward_hook(hook))
         hooks.callback(extractor.stop_compiling)
         yield extractor
+
+
+def _hook_input(hook: Callable[..., None], module: nn.Module, inputs: Any, output: Any) -> None:
+    """Call a forward hook with a module's input in place of its output."""
+    hook(module, inputs, inputs[0])
 
 
 def feature_shapes(model: nn.Module, layers: Iterable[str], image_shape: tuple[int, int, int]) -> dict[str, Any]:
@@ -299,7 +306,25 @@ def overwritten_layers(model: nn.Module, layers: Iterable[str], image_shape: tup
 
 def _trial(model: nn.Module, layers: Iterable[str], image_shape: tuple[int, int, int]) -> tuple[ModelOutput, set[str]]:
     """Run two black images in eval mode; return the outputs and the layers that are overwritten."""
-    device = next(model.parameters()).device
-    with preserve_modes(model), torch.no_grad(), extract_features(model, layers) as extractor:
+    layers, device = tuple(layers), next(model.parameters()).device
+    path, form = split_form(model, PRE_LOGITS) if PRE_LOGITS in layers else ("", None)
+    traced = isinstance(model, fx.GraphModule)  # for quantization: what follows its layers may round
+    classifier = [get_module(model, path)] if form and not traced else []
+    with (
+        preserve_modes(model),
+        torch.no_grad(),
+        extract_features(model, layers) as extractor,
+        capture(classifier) as outputs,
+    ):
         model.eval()
-        return extractor(torch.zeros(2, *image_shape, device=device)), extractor.overwritten - {IMAGES}
+        found = extractor(torch.zeros(2, *image_shape, device=device))
+    if classifier and not _same_values(outputs[classifier[0]][-1], found.logits):
+        raise ModelError(
+            f"{PRE_LOGITS!r} is the input of the last linear layer or convolution, {path!r}, but what that returns is "
+            "not what the network returns: name the module whose output to use."
+        )
+    return found, extractor.overwritten - {IMAGES}
+
+
+def _same_values(output: Tensor, logits: Tensor) -> bool:
+    return output.numel() == logits.numel() and torch.equal(output.flatten(1), logits)

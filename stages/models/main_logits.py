@@ -15,18 +15,29 @@ from kdpipe.stages.plugins.user_source import OWN_CLASS
 
 T = TypeVar("T")
 
+EMBEDDINGS = ("image_embeds", "pooler_output")
+"""What networks of transformers without a classifier call an image's embedding; else it is their class token."""
+
 TOLERANCE = 1e-3
 """How far the logits of an image may differ, as a share of the largest: far more than rounding does."""
 
 
 def main_logits(output: Any) -> Any:
-    """Return the main logits of what a network returns: its `logits`, the first of a tuple or list, or itself."""
+    """Return the main logits of what a network returns: its `logits`, the first of a tuple or list, or itself.
+
+    Of a network of transformers without a classifier it is the embedding.
+    """
     if isinstance(output, Tensor | fx.Proxy):
         return output
     if isinstance(output, Mapping) and "logits" in output:
         return output["logits"]
     if hasattr(output, "logits"):
         return output.logits
+    for key in EMBEDDINGS:
+        if getattr(output, key, None) is not None:
+            return getattr(output, key)
+    if hasattr(output, "last_hidden_state"):
+        return output.last_hidden_state[:, 0]
     return output[0] if isinstance(output, tuple | list) and output else output
 
 

@@ -1,7 +1,9 @@
-"""Features of vision transformers: parts of the tokens that a module outputs, by a name that follows its path.
+"""Features that are no module's output: the input of the classifier, and parts of a vision transformer's tokens.
 
-`blocks.9.class_token`, `blocks.9.patch_mean` and `blocks.9.patch_map` are features like the output of a module, for
-every loss and store; `blocks.9.attn.attention` is the attention of each head of timm's networks.
+`pre_logits` is what goes into the last layer of any network, or what a network without a classifier returns.
+`blocks.9.class_token`, `blocks.9.patch_mean` and `blocks.9.patch_map` are parts of the tokens that a module outputs;
+`blocks.9.attn.attention` is the attention of each head of timm's networks. All are features like the output of a
+module, for every loss and store.
 """
 
 from __future__ import annotations
@@ -18,15 +20,37 @@ from kdpipe.stages.errors import ModelError
 CLASS_TOKEN, PATCH_MEAN, PATCH_MAP, ATTENTION = "class_token", "patch_mean", "patch_map", "attention"
 FORMS = (CLASS_TOKEN, PATCH_MEAN, PATCH_MAP, ATTENTION)
 
+PRE_LOGITS = "pre_logits"
+"""The embedding of an image: the input of the classifier, or the output of a network without one."""
+
+HEADLESS = "_kdpipe_headless"
+"""The attribute of networks that return embeddings [B, D]."""
+
 PREFIX_TOKENS = ("cls_token", "class_token", "dist_token", "distillation_token", "reg_token", "register_tokens")
 """Names of the parameters [1, n, D] that timm, transformers and torchvision put before the patches."""
 
 
 def split_form(model: nn.Module, layer: str) -> tuple[str, str | None]:
-    """Return the module's path and the form that follows it: None if `layer` is a module, or ends in no form."""
+    """Return the module's path, "" for the network itself, and the form that follows it: None for its whole output."""
     path, _, form = layer.rpartition(".")
-    is_form = form in FORMS and path and layer not in dict(model.named_modules(remove_duplicate=False))
-    return (path, form) if is_form else (layer, None)
+    if layer in dict(model.named_modules(remove_duplicate=False)):
+        return layer, None
+    if layer == PRE_LOGITS:
+        return ("", None) if is_headless(model) else (classifier_path(model), PRE_LOGITS)
+    return (path, form) if form in FORMS and path else (layer, None)
+
+
+def is_headless(model: nn.Module) -> bool:
+    """Return whether a network returns embeddings in place of logits."""
+    return bool(getattr(model, HEADLESS, False))
+
+
+def classifier_path(model: nn.Module) -> str:
+    """Return the path of the last linear layer or convolution. Raises ModelError if there is none."""
+    paths: list[str] = [path for path, module in model.named_modules() if isinstance(module, nn.Linear | nn.Conv2d)]
+    if not paths:
+        raise ModelError(f"{PRE_LOGITS!r} is the input of the last linear layer or convolution, and there is none.")
+    return paths[-1]
 
 
 @contextmanager
@@ -53,6 +77,8 @@ def token_part(model: nn.Module, layer: str, form: str | None) -> Callable[[Tens
     """
     if form in (None, ATTENTION):
         return lambda output: output
+    if form == PRE_LOGITS:
+        return lambda features: features.flatten(1) if features.shape[2:].numel() == 1 else features
     before, channels_last = num_prefix_tokens(model), str(getattr(model, "output_fmt", "")).endswith("NHWC")
 
     def take(tokens: Tensor) -> Tensor:

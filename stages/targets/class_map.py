@@ -72,7 +72,7 @@ def read_class_map(store: TargetStore, image_set: ImageSet, config: ClassMapConf
         RecipeError: A class name does not exist, or is ambiguous.
     """
     if config == SAME:
-        if store.num_classes != image_set.num_classes:
+        if store.manifest.has_logits and store.num_classes != image_set.num_classes:
             raise StoreError(
                 f"{store.path} has logits of {store.num_classes} classes, the data set has {image_set.num_classes}: "
                 "cache a teacher with these classes, or map them with student.teachers.classes."
@@ -94,7 +94,7 @@ def read_class_map(store: TargetStore, image_set: ImageSet, config: ClassMapConf
 
 def _stored_names(store: TargetStore) -> list[str]:
     names: Any = store.manifest.identity.data.get("classes")
-    if not isinstance(names, list) or len(names) != store.num_classes:
+    if not isinstance(names, list) or len(names) != (store.num_classes or len(names)):
         raise StoreError(f"{store.path} has no class names: its classes cannot be mapped by name.")
     return [str(name) for name in names]
 

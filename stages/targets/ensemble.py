@@ -120,9 +120,12 @@ def confidence(logits: Tensor, labels: Tensor, has_target: Tensor) -> Tensor:
     (1 - exp(CE_m) / sum_j exp(CE_j)) / (M - 1), with CE the cross entropy with the label. Zhang et al. 2022
     (arXiv 2201.00007), equation 3.
 
-    Logits are [B, M, num_classes], labels int64 [B]; `has_target`, bool [B, M], is which teachers count.
+    Logits are [B, M, num_classes], labels int64 [B]; `has_target`, bool [B, M], is which teachers count. They count
+    equally for unlabelled samples, -1.
     """
-    cross_entropies = -F.log_softmax(logits, 2).gather(2, labels[:, None, None].expand(-1, logits.shape[1], 1))[..., 0]
+    index = labels.clamp_min(0)[:, None, None].expand(-1, logits.shape[1], 1)
+    cross_entropies = -F.log_softmax(logits, 2).gather(2, index)[..., 0]
+    cross_entropies = torch.where(labels[:, None] < 0, 0, cross_entropies)
     compared = cross_entropies.masked_fill(~has_target, torch.finfo(logits.dtype).min)
     return (1 - compared.softmax(1)) / (has_target.sum(1, keepdim=True) - 1).clamp_min(1)
 

@@ -67,10 +67,11 @@ def join(
         _require_samples(store, ids[~known], len(ids), missing)
     labels = store.samples.labels[positions]
     if class_map is not None:
-        labels = np.where(known, class_map.to_student(labels), -1)
         if not known.any():
             _require_samples(store, ids, len(ids), missing)
-        known = labels >= 0
+        unlabelled = labels < 0
+        labels = np.where(unlabelled, labels, class_map.to_student(labels))
+        known &= unlabelled | (labels >= 0)
         if not known.any():
             raise StoreError(
                 f"{store.path} has none of the {len(ids)} samples in a class that student.teachers.classes maps: check "
@@ -80,7 +81,7 @@ def join(
     rows[known] = store.rows_of(ids[known])
     stored = store.samples.take(positions[known])
     compared = image_set.take(torch.from_numpy(known.nonzero()[0])) if not known.all() else image_set
-    _require_equal(store.path, compared, "label", labels[known], compared.labels.numpy())
+    _require_equal(store.path, compared, "label", labels[known], compared.listed_labels.numpy())
     _require_equal(store.path, compared, "pixel checksum", stored.pixels_crc32c, pixel_checksums(compared))
     sources = tuple(resolve_feature(store, feature) for feature in features)
     return JoinedStore(store, torch.from_numpy(rows), sources, class_map)

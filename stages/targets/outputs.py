@@ -10,9 +10,15 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from kdpipe.stages.errors import RecipeError
 from kdpipe.stages.models.hooks import rows_of
 from kdpipe.stages.targets.feature_spec import FeatureSpec
 from kdpipe.store import TopK, interpolation
+
+NO_LOGITS = (
+    "the store has the teacher's embeddings and no logits: use losses on features or relations, such as cosine, hint, "
+    "rkd, pkt, sp and cc, with the teacher layer 'pre_logits'."
+)
 
 
 class TeacherTargets(Protocol):
@@ -31,16 +37,19 @@ class TeacherTargets(Protocol):
 
 @dataclass(frozen=True)
 class DenseTargets:
-    """Teacher outputs with all logits, [B, num_classes]: the same at any temperature."""
+    """Teacher outputs with all logits, [B, num_classes]: the same at any temperature; None for embeddings alone."""
 
-    logits: Tensor
+    logits: Tensor | None
     features: Mapping[FeatureSpec, Tensor]
 
     def logits_at(self, temperature: float) -> Tensor:
+        if self.logits is None:
+            raise RecipeError(NO_LOGITS)
         return self.logits
 
     def rows(self, index: Tensor) -> DenseTargets:
-        return DenseTargets(self.logits[index], rows_of(self.features, index))
+        logits = None if self.logits is None else self.logits[index]
+        return DenseTargets(logits, rows_of(self.features, index))
 
 
 @dataclass(frozen=True)

@@ -115,7 +115,7 @@ class Targets:
         top_k = joined.store.manifest.top_k
         outputs: TeacherTargets
         if top_k is None:
-            outputs = DenseTargets(read[LOGITS].float(), features)
+            outputs = DenseTargets(read[LOGITS].float() if LOGITS in read else None, features)
         else:
             outputs = TopKTargets(top_k, read["logits/values"], read["logits/indices"], read["logits/tail"], features)
         return outputs if joined.class_map is None else TransformedTargets(outputs, joined.class_map.map_logits)

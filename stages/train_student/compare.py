@@ -21,7 +21,6 @@ from kdpipe.stages.losses.registry import AnyLoss
 from kdpipe.stages.losses.schedules import Scheduled
 from kdpipe.stages.runtime.distributed import ProcessGroup
 from kdpipe.stages.runtime.events import ProgressEvent, RunMonitor
-from kdpipe.stages.train_student.student import StudentRun
 from kdpipe.stages.training.job import TrainJob
 from kdpipe.stages.training.job_dir import JobDir, read_json_file, write_json_file
 from kdpipe.stages.training.loop import time_steps
@@ -85,11 +84,6 @@ def with_overrides(entry: CompareEntry, student: StudentConfig) -> StudentConfig
     if entry.hard_label_weight is not None:
         student = replace(student, hard_label_weight=entry.hard_label_weight)
     return student if entry.label_smoothing is None else replace(student, label_smoothing=entry.label_smoothing)
-
-
-def variant_run(name: str, seed: int, run_dir: Path) -> StudentRun:
-    """Return the folder and name of a variant's student; it is not exported."""
-    return StudentRun(JobDir(run_dir / "compare" / name / f"seed{seed}"), f"{name}, seed {seed}", with_onnx=False)
 
 
 def measure_costs(

@@ -8,7 +8,7 @@ from torch import nn
 
 from kdpipe.stages.context import StageContext
 from kdpipe.stages.distillation.classifier_reuse import add_projector, linear_at
-from kdpipe.stages.distillation.compatibility import check_image_size
+from kdpipe.stages.distillation.compatibility import check_image_size, check_labels, require_no_logits
 from kdpipe.stages.distillation.student_config import StudentConfig
 from kdpipe.stages.distillation.task_builder import build_student
 from kdpipe.stages.errors import ModelError, RecipeError
@@ -17,6 +17,7 @@ from kdpipe.stages.losses.features.simkd import SimKD
 from kdpipe.stages.losses.inputs import DatasetInfo, Shapes
 from kdpipe.stages.losses.user_loss import try_loss
 from kdpipe.stages.models.hooks import feature_shapes
+from kdpipe.stages.models.tokens import is_headless
 from kdpipe.stages.targets.ensemble import check_teachers
 from kdpipe.stages.targets.feature_spec import source_shapes, statistic_shape
 
@@ -44,6 +45,9 @@ def dry_run_losses(
     num_stores = max(1, len(student.stores))
     check_teachers(student.teachers, num_stores)
     check_image_size(losses, student, context, where)
+    if is_headless(teacher):
+        require_no_logits(losses, 0, where)
+    check_labels(losses, student.teachers, context.train_set, where)
     model: nn.Module | None = None
     for number, loss in enumerate(losses):
         entry = f"{where}.{number} ({loss.loss})"

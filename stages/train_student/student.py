@@ -50,7 +50,7 @@ def student_fingerprint(
         "starts_from": network.identity,
         "train": config_fingerprint(config.train),
         "seed": seed,
-        "data": context.data_identity(),
+        "data": context.training_identity(),
         "test": context.test_identity(),
         "views": context.student_views(),
         "label_smoothing": config.label_smoothing,

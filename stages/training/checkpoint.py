@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from kdpipe.stages.compute.settings import EXACT, ComputeSettings
 from kdpipe.stages.errors import RunError, cause
+from kdpipe.stages.evaluation.main_metric import metric_of
 from kdpipe.stages.models.safetensors_io import load_tensors, save_tensors
 from kdpipe.stages.training.optimization.averaging import WeightAverage
 from kdpipe.stages.training.optimization.optimizer_state import pack_optimizer, unpack_optimizer
@@ -102,7 +103,7 @@ def _position(record: dict[str, Any]) -> tuple[int, int, list[dict[str, Any]]]:
     """Return epoch, step and history; raises ValueError unless each finished epoch has a line with its figures."""
     epoch, step, history = record["epoch"], record["step"], record["history"]
     for line in history:
-        math.fsum([line["wall_s"], line.get("accuracy", 0.0)])  # jobs without a test set have no accuracy
+        math.fsum([line["wall_s"], line.get(metric_of(line).name, 0.0)])  # jobs without a test set have none
     if type(epoch) is not int or epoch != len(history) or type(step) is not int or step < 0:
         raise ValueError(f"epoch {str(epoch)[:20]}, step {str(step)[:20]} is not a valid position")
     return epoch, step, history

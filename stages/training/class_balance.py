@@ -27,6 +27,11 @@ def with_class_balance(job: TrainJob) -> TrainJob:
             "train.sampler = 'balanced' reads targets in any order, but they are streamed: raise "
             "student.target_loading.memory_bytes or mapped_bytes, or use train.class_weights."
         )
+    if balanced and task.distillation is not None and not dataset.is_labelled:
+        raise RecipeError(
+            "train.sampler = 'balanced' needs the label of every training sample, and some are unlabelled: use "
+            "train.class_weights."
+        )
     losses = task.distillation.configs if task.distillation else {}
     if balanced and (contrastive := [name for name, loss in losses.items() if loss.num_negatives]):
         raise RecipeError(
@@ -47,14 +52,14 @@ def class_weights(config: TrainConfig, labels: Tensor, num_classes: int) -> Tens
     given = config.class_weights
     if given is None:
         return None
-    sizes = torch.bincount(labels, minlength=num_classes).double()
+    sizes = torch.bincount(labels[labels >= 0], minlength=num_classes).double()
     if given == "balanced":
         raw = 1 / sizes.clamp_min(1)
     elif len(given) != num_classes:
         raise RecipeError(f"train.class_weights has {len(given)} numbers for {num_classes} classes: give one for each.")
     else:
         raw = torch.tensor(given, dtype=torch.float64)
-    mean = (raw * sizes).sum() / sizes.sum()
+    mean = (raw * sizes).sum() / sizes.sum().clamp_min(1)
     if mean == 0:
         raise RecipeError("train.class_weights are 0 for all training samples: set at least one above 0.")
     return (raw / mean).float()

@@ -12,6 +12,7 @@ import torch
 from kdpipe.stages.errors import ModelError
 from kdpipe.stages.evaluation.evaluate import Evaluation, evaluate
 from kdpipe.stages.evaluation.macs import count_macs
+from kdpipe.stages.evaluation.main_metric import deciding, main_value, metric_of
 from kdpipe.stages.evaluation.metrics import EvalReport, evaluate_in_depth
 from kdpipe.stages.export.onnx_check import check_onnx
 from kdpipe.stages.export.onnx_debug import first_divergence
@@ -93,16 +94,11 @@ def finalize(
 
 
 def _validated(network: ModelBundle, validation: Evaluation | None) -> dict[str, Any]:
-    """Return the accuracy and the cross entropy on the validation images, and their number; nothing without any."""
+    """Return the main metric and the cross entropy on the validation images, and their number; nothing without any."""
     if validation is None:
         return {}
     found = evaluate(network.model, validation, validation.device).to_json()
     return {"validation": {**found, "num_images": validation.loader.dataset.num_samples}}
-
-
-def deciding_accuracy(result: Mapping[str, Any]) -> float:
-    """Return the accuracy in a job's results that choices look at: on the validation images, else the test images."""
-    return float((result.get("validation") or result)["accuracy"])
 
 
 def _warnings(report: EvalReport) -> Iterator[str]:
@@ -153,12 +149,13 @@ def _write(
                 raise
             remove_with_sum(job_dir.onnx)
             on_no_export(str(error))
-    accuracy = deciding_accuracy({"accuracy": report.top1, **more})
-    best = max(history, key=lambda line: line["accuracy"], default={"accuracy": accuracy, "epoch": None})
+    reached = report.metric.record(report.top1)
+    chosen_by = deciding({**reached, **more})
+    best = max(history, key=main_value, default={**chosen_by, "epoch": None})
     result = {
-        "accuracy": report.top1,
+        **reached,
         "cross_entropy": report.cross_entropy,
-        "best_accuracy": best["accuracy"],
+        f"best_{metric_of(chosen_by).name}": main_value(best),
         "best_epoch": best["epoch"],
         "num_epochs": len(history),
         **{key: line[key] for line in history[-1:] for key in ("stopped_by", "compute") if key in line},
@@ -209,11 +206,12 @@ def require_agreement(path: Path, network: ModelBundle, test: Evaluation, *, who
     max_gap = max(MAX_ACCURACY_GAP, 2 / found.num_samples)  # on a small test set two images are more
     if found.top1_agreement >= MIN_AGREEMENT and abs(accuracies[0] - accuracies[1]) <= max_gap:
         return found.top1_agreement
+    against = " % against ".join(f"{100 * accuracy:.2f}" for accuracy in accuracies)
+    of_labels = "" if found.accuracy is None else f", with an accuracy of {against} %"
     where = first_divergence(path, network.model, test.images(DEBUG_IMAGES).cpu())
     raise ModelError(
         f"{path} agrees with torch on {100 * found.top1_agreement:.2f} % of {found.num_samples} test images, wanted "
-        f"{100 * MIN_AGREEMENT:.0f} %, with an accuracy of {100 * accuracies[0]:.2f} % against "
-        f"{100 * accuracies[1]:.2f} % (logits differ by up to {found.max_logit_difference:.3g}): {where}. Do not "
-        "use it: train the network longer, or keep the first diverging layers in float "
+        f"{100 * MIN_AGREEMENT:.0f} %{of_labels} (logits differ by up to {found.max_logit_difference:.3g}): {where}. "
+        "Do not use it: train the network longer, or keep the first diverging layers in float "
         "(compress.quantize.exclude)."
     )

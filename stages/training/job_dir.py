@@ -21,6 +21,7 @@ from typing import Annotated, Any
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from kdpipe.stages.errors import ANOTHER_RUN, RunError
+from kdpipe.stages.evaluation.main_metric import best_value, main_value
 from kdpipe.store import FingerprintMismatch, differences, make_folders, sweep_partial
 from kdpipe.store.errors import KdpipeError
 from kdpipe.store.fs import safe_read
@@ -47,8 +48,6 @@ class _Result(BaseModel):
 
     model_config = ConfigDict(strict=True, allow_inf_nan=False)
 
-    accuracy: Fraction
-    best_accuracy: Fraction
     num_parameters: Count
     onnx_bytes: Count | None
     onnx_agreement: Fraction | None
@@ -153,9 +152,12 @@ def _faults(record: Mapping[str, Any]) -> list[str]:
     """List what is wrong with a job's results, the first few faults."""
     try:
         _Result.model_validate(record)
+        main_value(record), best_value(record)
     except ValidationError as error:
         faults = [(str(fault["loc"][0]), fault["msg"]) for fault in error.errors(include_url=False)[:MAX_FAULTS]]
         return [f"{name} = {str(record.get(name))[:40]!r}: {message}" for name, message in faults]
+    except (ValueError, AttributeError) as error:
+        return [str(error)]
     return []
 
 

@@ -18,7 +18,7 @@ from kdpipe.stages.compute.tf32 import tf32
 from kdpipe.stages.compute.threads import restored_threads
 from kdpipe.stages.data.splits import VALIDATION
 from kdpipe.stages.errors import NotFiniteError, RunError, StoppedEarly
-from kdpipe.stages.evaluation.evaluate import evaluate
+from kdpipe.stages.evaluation.main_metric import metric_of
 from kdpipe.stages.models.hooks import extract_features
 from kdpipe.stages.runtime.circumstances import circumstances, resume_circumstances
 from kdpipe.stages.runtime.events import ProgressEvent, RunMonitor
@@ -157,7 +157,7 @@ def _run_steps(
 def _require_position(job: TrainJob, progress: Progress, steps: int) -> None:
     """Raise RunError for a checkpoint at a position that the job does not have."""
     within = progress.epoch <= job.config.epochs and progress.step <= steps
-    if not within or (job.test and any("accuracy" not in line for line in progress.history)):
+    if not within or (job.test and any(metric_of(line).name not in line for line in progress.history)):
         raise RunError(
             f"{job.job_dir.checkpoint} does not fit this job (epoch {progress.epoch}, step {progress.step} of "
             f"{steps}): delete it to restart the job."
@@ -204,7 +204,7 @@ def _end_epoch(job: TrainJob, progress: Progress, steps: int, device: torch.devi
         )
 
     def evaluate_and_write() -> dict[str, Any]:
-        result = evaluate(job.model, job.test, device).to_json() if job.test else {}
+        result = job.evaluate(job.model, job.test, device).to_json() if job.test else {}
         rate = learning_rate(job.config, progress.epoch * steps + steps - 1, steps)
         compute = {"compute": job.test.compute.to_json()} if job.test and job.test.compute != EXACT else {}
         line = {"epoch": progress.epoch, **result, "losses": losses, "lr": rate, "wall_s": round(wall_s, 3), **compute}

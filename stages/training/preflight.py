@@ -97,7 +97,7 @@ def try_batch(model: nn.Module, images: Tensor, num_classes: int, *, role: str) 
     batch = f"a batch of {size}" if size > 1 else "a batch of one image"
     with torch.no_grad(), _explained(model, f"the {role} does not run on {batch}", _advice(size)):
         logits = model.eval()(images)
-    if list(logits.shape) != [size, num_classes]:
+    if list(logits.shape) != [size, num_classes or logits.shape[-1]]:  # embeddings have any width
         raise ModelError(
             f"the {role} makes {list(logits.shape)} of {batch}, wanted logits [{size}, {num_classes}]. {_advice(size)}"
         )

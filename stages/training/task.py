@@ -10,6 +10,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from kdpipe.stages.data.image_set import UNLABELLED
 from kdpipe.stages.data.loader.image_loader import ImageBatch, ImageLoader, ViewRequest
 from kdpipe.stages.data.loader.labels import HardLabels, hard_labels_of
 from kdpipe.stages.data.loader.sampling import balanced_order, batch_indices, epoch_order, num_steps, shard_order
@@ -88,7 +89,7 @@ class TrainingTask:
 
     Attributes:
         loader: The images in their views.
-        num_views: The number of views; epoch e has view e mod num_views.
+        num_views: The number of views; epoch e, or pass e over fewer samples, has view e mod num_views.
         normalize: The student's input normalization.
         targets: The teachers' outputs; None without a teacher.
         distillation: The weighted sum of the distillation losses; None without a teacher.
@@ -120,6 +121,13 @@ class TrainingTask:
         return self.loader.dataset.num_samples
 
     @cached_property
+    def learned(self) -> Tensor:
+        """The positions of the samples that are learned from, by ascending id: without a teacher the labelled ones."""
+        dataset = self.loader.dataset
+        by_id = torch.argsort(dataset.sample_ids)
+        return by_id if self.targets is not None else by_id[dataset.labels[by_id] != UNLABELLED]
+
+    @cached_property
     def ranks(self) -> Tensor:
         """Each sample's rank among all ids, int64 [N]."""
         return torch.argsort(torch.argsort(self.loader.dataset.sample_ids))
@@ -133,14 +141,19 @@ class TrainingTask:
     def order(self, seed: int, epoch: int) -> Tensor:
         """Return the order of an epoch's samples, int64 [N], a function of (seed, epoch).
 
-        It depends on sample ids, not positions: reordering the data set gives the same student.
+        It depends on sample ids, not positions: reordering the data set gives the same student. An epoch of fewer than
+        N samples passes over them several times, and the next one goes on where it stopped.
         """
-        by_id = torch.argsort(self.loader.dataset.sample_ids)
+        by_id = self.learned
         if self.targets is not None and self.targets.slabs is not None:
             return by_id[shard_order(seed, epoch, self.targets.slabs[by_id], self.targets.window)]
         if self.balanced:
-            return by_id[balanced_order(seed, epoch, self.loader.dataset.labels[by_id])]
-        return by_id[epoch_order(seed, epoch, self.num_samples)]
+            chosen = balanced_order(seed, epoch, self.loader.dataset.labels[by_id], self.num_samples)
+            return by_id[chosen]
+        first, start = divmod(epoch * self.num_samples, len(by_id))
+        num_passes = -(-(start + self.num_samples) // len(by_id))
+        passes = [epoch_order(seed, first + number, len(by_id)) for number in range(num_passes)]
+        return by_id[torch.cat(passes)[start : start + self.num_samples]]
 
     def stream(
         self, seed: int, batch_size: int, *, epoch: int, step: int, epochs: int, process_group: ProcessGroup = SINGLE
@@ -159,7 +172,8 @@ class TrainingTask:
                 for position in range(step if number == epoch else 0, steps):
                     positions.append(StepPosition(seed, number, position, epochs))
                     rows = process_group.rows(batch_indices(order, position, batch_size))
-                    yield ViewRequest(rows, self._view(number))
+                    passes = (number * self.num_samples + position * batch_size) // len(self.learned)
+                    yield ViewRequest(rows, self._view(passes))
 
         for image_batch in self.loader.stream(requests()):
             yield self._batch(positions.popleft(), image_batch)

@@ -16,6 +16,9 @@ from kdpipe.store.format.samples import Samples
 from kdpipe.store.format.schema import ATTRIBUTE, MAX_COUNT, MAX_SHARD_BYTES, MAX_UNITS, SCHEMA_VERSION
 from kdpipe.store.format.topk import TAIL, TopK
 
+EMBEDDINGS = "features/pre_logits"
+"""The array of a teacher's embeddings: the input of its classifier, or what a teacher without one returns."""
+
 STATISTICS = ("features", "pooled", "attention", "gram", "spatial_gram", "input_gradient")
 """Groups of a layer's arrays: its feature map, or a statistic of it; with `-HxW` where it was pooled first."""
 
@@ -80,6 +83,11 @@ class Manifest:
     @property
     def profile(self) -> str:
         return "archive" if self.codec else "zero-copy"
+
+    @property
+    def has_logits(self) -> bool:
+        """Whether there are logits, of all classes or the largest; else the teacher has no classifier."""
+        return any(spec.name.startswith("logits") for spec in self.arrays)
 
     @property
     def segment_fingerprints(self) -> tuple[str, ...]:
@@ -239,9 +247,11 @@ def _parse_trial(record: Mapping[str, Any]) -> dict[str, Any]:
 
 def _check_logits(manifest: Manifest) -> None:
     logits = [spec for spec in manifest.arrays if spec.name.startswith("logits")]
+    if not logits and manifest.top_k is None and any(spec.name == EMBEDDINGS for spec in manifest.arrays):
+        return
     if manifest.top_k is None and [spec.name for spec in logits] != ["logits"]:
         raise ValueError("it has no array of logits")
-    if manifest.top_k is not None and logits != list(manifest.top_k.arrays(logits[0].dtype)):
+    if manifest.top_k is not None and (not logits or logits != list(manifest.top_k.arrays(logits[0].dtype))):
         raise ValueError("its arrays are not those of its top-k logits")
 
 

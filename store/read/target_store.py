@@ -94,7 +94,8 @@ class TargetStore:
     @property
     def layers(self) -> tuple[str, ...]:
         """Modules of the teacher with a stored feature map or statistic."""
-        return tuple(dict.fromkeys(spec.name.partition("/")[2] for spec in self.arrays if "logits" not in spec.name))
+        names = [spec.name for spec in self.arrays if not spec.name.startswith("logits")]
+        return tuple(dict.fromkeys(name.partition("/")[2] for name in names))
 
     @property
     def classes(self) -> tuple[str, ...]:
@@ -103,8 +104,10 @@ class TargetStore:
 
     @property
     def num_classes(self) -> int:
-        """Number of logits of the teacher, whether all of them or the k largest are stored."""
+        """Number of logits of the teacher, whether all of them or the k largest are stored; 0 if it has embeddings."""
         top_k = self.manifest.top_k
+        if not self.manifest.has_logits:
+            return 0
         return top_k.num_classes if top_k else self.manifest.spec("logits").row_shape[0]
 
     @property

@@ -9,7 +9,7 @@ from typing import Literal
 from kdpipe.store.errors import StoreError, did_you_mean
 from kdpipe.store.format.codec import Codec
 from kdpipe.store.format.layout import PAGE_BYTES, ArraySpec, StoreLayout
-from kdpipe.store.format.manifest import Manifest
+from kdpipe.store.format.manifest import EMBEDDINGS, Manifest
 from kdpipe.store.format.topk import TAIL, VALUES, TopK, default_temperatures
 from kdpipe.store.read.target_store import TargetStore
 
@@ -78,6 +78,8 @@ def _top_k(source: TargetStore, options: TranscodeOptions) -> TopK | None:
         if options.temperatures is not None:
             raise StoreError("temperatures apply to top-k logits only: set top_k too, or omit temperatures.")
         return stored
+    if not source.manifest.has_logits:
+        raise StoreError(f"{source.path} has embeddings, no logits: leave out top_k.")
     if stored is not None:
         raise StoreError(
             f"{source.path} has top-{stored.k} logits, of which top-{options.top_k} logits cannot be made: transcode a "
@@ -115,7 +117,8 @@ def _kept_names(source: TargetStore, options: TranscodeOptions) -> set[str]:
     for name in options.arrays or ():
         if name not in names:
             raise StoreError(f"{source.path} has no array {name!r}; {did_you_mean(name, names)}")
-    return set(names) if options.arrays is None else {"logits", *options.arrays}
+    always = "logits" if source.manifest.has_logits else EMBEDDINGS
+    return set(names) if options.arrays is None else {always, *options.arrays}
 
 
 def logical_array(name: str) -> str:

@@ -20,6 +20,7 @@ from kdpipe.pipeline.recipe import new as recipe_new
 from kdpipe.pipeline.recipe.load import load_recipe
 from kdpipe.pipeline.recipe.template import DEFAULTS, OFFERED_LOSSES, toml_value
 from kdpipe.pipeline.recipe_app import recipe_app
+from kdpipe.stages.data.names import FILE_KINDS
 from kdpipe.stages.data.sources.user_function import DATASETS
 from kdpipe.stages.models.networks.mlp import mlp
 from kdpipe.stages.models.user_models import MODELS
@@ -110,7 +111,7 @@ def test_check_builds_networks_and_losses_without_data():
         (["views.operations=[{ name = 'Cutout', size = 8 }]"], "could cover all of an image of 8 x 8"),
         (["student.mean=[0.5]"], "student: a model's mean and std must be given together"),
         (["student.teachers.temperatures=[1.0, 2.0]"], "student.teachers.temperatures has 2 entries"),
-        (["data.test_crop=0.5"], "data.test_crop applies only to imagefolder:PATH"),
+        (["data.test_crop=0.5"], "data.test_crop applies only to imagefolder, table"),
         (["student.model.args.width=10000000000"], "args.width is more than 65,536"),
         (["distill=[]"], "there is neither [[distill]] nor"),
         (["cache.store=s3://bucket/store"], "cache.store = 's3://bucket/store'"),
@@ -217,7 +218,7 @@ def test_new_writes_a_valid_recipe_from_defaults(here):
     called("check", "blank.toml")
 
 
-@pytest.mark.parametrize("data", [*sorted(DEFAULTS.keys() - {"CIFAR10", "table"}), "npz:my images"])
+@pytest.mark.parametrize("data", [*sorted(DEFAULTS.keys() - {"CIFAR10", *FILE_KINDS}), "imagefolder", "npz:my images"])
 @pytest.mark.parametrize("losses", ["kd", "+".join(OFFERED_LOSSES)])
 def test_new_writes_recipes_for_every_kind_of_data(data, losses, monkeypatch):
     if data == "imagefolder":  # skip building large networks, which takes seconds

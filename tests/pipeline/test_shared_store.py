@@ -20,7 +20,7 @@ from kdpipe.stages.losses.features.hint import Hint
 from kdpipe.stages.losses.logits.kd import KD
 from kdpipe.stages.runtime.events import RunMonitor
 from kdpipe.stages.workspace import NOWHERE, Workspace, store_of_run
-from kdpipe.store import FingerprintMismatch
+from kdpipe.store import FingerprintMismatch, StoreError
 from kdpipe.store.fs.checksums import SUMS, damages
 
 
@@ -193,3 +193,28 @@ def test_a_damaged_job_is_not_taken_and_one_of_a_sweep_is(
     assert counted["train"] == 3
     for name in ("alone-seed0", "distilled-seed0"):
         assert list(damages(tmp_path / "b" / "students" / name)) == []
+
+
+def test_train_student_alone_uses_teacher_and_store_of_another_run(
+    first: Path, tmp_path: Path, without_onnx: None, counted: dict[str, int]
+) -> None:
+    shutil.copytree(first, tmp_path / "a")
+    warmer = replace(RECIPE, distill=(KD(loss="kd", temperature=2.0),))
+    run = Run(warmer, tmp_path / "b", RunMonitor(), workspace=Workspace(tmp_path))
+    run.begin()
+    steps.run_train_student(run)
+    assert counted == {"train": 1, "units": 0}
+    assert store_of_run(tmp_path / "b") == (tmp_path / "a" / "store.zarr").absolute()
+    with pytest.raises(StoreError, match="cache-teacher"):
+        steps.run_train_student(Run(warmer, tmp_path / "c", RunMonitor()))
+
+
+def test_cache_teacher_alone_uses_the_teacher_of_another_run(
+    first: Path, tmp_path: Path, counted: dict[str, int]
+) -> None:
+    shutil.copytree(first, tmp_path / "a")
+    more = replace(RECIPE, views=replace(RECIPE.views, num_views=3))
+    run = Run(more, tmp_path / "b", RunMonitor(), workspace=Workspace(tmp_path))
+    run.begin()
+    steps.run_cache_teacher(run)
+    assert counted["train"] == 0 and counted["units"] > 0

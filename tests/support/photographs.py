@@ -11,8 +11,9 @@ import torch
 from PIL import Image
 
 from kdpipe.stages.data.decode import DecodeSpec
-from kdpipe.stages.data.image_files import ImageFiles, pack_paths, path_at, pixel_checksum
+from kdpipe.stages.data.image_files import ImageFiles, pixel_checksum
 from kdpipe.stages.data.image_set import ImageSet
+from kdpipe.stages.data.image_source import FilePaths
 
 EQUAL = ((12, 10),)
 UNEQUAL = ((12, 10), (9, 14), (16, 16))
@@ -35,7 +36,7 @@ def photographs(folder: Path, num_samples: int, sizes: tuple[tuple[int, int], ..
         Image.fromarray(image.transpose(1, 2, 0)).save(path)
     generator = torch.Generator().manual_seed(seed)
     files = ImageFiles(
-        pack_paths(paths),
+        FilePaths.pack(paths),
         DecodeSpec(channels=3),
         np.array([pixel_checksum(image) for image in images], dtype=np.uint32),
         np.array([image.shape[1:] for image in images], dtype=np.int32),
@@ -53,4 +54,4 @@ def in_memory(image_set: ImageSet) -> ImageSet:
 
 def path_of(image_set: ImageSet, index: int) -> Path:
     assert isinstance(image_set.images, ImageFiles)
-    return path_at(image_set.images.paths, index)
+    return Path(image_set.images.source.where(index))

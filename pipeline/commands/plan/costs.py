@@ -8,13 +8,16 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from kdpipe.pipeline.commands.compare import variants_of
 from kdpipe.pipeline.commands.plan.existing import unfinished_compressions
 from kdpipe.pipeline.commands.plan.probe import Probe, Seconds
 from kdpipe.pipeline.commands.sweep import sweep_trainings
+from kdpipe.pipeline.commands.trainings import run_of
 from kdpipe.pipeline.run import Run
 from kdpipe.stages.compress.compress import fine_tunings
 from kdpipe.stages.distillation.spec import DistillationSpec
-from kdpipe.stages.distillation.student_config import ALONE, DISTILLED
+from kdpipe.stages.distillation.student_config import ALONE, DISTILLED, StudentConfig
+from kdpipe.stages.losses.base import Loss
 from kdpipe.stages.workspace import shown
 from kdpipe.store import KdpipeError
 
@@ -61,11 +64,15 @@ def total(costs: Sequence[StageCost]) -> list[float] | None:
 
 
 def student_costs(probe: Probe, students: dict[tuple[str, int], Path]) -> Iterator[StageCost]:
-    """Yield the costs of the students, alone and distilled, and of their compression; or of those of a sweep."""
+    """Yield the costs of the students, alone and distilled, and of their compression; or of a sweep or comparison."""
     recipe, run = probe.run.recipe, probe.run
     if recipe.points:
         yield from _sweep_costs(probe)
         return
+    if recipe.compare:
+        yield from _compare_costs(probe)
+        if not recipe.distill:
+            return
     compresses = recipe.student.export and recipe.distill and recipe.compress.steps
     compressions = list(unfinished_compressions(run)) if compresses else []
     num_done = {kind: sum(each == kind for each, _ in students) for kind in (ALONE, DISTILLED)}
@@ -98,6 +105,28 @@ def _sweep_costs(probe: Probe) -> Iterator[StageCost]:
         what = f"students, {len(recipe.points)} settings" if kind == DISTILLED else f"students, {ALONE}"
         seconds, note = _measured(partial(_student_time, probe, kind, spec, share), why * (kind == DISTILLED))
         yield StageCost("sweep", what, len(own), len(own) - len(left), seconds, note)
+
+
+def _compare_costs(probe: Probe) -> Iterator[StageCost]:
+    """Yield the cost of the students of `kdpipe compare`, each variant timed; those alone are train-student's too."""
+    run, recipe = probe.run, probe.run.recipe
+    seconds: Seconds | None = NOTHING
+    notes, num_done, variants = [], 0, variants_of(run)
+    for name, (losses, student) in variants.items():
+        runs = [run_of(run.folder, "compare", name, seed) for seed in student.seeds]
+        num_left = sum(one.job_dir.result() is None for one in runs)
+        num_done += len(runs) - num_left
+        if num_left:
+            time, note = _measured(partial(_variant_time, probe, losses, student, num_left))
+            seconds = seconds + time if seconds and time else None
+            notes += [f"{name}: {note}"] if note else []
+    what, count = f"students, {len(variants)} variants", len(variants) * len(recipe.student.seeds)
+    yield StageCost("compare", what, count, num_done, seconds, "; ".join(notes[:1]))
+
+
+def _variant_time(probe: Probe, losses: Sequence[Loss], student: StudentConfig, count: int) -> Seconds:
+    spec = probe.open_distillation(losses) if losses else None
+    return probe.student_training(spec, student).times(count)
 
 
 def teacher_cost(probe: Probe, found: Path | None) -> StageCost:

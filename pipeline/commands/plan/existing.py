@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
-from functools import partial
 from pathlib import Path
 
 from kdpipe.pipeline.run import Run
@@ -13,22 +12,11 @@ from kdpipe.stages.distillation.spec import DistillationSpec
 from kdpipe.stages.distillation.stores import open_distillation
 from kdpipe.stages.distillation.student_config import ALONE, DISTILLED, student_folder
 from kdpipe.stages.distillation.task_builder import build_student
-from kdpipe.stages.given_teacher import is_as_expected
-from kdpipe.stages.teacher import build_teacher, teacher_fingerprint, teacher_folder
+from kdpipe.stages.losses.base import Loss
 from kdpipe.stages.train_student.student import student_fingerprint
 from kdpipe.stages.training.job_dir import JobDir
 from kdpipe.stages.training.shared_job import offered
 from kdpipe.store import KdpipeError, is_url
-
-
-def find_teacher(run: Run) -> Path | None:
-    """Return the run folder that has the finished teacher, this one or another; None if it must be made."""
-    config, seed, context = run.recipe.teacher, run.recipe.seed, run.context
-    job_dir = teacher_folder(run.folder)
-    if job_dir.result() is not None:
-        return run.folder
-    inputs = teacher_fingerprint(config, seed, build_teacher(config, seed, context), context)
-    return offered(job_dir, inputs, context, partial(is_as_expected, config))
 
 
 def find_students(run: Run, store: Path) -> dict[tuple[str, int], Path]:
@@ -55,13 +43,17 @@ def find_students(run: Run, store: Path) -> dict[tuple[str, int], Path]:
     return found
 
 
-def open_stores(run: Run, store: Path) -> DistillationSpec | None:
-    """Return the losses on the opened stores of a run, `store` in place of its own; None if they are not complete."""
+def open_stores(run: Run, store: Path, losses: Sequence[Loss] = ()) -> DistillationSpec | None:
+    """Return the losses, the recipe's by default, on a run's stores, `store` in place of its own.
+
+    None if they are not complete.
+    """
+    losses = losses or run.recipe.distill
     places = [store if place == run.store else place for place in run.stores]
-    if not run.recipe.distill or any(is_url(place) or not Path(place).exists() for place in places):
+    if not losses or any(is_url(place) or not Path(place).exists() for place in places):
         return None
     with suppress(KdpipeError):
-        return open_distillation(places, run.recipe.distill, run.recipe.student, {}, run.context)
+        return open_distillation(places, losses, run.recipe.student, {}, run.context)
     return None
 
 

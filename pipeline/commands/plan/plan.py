@@ -10,12 +10,12 @@ from typing import Any
 import torch
 
 from kdpipe.pipeline.commands.plan.costs import StageCost, student_costs, teacher_cost, total
-from kdpipe.pipeline.commands.plan.existing import find_students, find_teacher
+from kdpipe.pipeline.commands.plan.existing import find_students
 from kdpipe.pipeline.commands.plan.probe import SPREAD, Probe, Seconds, probed_cache, sample_context
 from kdpipe.pipeline.preflight import preflight
 from kdpipe.pipeline.run import Run
 from kdpipe.pipeline.session.run_record import peak_memory
-from kdpipe.pipeline.shared_store import needs_teacher, offered_store
+from kdpipe.pipeline.shared_store import find_teacher, needs_teacher, offered_store
 from kdpipe.stages.cache_teacher.choice import require_available
 from kdpipe.stages.cache_teacher.estimate import first_logits, known_settings, plan_cache, probe
 from kdpipe.stages.cache_teacher.plan import top_k_of
@@ -122,7 +122,7 @@ def _caching_cost(run: Run, plan: dict[str, Any], measured: dict[str, float] | N
 
 def _try_given(run: Run, teacher: ModelBundle, sample: StageContext) -> str:
     """Return what other scalings and class orders would reach with a given teacher, on a sample of the test images."""
-    if run.recipe.teacher.train is not None:
+    if run.recipe.teacher.train is not None or not run.context.test_set.is_labelled:
         return ""
     test, started = sample.evaluation(teacher.normalize), time.monotonic()
     report = evaluate_in_depth(teacher.model, test, sample.device)
@@ -139,10 +139,11 @@ def _image_sets(run: Run) -> list[ImageSet]:
 
 
 def _describe(image_set: ImageSet) -> dict[str, Any]:
-    counts = torch.bincount(image_set.labels, minlength=image_set.num_classes).tolist()
+    counts = torch.bincount(image_set.labels[image_set.labelled], minlength=image_set.num_classes).tolist()
     return {
         "name": image_set.name,
         "num_samples": image_set.num_samples,
+        "num_labelled": len(image_set.labelled),
         "image_shape": [image_set.in_channels, *(image_set.image_size or ())],
         "classes": dict(zip(image_set.class_names, counts, strict=True)),
     }
@@ -162,5 +163,6 @@ def _tail_masses(run: Run, teacher: ModelBundle, plan: dict[str, Any]) -> list[T
     if plan["exists"] and not plan["num_units_missing"]:
         store = open_store(Path(plan["store"]))
         return run.tail_masses(store.manifest.top_k, tail_of(store))
-    top_k, logits = top_k_of(run.recipe.cache, run.context), first_logits(run.recipe.cache, teacher, run.context)
+    top_k = top_k_of(run.recipe.cache, run.context, teacher)
+    logits = first_logits(run.recipe.cache, teacher, run.context)
     return [] if top_k is None else run.tail_masses(top_k, encode_topk(logits, top_k, "float32")[TAIL])

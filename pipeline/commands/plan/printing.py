@@ -122,8 +122,16 @@ def _data_lines(data: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
         shape = " x ".join(map(str, found["image_shape"]))
         yield (
             f"{split} images",
-            f"{found['num_samples']:,} of {found['name']}, {shape}, {_class_text(found['classes'])}",
+            f"{found['num_samples']:,} of {found['name']}, {shape}, {_labels_text(found)}",
         )
+
+
+def _labels_text(found: Mapping[str, Any]) -> str:
+    """Return how many samples have labels, if not all, and the classes."""
+    if not found["num_labelled"]:
+        return f"unlabelled, {len(found['classes']):,} classes"
+    some = "" if found["num_labelled"] == found["num_samples"] else f"{found['num_labelled']:,} labelled, "
+    return f"{some}{_class_text(found['classes'])}"
 
 
 def _class_text(counts: Mapping[str, int]) -> str:

@@ -30,7 +30,9 @@ from kdpipe.stages.data.loader.sampling import num_steps
 from kdpipe.stages.data.splits import stratified_subset
 from kdpipe.stages.distillation.spec import DistillationSpec
 from kdpipe.stages.distillation.stores import open_distillation
+from kdpipe.stages.distillation.student_config import StudentConfig
 from kdpipe.stages.evaluation.evaluate import evaluate
+from kdpipe.stages.losses.base import Loss
 from kdpipe.stages.losses.distillation import student_layers
 from kdpipe.stages.models.bundle import ModelBundle
 from kdpipe.stages.runtime.events import RunMonitor
@@ -94,7 +96,7 @@ def sample_context(run: Run) -> Iterator[StageContext]:
             views=replace(context.views, num_views=1),
             mix_partners=None,
             monitor=RunMonitor(should_stop=context.monitor.should_stop),
-            get_teacher_logits=lambda: None,
+            get_teacher_logits=lambda part: None,
             load_test=None,
         )
 
@@ -114,6 +116,8 @@ def _sample(image_set: ImageSet, count: int) -> ImageSet:
     """Return some images of each class, in memory if a run would keep them there."""
     rows = stratified_subset(image_set.labels.numpy(), min(count, image_set.num_samples))
     sample = image_set.take(torch.from_numpy(rows))
+    if not sample.is_labelled:  # any labels take the same time
+        sample = replace(sample, labels=sample.labels.clamp_min(0), listed=None)
     if not isinstance(image_set.images, ImageFiles) or image_set.images.levels is None:
         return sample
     pixels = [torch.from_numpy(sample.read(number)) for number in range(len(sample))]
@@ -148,9 +152,9 @@ class Probe:
         job = TrainJob("plan", "teacher", teacher.model, task, None, config.train, seed, JobDir(Path()))
         return self._training(job, teacher, sample)
 
-    def student_training(self, spec: DistillationSpec | None) -> Seconds:
-        """Return the time of a student's training, alone without `spec`."""
-        config = self.run.recipe.student
+    def student_training(self, spec: DistillationSpec | None, config: StudentConfig | None = None) -> Seconds:
+        """Return the time of the training of a student, the recipe's by default; alone without `spec`."""
+        config = config or self.run.recipe.student
         job = build_step_job(Variant("plan", config, spec), self._context(spec))
         network = ModelBundle(job.model, {}, job.task.normalize)
         return self._training(job, network, self.sample.resized(config.image_size))
@@ -170,17 +174,17 @@ class Probe:
         job = TrainJob("plan", "student", network.model, task, None, train, shared.seed, JobDir(Path()), layers)
         return self._training(job, network, self.sample.resized(config.image_size))
 
-    def open_distillation(self) -> DistillationSpec | None:
-        """Return the losses on a store of the sample's targets, which is made here, or on stores that are there.
+    def open_distillation(self, losses: Sequence[Loss] = ()) -> DistillationSpec | None:
+        """Return the losses, by default the recipe's, on a store of the sample's targets, or on stores that are there.
 
         None if the students learn from stores that are not on this machine.
         """
-        run, config = self.run, self.run.recipe.student
+        run, config, losses = self.run, self.run.recipe.student, losses or self.run.recipe.distill
         if run.stores != [run.store]:
-            return open_stores(run, self.store)
+            return open_stores(run, self.store, losses)
         path = self.sample.run_dir / "store.zarr"
         cache_teacher(probed_cache(run.recipe.cache, self.sample), path, self.teacher, self.features, self.sample)
-        return open_distillation([path], run.recipe.distill, config, {}, self.sample)
+        return open_distillation([path], losses, config, {}, self.sample)
 
     def _context(self, spec: DistillationSpec | None) -> StageContext:
         """Return the sample; of all views where its targets come from a whole store."""

@@ -70,6 +70,8 @@ def _lines(info: dict[str, Any]) -> Iterator[tuple[str, str]]:
     classes = f" of {data['num_classes']} classes" if "num_classes" in data else ""
     yield "data", f"{data.get('name')} {data.get('split', '')}, {info['num_samples']:,} samples{classes}"
     yield "views", f"{info['num_views']} (seed {views.get('seed')}, operations: {operations})"
+    if not any(name.startswith("logits") for name in info["arrays"]):
+        yield "output", "embeddings, no logits: for losses on features and relations"
     if top_k:
         grid = top_k["temperatures"]
         yield "logits", f"the {top_k['k']} largest of {top_k['num_classes']}, for T from {grid[0]:g} to {grid[-1]:g}"

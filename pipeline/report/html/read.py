@@ -14,6 +14,7 @@ from kdpipe.pipeline.report.report import read_report
 from kdpipe.pipeline.report.rows import Report, Row
 from kdpipe.stages.data.splits import VALIDATION
 from kdpipe.stages.errors import RunError
+from kdpipe.stages.evaluation.main_metric import AGREEMENT, main_percent, metric_of
 from kdpipe.stages.training.job_dir import JobDir, read_json_file
 from kdpipe.store.fs.checksums import require_intact
 from kdpipe.store.fs.safe_read import read_regular_file
@@ -26,12 +27,15 @@ MAIN_KINDS = ("teacher", "alone", "student")
 
 @dataclass(frozen=True)
 class Epoch:
-    """A line of metrics.jsonl: number counted from 1, accuracy in percent on a split, weighted losses by name."""
+    """A line of metrics.jsonl: number counted from 1, main metric in percent, weighted losses by name.
+
+    measured: What the accuracy is, and on which split.
+    """
 
     number: int
     accuracy: float
     losses: Mapping[str, float]
-    split: str = "test"
+    measured: str = "test accuracy"
 
 
 @dataclass(frozen=True)
@@ -98,6 +102,11 @@ class PageRun:
         return self.report.row(kind)
 
     @property
+    def is_labelled(self) -> bool:
+        """Whether networks are judged by labels, not by their agreement with the teacher."""
+        return all(row.metric != AGREEMENT.name for row in self.report.rows)
+
+    @property
     def main(self) -> list[Network]:
         """The teacher and the uncompressed students."""
         return [network for network in self.networks if network.kind in MAIN_KINDS]
@@ -135,8 +144,9 @@ def _network(entry: NetworkEntry) -> Network:
 
 
 def _epoch(record: dict[str, Any]) -> Epoch:
-    number, accuracy = int(record["epoch"]) + 1, 100 * float(record["accuracy"])
-    if number < 1 or not 0 <= accuracy <= 100:
-        raise ValueError(f"epoch {number} has an accuracy of {accuracy:g} %")
+    number, accuracy = int(record["epoch"]) + 1, main_percent(record)
+    if number < 1:
+        raise ValueError(f"there is no epoch {number}")
     losses = {str(name): float(value) for name, value in record.get("losses", {}).items()}
-    return Epoch(number, accuracy, losses, VALIDATION if record.get("split") == VALIDATION else "test")
+    split = VALIDATION if record.get("split") == VALIDATION else "test"
+    return Epoch(number, accuracy, losses, f"{split} {metric_of(record).title}")

@@ -21,6 +21,7 @@ from kdpipe.stages.evaluation.correct_images import outcome_of
 from kdpipe.stages.evaluation.evaluate import Evaluation
 from kdpipe.stages.evaluation.intervals import accuracy_interval
 from kdpipe.stages.evaluation.latency import measure_latency
+from kdpipe.stages.evaluation.main_metric import main_value, metric_of
 from kdpipe.stages.export.onnx_session import float_nodes
 from kdpipe.stages.models.bundle import ModelBundle
 from kdpipe.stages.runtime.cpu import cpu_name
@@ -164,11 +165,11 @@ def _facts(
 
 def _figures(folder: JobDir, result: Mapping[str, Any]) -> dict[str, Any]:
     identity, examined = result["identity"], result.get("examined") or {}
-    interval = accuracy_interval([outcome_of(result)])
+    interval, metric, validated = accuracy_interval([outcome_of(result)]), metric_of(result), result.get("validation")
     return {
-        "accuracy": result["accuracy"],
-        "accuracy_interval": None if interval is None else [interval.low, interval.high],
-        **({"validation_accuracy": result["validation"]["accuracy"]} if "validation" in result else {}),
+        **metric.record(main_value(result)),
+        f"{metric.name}_interval": None if interval is None else [interval.low, interval.high],
+        **({f"validation_{metric_of(validated).name}": main_value(validated)} if validated else {}),
         "agreement": examined.get("agreement"),
         "num_parameters": result["num_parameters"],
         "num_macs": result.get("num_macs"),

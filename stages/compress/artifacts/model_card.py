@@ -6,6 +6,8 @@ import re
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
+from kdpipe.stages.evaluation.main_metric import main_percent, metric_of
+
 SNIPPET = """from predict import load_image, predict  # predict.py, beside model.onnx: onnxruntime, numpy, pillow
 logits = predict([load_image("image.png")])  # uint8 {shape} to [batch, {num_classes}]"""
 
@@ -43,7 +45,7 @@ Recommended: [{best}]({best}/README.md): {reason}. Each folder holds one network
 
 {table}
 
-Ranked: first those that reach 99 % of the best accuracy, the smallest file ahead. onnxruntime on {num_threads} \
+Ranked: first those that reach 99 % of the best {metric}, the smallest file ahead. onnxruntime on {num_threads} \
 thread(s) of {cpu}; medians, the files in turn.
 """
 
@@ -79,6 +81,7 @@ def ranking_text(card: Mapping[str, Any]) -> str:
         name=_escape(card["name"]),
         best=card["ranking"][0],
         reason=card["reason"],
+        metric=metric_of(card["networks"][card["ranking"][0]]).title,
         table="\n".join(_table(card, ["teacher", *card["ranking"]])),
         num_threads=card["latency"]["num_threads"],
         cpu=card["latency"]["cpu"],
@@ -113,11 +116,11 @@ def _origin(card: Mapping[str, Any]) -> Iterator[str]:
 
 
 def _table(card: Mapping[str, Any], names: Iterable[str]) -> Iterator[str]:
-    sizes = card["latency"]["batch_sizes"]
+    sizes, metric = card["latency"]["batch_sizes"], metric_of(next(iter(card["networks"].values())))
     heads = [f"latency ms, batch {size} (p95)" for size in sizes]
     columns = [
         "network",
-        "test accuracy % (95 % interval)",
+        f"test {metric.title} % (95 % interval)",
         "agrees with the teacher %",
         "parameters",
         "MACs",
@@ -133,9 +136,9 @@ def _table(card: Mapping[str, Any], names: Iterable[str]) -> Iterator[str]:
         times = card["latency"]["files"].get(name, {})
         agreement = "-" if row["agreement"] is None else f"{100 * row['agreement']:.2f}"
         macs = "-" if row["num_macs"] is None else f"{row['num_macs']:,}"
-        interval = row.get("accuracy_interval")
+        interval = row.get(f"{metric.name}_interval")
         sure = "" if interval is None else f" ({100 * interval[0]:.2f} to {100 * interval[1]:.2f})"
-        cells = [name, f"{100 * row['accuracy']:.2f}{sure}", agreement, f"{row['num_parameters']:,}", macs]
+        cells = [name, f"{main_percent(row):.2f}{sure}", agreement, f"{row['num_parameters']:,}", macs]
         size = "-" if row["onnx_bytes"] is None else f"{row['onnx_bytes']:,}"
         cells += [size, *(_time(times.get(str(size))) for size in sizes)]
         yield f"| {' | '.join(cells)} |"

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from kdpipe.stages.evaluation.main_metric import METRICS, main_value, metric_of
+
 MIN_SHARE = 0.99
 """The share of the best accuracy that a recommended network reaches, as MLPerf Inference asks of quantized ones."""
 
@@ -16,8 +18,8 @@ def ranked(networks: Mapping[str, Mapping[str, Any]]) -> list[str]:
     accurate ahead. Latency does not count: it differs between machines and from one measurement to the next.
 
     Args:
-        networks: By name, the `accuracy` in [0, 1] and `onnx_bytes` of each, and where there are validation images the
-            `validation_accuracy`, which then decides.
+        networks: By name, the main metric and `onnx_bytes` of each, and where there are validation images the main
+            metric there (`validation_accuracy`), which then decides.
     """
     wanted = MIN_SHARE * max(map(_deciding, networks.values()))
 
@@ -35,11 +37,19 @@ def reason(networks: Mapping[str, Mapping[str, Any]]) -> str:
     if len(networks) == 1:
         return "it is the only one"
     accuracy = f"{100 * _deciding(networks[best]):.2f} %"
-    accuracy += " on the validation images" if "validation_accuracy" in networks[best] else ""
+    accuracy += " on the validation images" if _validated(networks[best]) else ""
     if name == best:
         return f"no other network reaches {MIN_SHARE:.0%} of its {accuracy} with a smaller file"
-    return f"its file is the smallest of those that reach {MIN_SHARE:.0%} of the best accuracy ({accuracy}, {best})"
+    return (
+        f"its file is the smallest of those that reach {MIN_SHARE:.0%} of the best "
+        f"{metric_of(networks[best]).title} ({accuracy}, {best})"
+    )
 
 
 def _deciding(row: Mapping[str, Any]) -> float:
-    return float(row.get("validation_accuracy", row["accuracy"]))
+    validated = _validated(row)
+    return main_value(row) if validated is None else validated
+
+
+def _validated(row: Mapping[str, Any]) -> float | None:
+    return next((row[key] for name in METRICS if (key := f"validation_{name}") in row), None)

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 
 from kdpipe.stages.data.image_set import ImageSet, pixel_checksums
+from kdpipe.stages.data.labelling import hide_labels
 from kdpipe.stages.errors import DataError
 from kdpipe.store import FingerprintMismatch, Samples, read_samples, read_store_manifest
 
@@ -31,7 +32,7 @@ def find_partners(path: Path, image_set: ImageSet, whole: ImageSet | None = None
     pool = read_partner_pool(path)
     if np.array_equal(pool.ids, np.sort(image_set.sample_ids.numpy())):
         return None
-    return load_partner_pool(pool, whole or image_set, path)
+    return hide_labels(load_partner_pool(pool, whole or image_set, path), image_set)
 
 
 def load_partner_pool(pool: Samples, image_set: ImageSet, path: Path) -> ImageSet:
@@ -57,7 +58,7 @@ def load_partner_pool(pool: Samples, image_set: ImageSet, path: Path) -> ImageSe
 
 def _check_unchanged(pool: Samples, found: ImageSet, path: Path) -> None:
     columns = (
-        ("label", pool.labels, found.labels.numpy()),
+        ("label", pool.labels, found.listed_labels.numpy()),
         ("pixel checksum", pool.pixels_crc32c, pixel_checksums(found)),
     )
     for what, stored, found_values in columns:

@@ -14,15 +14,15 @@ def epoch_order(seed: int, epoch: int, num_samples: int) -> Tensor:
     return torch.randperm(num_samples, generator=generator)
 
 
-def balanced_order(seed: int, epoch: int, labels: Tensor) -> Tensor:
-    """Return samples, int64 [N], of which each class has N / num_classes, rounded, in random order.
+def balanced_order(seed: int, epoch: int, labels: Tensor, num_samples: int) -> Tensor:
+    """Return `num_samples` samples, int64 [n], of which each class has n / num_classes, rounded, in random order.
 
     A class's samples are drawn without replacement until all were drawn, then again: as often as by a sampler whose
     weights are the inverse sizes of the classes, without its chance. labels: int64 [N].
     """
     generator = torch.Generator().manual_seed(derive_seed(seed, "balanced", epoch))
     _, counts = torch.unique(labels, return_counts=True)
-    share, rest = divmod(len(labels), len(counts))
+    share, rest = divmod(num_samples, len(counts))
     wanted = share + (torch.randperm(len(counts), generator=generator) < rest).long()
     drawn = []
     of_class = torch.tensor_split(labels.argsort(stable=True), counts.cumsum(0)[:-1])

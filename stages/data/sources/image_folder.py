@@ -1,7 +1,8 @@
 """`imagefolder:PATH`: one folder of images for each class, with or without split folders.
 
 PATH/train/<class>/... and PATH/test/<class>/... (or val/, if there is no test/; `split_folders.py` has the other names
-that are known); or PATH/<class>/..., to be split.
+that are known); or PATH/<class>/..., to be split; or ImageNet-1k as it is published (`ilsvrc.py`). Unlabelled images
+need no class folders for training.
 """
 
 from __future__ import annotations
@@ -16,7 +17,10 @@ from typing import TypeVar
 import numpy as np
 
 from kdpipe.stages.data.decode import DecodeSpec
-from kdpipe.stages.data.image_files import ImageFileList, pack_paths
+from kdpipe.stages.data.image_files import ImageFileList
+from kdpipe.stages.data.image_set import UNLABELLED
+from kdpipe.stages.data.image_source import FilePaths
+from kdpipe.stages.data.sources.ilsvrc import data_folder, flat_val, flat_val_files
 from kdpipe.stages.data.sources.listing import Listing
 from kdpipe.stages.data.sources.split_folders import LOOKED_FOR, Role, notices_of_splits, role_of, split_folders
 from kdpipe.stages.data.sources.walk import SUFFIXES, LeftOut, walk_images
@@ -26,23 +30,32 @@ from kdpipe.stages.errors import DataError, first_few
 T = TypeVar("T")
 
 
-def list_image_folder(path: Path, split: Split, spec: DecodeSpec) -> Listing:
+def list_image_folder(path: Path, split: Split, spec: DecodeSpec, *, unlabelled: bool = False) -> Listing:
     """List the images of one split, sorted by path, to be decoded to `spec`.
 
     A sample's id is a hash of its path below the split's folder; its class is that path's first folder. The train
     split defines the classes. Hidden names and files without an image suffix are left out, which the notices count.
+    With `unlabelled` the images of the training split may lie in it without class folders: then a test split that has
+    some defines the classes, if there is one.
 
     Raises:
         DataError: A folder is missing, empty or ambiguous, or a test class is not in train.
     """
-    title = f"imagefolder:{path.name}"
+    title, path = f"imagefolder:{path.name}", data_folder(path)
     try:
+        if unlabelled and (listed := _list_unlabelled(path, title, split, spec)):
+            return listed
         folders = {name: bool(role_of(name) and _subfolders(below)) for name, below in _subfolders(path).items()}
         chosen = split_folders(path, folders)
         class_names = _class_names(path / chosen.get("train", ""))
+        flat = flat_val(class_names, folders) if set(chosen) == {"train"} else {}
+        chosen |= flat
         split_folder = path / _split_folder(path, split, chosen, folders) if chosen else path
         left_out = LeftOut(str(split_folder))
-        files = _image_files(split_folder, class_names, left_out, may_be_empty=bool(chosen) and split == "test")
+        if flat and split == "test":
+            files = flat_val_files(split_folder, class_names)
+        else:
+            files = _image_files(split_folder, class_names, left_out, may_be_empty=bool(chosen) and split == "test")
     except OSError as error:
         raise DataError(f"data set {title}: cannot list {error.filename}: {error.strerror}.") from error
     label_of = {class_name: label for label, class_name in enumerate(class_names)}
@@ -54,9 +67,37 @@ def list_image_folder(path: Path, split: Split, spec: DecodeSpec) -> Listing:
         labels=np.array(labels, dtype=np.int64),
         sample_ids=sample_ids,
         class_names=class_names,
-        images=ImageFileList(title, split_folder, pack_paths(files.values()), sample_ids, spec),
+        images=ImageFileList(title, split_folder, FilePaths.pack(files.values()), sample_ids, spec),
         unsplit=not chosen,
         notices=tuple(filter(None, [*splits, str(left_out)])),
+    )
+
+
+def _list_unlabelled(path: Path, title: str, split: Split, spec: DecodeSpec) -> Listing | None:
+    """List the images of a folder without class folders; None if there are some."""
+    below = {role_of(name): folder for name, folder in _subfolders(path).items()}
+    train, test = below.get("train", path), below.get("test") or below.get("val")
+    if _subfolders(train):
+        return None
+    folder = test if split == "test" and test else train
+    class_names = tuple(_subfolders(test)) if test else ()
+    label_of, left_out = {class_name: label for label, class_name in enumerate(class_names)}, LeftOut(str(folder))
+    if folder == test and class_names:
+        files = _image_files(folder, class_names, left_out, may_be_empty=True)
+    else:
+        names = (name for found in walk_images(str(folder), left_out) for name in found.images)
+        files = _by_nfc_name((name, str(folder / name)) for name in names)
+    if not files:
+        raise DataError(f"{folder.absolute()} has no images ({', '.join(sorted(SUFFIXES))}). {left_out}".rstrip())
+    sample_ids = np.fromiter(map(sample_id, files), dtype=np.int64, count=len(files))
+    return Listing(
+        name=title,
+        labels=np.array([label_of.get(key.partition("/")[0], UNLABELLED) for key in files], dtype=np.int64),
+        sample_ids=sample_ids,
+        class_names=class_names,
+        images=ImageFileList(title, folder, FilePaths.pack(files.values()), sample_ids, spec),
+        unsplit=test is None,
+        notices=tuple(filter(None, [str(left_out)])),
     )
 
 
@@ -82,7 +123,10 @@ def _class_names(folder: Path) -> tuple[str, ...]:
         )
     classes = _subfolders(folder)
     if not classes:
-        raise DataError(f"{folder.absolute()} has no class folders: expected <class>/<image> in it.")
+        raise DataError(
+            f"{folder.absolute()} has no class folders: expected <class>/<image> in it; for images without "
+            "labels, set data.labels = 'none'."
+        )
     return tuple(classes)
 
 

@@ -11,7 +11,8 @@ import numpy.typing as npt
 from torch import Tensor
 
 from kdpipe.stages.data.decode import Pixels
-from kdpipe.stages.data.image_files import ImageFileList
+from kdpipe.stages.data.image_files import ImageFileList, ImageFiles
+from kdpipe.stages.data.image_set import UNLABELLED
 from kdpipe.stages.data.splits import Indices, Part
 from kdpipe.stages.errors import DataError, first_few
 
@@ -30,7 +31,8 @@ class Listing:
     Attributes:
         labels: int64 [N].
         sample_ids: int64 [N].
-        images: Files [N], or a function from indices int64 [M] to pixels uint8 [M, C, H, W].
+        images: Images [N] to be scanned or scanned already, or a function from indices int64 [M] to pixels uint8
+            [M, C, H, W].
         unsplit: Whether the set has no test split.
         notices: Sentences on what was left out, or was not plain.
     """
@@ -39,7 +41,7 @@ class Listing:
     labels: npt.NDArray[np.int64]
     sample_ids: npt.NDArray[np.int64]
     class_names: tuple[str, ...]
-    images: ImageFileList | Callable[[Indices], Pixels]
+    images: ImageFileList | ImageFiles | Callable[[Indices], Pixels]
     unsplit: bool = False
     notices: tuple[str, ...] = ()
 
@@ -93,7 +95,7 @@ def absent_classes(
     present = np.zeros(len(class_names), dtype=np.bool_)
     present[labels[(labels >= 0) & (labels < len(class_names))]] = True
     absent = [number for number in np.flatnonzero(~present) if wanted is None or class_names[number] in wanted]
-    if not absent:
+    if not absent or not present.any():  # unlabelled samples are of any class
         return ()
     some = first_few([repr(class_names[number]) for number in absent])
     found = f"data set {where} ({split}): {len(absent)} of {len(class_names)} classes have no sample: {some}."
@@ -102,6 +104,13 @@ def absent_classes(
     one_based = absent == [0] and class_names[0] == "0" and wanted is None
     advice = " Labels count from 0, and here they start at 1: subtract 1." if one_based else ""
     return (f"{found}{advice or ' A network cannot learn them.'}",)
+
+
+def unlabelled_samples(where: str, split: Part, labels: npt.NDArray[np.int64]) -> tuple[str, ...]:
+    """Return a notice if some samples, but not all, have no label (-1); none otherwise."""
+    num = int((labels == UNLABELLED).sum())
+    some = f"data set {where} ({split}): {num:,} of {len(labels):,} samples have no label."
+    return (some,) if 0 < num < len(labels) else ()
 
 
 def numbered_classes(name: str, labels: npt.NDArray[np.int64]) -> tuple[str, ...]:

@@ -48,7 +48,8 @@ def split_folders(path: Path, has_classes: Mapping[str, bool]) -> dict[Role, str
         if len(set(roles.values())) > 1 or len(roles) == len(has_classes) > 0:
             raise DataError(
                 f"{found}: {', '.join(roles)} have no class folders in them. Sort the images into "
-                "PATH/train/<class>/ and PATH/test/<class>/, or PATH/<class>/."
+                "PATH/train/<class>/ and PATH/test/<class>/, or PATH/<class>/; for training images without labels, set "
+                "data.labels = 'none'."
             )
         return {}
     chosen: dict[Role, str] = {}

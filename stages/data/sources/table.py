@@ -18,9 +18,12 @@ from typing import Any
 import numpy as np
 
 from kdpipe.stages.data.decode import DecodeSpec
-from kdpipe.stages.data.image_files import ImageFileList, pack_paths
+from kdpipe.stages.data.image_files import ImageFileList
+from kdpipe.stages.data.image_set import UNLABELLED
+from kdpipe.stages.data.image_source import FilePaths
 from kdpipe.stages.data.sources.image_folder import sample_id
-from kdpipe.stages.data.sources.listing import Listing, numbered_classes
+from kdpipe.stages.data.sources.label_names import LABEL_COLUMNS, class_names_of
+from kdpipe.stages.data.sources.listing import Listing
 from kdpipe.stages.data.sources.split_folders import Role, role_of
 from kdpipe.stages.data.splits import Split
 from kdpipe.stages.errors import DataError, cause, first_few
@@ -28,7 +31,6 @@ from kdpipe.stages.errors import DataError, cause, first_few
 SUFFIXES = (".csv", ".tsv", ".parquet")
 
 PATH_COLUMNS = ("path", "filepath", "file_path", "file_name", "filename", "file", "image_path", "img_path", "image")
-LABEL_COLUMNS = ("label", "class", "class_name", "target", "category")
 SPLIT_COLUMN = "split"
 
 
@@ -47,23 +49,25 @@ class _Row:
         return f"{self.place} {self.number}"
 
 
-def list_table(path: Path, split: Split, spec: DecodeSpec) -> Listing:
+def list_table(path: Path, split: Split, spec: DecodeSpec, columns: Columns = (None, None)) -> Listing:
     """List the images of one split, sorted by path, to be decoded to `spec`.
 
     Paths are relative to the table's folder. A sample's id is a hash of its path; the train split defines the classes:
-    labels that are all whole numbers are 0, 1, ... C - 1, others are names, sorted.
+    labels that are all whole numbers are 0, 1, ... C - 1, others are names, sorted. An empty cell: unlabelled.
+    `columns` are the names of those of paths and labels; None where they have a usual name.
 
     Raises:
         DataError: A file, column or cell is missing, ambiguous or invalid; an image is listed twice; or a test class is
             not in train.
     """
-    title, folder, splits = f"table:{path.name}", path if path.is_dir() else path.parent, _splits(path)
+    title, folder, splits = f"table:{path.name}", path if path.is_dir() else path.parent, _splits(path, columns)
     unsplit = set(splits) == {None}
     train = splits[None] if unsplit else splits["train"]
     chosen = train if unsplit or split == "train" else splits.get("test") or splits["val"]
     keyed = _by_key(chosen, folder)
     class_names = _class_names(title, train)
     label_of = {name: label for label, name in enumerate(class_names)}
+    label_of[""] = UNLABELLED
     if unknown := [row for row in keyed.values() if str(row.label) not in label_of]:
         raise DataError(
             f"{unknown[0].where}: the class {unknown[0].label!r} is missing from the train split: its classes are "
@@ -81,20 +85,20 @@ def list_table(path: Path, split: Split, spec: DecodeSpec) -> Listing:
         labels=np.array([label_of[str(row.label)] for row in keyed.values()], dtype=np.int64),
         sample_ids=sample_ids,
         class_names=class_names,
-        images=ImageFileList(title, folder, pack_paths(files), sample_ids, spec),
+        images=ImageFileList(title, folder if unsplit else folder / split, FilePaths.pack(files), sample_ids, spec),
         unsplit=unsplit,
         notices=_notices(title, splits) if split == "train" and not unsplit else (),
     )
 
 
-def _splits(path: Path) -> dict[Role | None, list[_Row]]:
+def _splits(path: Path, columns: Columns) -> dict[Role | None, list[_Row]]:
     """Return the rows by split; all of them by None if nothing says how to split them."""
     if path.is_dir():
         files = _split_files(path)
-        splits: dict[Role | None, list[_Row]] = {role: list(_rows(file)) for role, file in files.items()}
+        splits: dict[Role | None, list[_Row]] = {role: list(_rows(file, columns)) for role, file in files.items()}
     elif path.suffix.lower() in SUFFIXES and path.is_file():
         splits = {}
-        for row in _rows(path):
+        for row in _rows(path, columns):
             splits.setdefault(row.role, []).append(row)
     else:
         raise DataError(
@@ -144,7 +148,7 @@ def _notices(title: str, splits: dict[Role | None, list[_Row]]) -> tuple[str, ..
     return (f"{title}: its val split is not used.",) if "val" in splits else ()
 
 
-def _rows(file: Path) -> Iterator[_Row]:
+def _rows(file: Path, columns: Columns) -> Iterator[_Row]:
     """Read a table's rows.
 
     Raises:
@@ -152,25 +156,28 @@ def _rows(file: Path) -> Iterator[_Row]:
     """
     is_text = file.suffix.lower() != ".parquet"
     place = f"{file}, {'line' if is_text else 'row'}"
-    for number, path, label, split in (_read_text if is_text else _read_parquet)(file):
+    for number, path, label, split in (_read_text if is_text else _read_parquet)(file, columns):
         where = f"{place} {number}"
         if not isinstance(path, str) or not path.strip():
             raise DataError(f"{where}: the image's path must be text, found {str(path)[:40]!r}.")
         if "://" in path:
             raise DataError(f"{where}: {path} is an address, and a table lists files: download the images first.")
-        if isinstance(label, bool) or not isinstance(label, int | str) or label == "":
+        if isinstance(label, bool) or not isinstance(label, int | str | None):
             raise DataError(f"{where}: the label must be a whole number or a name, found {label!r}.")
         role = role_of(split) if isinstance(split, str) else None
         if split is not None and role is None:
             raise DataError(f"{where}: the split must be train, val or test, found {split!r}.")
-        yield _Row(path.strip(), intern(label) if isinstance(label, str) else label, role, place, number)
+        yield _Row(path.strip(), label if isinstance(label, int) else intern(label or ""), role, place, number)
 
+
+Columns = tuple[str | None, str | None]
+"""The columns of images and labels that a recipe names."""
 
 Cells = tuple[int, Any, Any, Any]
 """The number of a row, and its path, label and split; None where there is no such column."""
 
 
-def _read_text(file: Path) -> Iterator[Cells]:
+def _read_text(file: Path, wanted: Columns) -> Iterator[Cells]:
     try:
         with file.open(encoding="utf-8-sig", newline="") as opened:
             first = opened.readline()
@@ -178,7 +185,7 @@ def _read_text(file: Path) -> Iterator[Cells]:
             opened.seek(0)
             reader = csv.reader(opened, delimiter=delimiter, strict=True)
             header = next(reader, [])
-            columns = [header.index(name) if name else None for name in _columns(file, header)]
+            columns = [header.index(name) if name else None for name in _columns(file, header, wanted)]
             for cells in filter(None, reader):
                 if len(cells) != len(header):
                     raise DataError(
@@ -190,14 +197,14 @@ def _read_text(file: Path) -> Iterator[Cells]:
         raise DataError(f"{file} cannot be read as a table in UTF-8 ({cause(error)}).") from error
 
 
-def _read_parquet(file: Path) -> Iterator[Cells]:
+def _read_parquet(file: Path, wanted: Columns) -> Iterator[Cells]:
     try:
         from pyarrow import parquet
     except ImportError as error:
         raise DataError(f"{file}: Parquet files need pyarrow: pip install 'kdpipe[parquet]'.") from error
     try:
         opened = parquet.ParquetFile(file)
-        names = _columns(file, opened.schema_arrow.names)
+        names = _columns(file, opened.schema_arrow.names, wanted)
         number = 0
         for batch in opened.iter_batches(columns=[name for name in names if name]):
             columns = [batch.column(name).to_pylist() if name else [None] * len(batch) for name in names]
@@ -210,21 +217,27 @@ def _read_parquet(file: Path) -> Iterator[Cells]:
         raise DataError(f"{file} cannot be read as Parquet ({cause(error)}).") from error
 
 
-def _columns(file: Path, header: Sequence[str]) -> tuple[str, str, str | None]:
+def _columns(file: Path, header: Sequence[str], wanted: Columns) -> tuple[str, str, str | None]:
     """Return the names of the columns of paths, labels and splits."""
 
-    def only(what: str, known: Sequence[str]) -> str:
+    def only(what: str, key: str, name: str | None, usual: Sequence[str]) -> str:
+        known = usual if name is None else (name.strip().lower(),)
         found = [name for name in header if name.strip().lower() in known]
         if len(found) != 1:
             number = "none" if not found else f"several ({', '.join(found)}): keep one"
             raise DataError(
-                f"{file}: one column must hold the {what}, named {first_few(known)}; found {number}. The columns are "
-                f"{first_few(list(header)) or 'missing'}."
+                f"{file}: one column must hold the {what}, named {first_few(known)}, or else named in data.{key}; "
+                f"found {number}. The columns are {first_few(list(header)) or 'missing'}."
             )
         return found[0]
 
     split = next((name for name in header if name.strip().lower() == SPLIT_COLUMN), None)
-    return only("paths", PATH_COLUMNS), only("labels", LABEL_COLUMNS), split
+    paths, labels = wanted
+    return (
+        only("paths", "image_column", paths, PATH_COLUMNS),
+        only("labels", "label_column", labels, LABEL_COLUMNS),
+        split,
+    )
 
 
 def _by_key(rows: Sequence[_Row], folder: Path) -> dict[str, _Row]:
@@ -239,18 +252,8 @@ def _by_key(rows: Sequence[_Row], folder: Path) -> dict[str, _Row]:
 
 
 def _class_names(title: str, rows: Sequence[_Row]) -> tuple[str, ...]:
-    labels = {str(row.label) for row in rows}
-    if all(label.isascii() and label.isdigit() and str(int(label)) == label for label in labels):
-        return numbered_classes(title, np.array(sorted(map(int, labels))))
-    if all(map(_is_number, labels)):
-        row = next(row for row in rows if not str(row.label).isdigit())
-        raise DataError(f"{row.where}: labels that are numbers must be 0, 1, ... C - 1, found {row.label!r}.")
-    return tuple(sorted(labels))
+    def where(label: str) -> str:
+        return next(row.where for row in rows if str(row.label) == label)
 
-
-def _is_number(text: str) -> bool:
-    try:
-        float(text)
-    except ValueError:
-        return False
-    return True
+    labels = dict.fromkeys(text for row in rows if (text := str(row.label)))
+    return class_names_of(title, labels, where) if labels else ()

@@ -56,6 +56,10 @@ class CRD(FeatureLoss):
     memory: Literal["store", "bank"] = "store"
 
     @property
+    def needs_labels(self) -> bool:
+        return self.samples.needs_single_label  # without a label all other samples are negatives
+
+    @property
     def negative_features(self) -> tuple[FeatureSpec, ...]:
         return self.required_features({}) if self.memory == "store" else ()
 
@@ -105,7 +109,9 @@ class CRDOfLayer(nn.Module):
     def forward(self, inputs: LossInputs, negatives: Negatives, layer: str, feature: FeatureSpec) -> Tensor:
         student = _embed(self.student, inputs.student.features[layer])
         teacher = _embed(self.teacher, inputs.teacher.features[feature])
-        is_negative = inputs.labels[:, None] != negatives.labels
+        labels = inputs.labels[:, None]
+        is_unlabelled = (labels < 0) | (negatives.labels < 0)  # then only the sample itself is no negative
+        is_negative = torch.where(is_unlabelled, inputs.ranks[:, None] != negatives.ranks, labels != negatives.labels)
         if self.teachers is None:
             of_teacher = teacher, _embed(self.teacher, negatives.features[feature])
         else:

@@ -23,7 +23,8 @@ class SP(RelationLoss):
     The default weight is that of RepDistiller.
 
     Attributes:
-        layers: pairs of (student layer, teacher layer), whole outputs of any shapes: usually the last maps.
+        layers: pairs of (student layer, teacher layer), whole outputs of any shapes: often the last maps; by default
+            what goes into the classifiers, or what a teacher without one returns.
     """
 
     paper: ClassVar[str] = "Tung and Mori 2019, arXiv 1907.09682"

@@ -32,6 +32,8 @@ def build_timm(
 ) -> nn.Module:
     """Build the classifier `timm:NAME`: images [B, in_channels, *image_size] -> logits [B, num_classes].
 
+    With `num_classes` 0 it returns its pooled features.
+
     A network of a fixed input size, such as a ViT, is built for the images' size, unless `args` have one. Published
     weights come from the Hugging Face hub or its cache, with a new classifier where they are of other classes, of which
     `notify` receives a sentence.
@@ -44,7 +46,7 @@ def build_timm(
     sized = {"img_size": image_size} if _is_resized(config, args, image_size) else {}
     made = {"num_classes": num_classes, "in_chans": in_channels, **sized, **args}
     model = _create(name, {**made, "pretrained": published}, config)
-    if published and (fresh_head or num_classes != config["num_classes"]):
+    if published and num_classes and (fresh_head or num_classes != config["num_classes"]):
         notify(
             f"the published weights of {name} are of {config['num_classes']:,} classes, the data has {num_classes:,}: "
             "the classifier is new, drawn from the seed."

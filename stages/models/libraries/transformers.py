@@ -16,6 +16,7 @@ from torch import nn
 from kdpipe.stages.errors import ModelError, cause
 from kdpipe.stages.models.arguments import refuse_unknown_args
 from kdpipe.stages.models.libraries.hub import hub_cause, without_messages
+from kdpipe.stages.models.libraries.torchvision import Resizing
 from kdpipe.stages.models.weights.match import replace_head
 from kdpipe.stages.models.weights.state_dict import load_entries
 
@@ -26,6 +27,13 @@ SET_HERE = ("num_labels", "id2label", "label2id", "num_channels")
 
 NO_ARGS = ("id2label", "label2id", "transformers_version", "dtype", "torch_dtype", "_name_or_path")
 """Entries of a configuration that do not decide what the network is."""
+
+TOWERS = {
+    "clip": "CLIPVisionModelWithProjection",
+    "siglip": "SiglipVisionModel",
+    "siglip2": "Siglip2VisionModel",
+}
+"""The image towers, which return embeddings, of networks that have another one for texts, by `model_type`."""
 
 CONFIG, PROCESSOR, WEIGHTS = "config.json", "preprocessor_config.json", "model.safetensors"
 
@@ -43,6 +51,8 @@ def build_transformer(
 ) -> nn.Module:
     """Build the image classifier `hf:NAME`, which returns an object with `logits` [B, num_classes].
 
+    With `num_classes` 0 it is the network without a classifier, which returns an object with an embedding.
+
     Its configuration is that of the hub or folder, changed by `args`; with `model_type` in `args` it is these alone.
     Published weights are read from safetensors only, with a new classifier where they are of other classes, of which
     `notify` receives a sentence.
@@ -53,17 +63,20 @@ def build_transformer(
     library = _library(name)
     refuse_unknown_args(name, args, None, SET_HERE)
     config = _config(library, name, args)
-    if hasattr(config, "image_size") and "image_size" not in args:
-        config.image_size = image_size[0] if image_size[0] == image_size[1] else list(image_size)
-    if hasattr(config, "num_channels"):
-        config.num_channels = in_channels
+    images = getattr(config, "vision_config", config)
+    if hasattr(images, "image_size") and "image_size" not in args.get("vision_config", args):
+        images.image_size = image_size[0] if image_size[0] == image_size[1] else list(image_size)
+    if hasattr(images, "num_channels"):
+        images.num_channels = in_channels
     try:
+        if not num_classes:
+            return _trunk(library, name, config, published)
         if not published:
             config.num_labels = num_classes
             config.architectures = config.architectures or [_class_name(library, config)]
             model: nn.Module = library.AutoModelForImageClassification.from_config(config)
             return model
-        model = _pretrained(library, name, config)
+        model = _pretrained(library.AutoModelForImageClassification, name, config)
     except ModelError:
         raise
     except Exception as error:  # wrong entries of the configuration, or files that are absent or damaged
@@ -84,6 +97,10 @@ def recorded_args(name: str, args: Mapping[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in found.items() if key not in dropped}
 
 
+RESAMPLING = {0: "nearest", 1: "lanczos", 2: "bilinear", 3: "bicubic"}
+"""Pillow's numbers, which processors' configurations have."""
+
+
 def image_scaling(name: str) -> dict[str, Any]:
     """Return the image processor's configuration of `hf:NAME`: `image_mean`, `image_std`, `size`; {} without one."""
     from kdpipe.store.errors import KdpipeError
@@ -94,6 +111,28 @@ def image_scaling(name: str) -> dict[str, Any]:
     except (OSError, ValueError, KdpipeError):
         return {}
     return found if isinstance(found, dict) else {}
+
+
+def image_resizing(name: str) -> Resizing:
+    """Return how the image processor of `hf:NAME` resizes and crops; a processor without a crop squeezes images."""
+    record = image_scaling(name)
+    size, crop_size = record.get("size"), record.get("crop_size")
+    height, width = _sides(crop_size if crop_size and record.get("do_center_crop", True) else size)
+    shortest = size.get("shortest_edge") if isinstance(size, dict) else size
+    crop = record.get("crop_pct")
+    if crop is None and isinstance(shortest, int) and crop_size and record.get("do_center_crop", True):
+        crop = min(1.0, height / shortest) if isinstance(height, int) else None
+    resample = RESAMPLING.get(record.get("resample"))  # type: ignore[arg-type]
+    known = isinstance(height, int) and isinstance(width, int)
+    return (height, width) if known else None, crop, resample
+
+
+def _sides(size: Any) -> tuple[Any, Any]:
+    """Return height and width of a size in a processor's configuration."""
+    if isinstance(size, dict):
+        edge = size.get("shortest_edge")
+        return size.get("height", edge), size.get("width", edge)
+    return size, size
 
 
 def class_names(name: str, args: Mapping[str, Any]) -> list[tuple[str, ...]]:
@@ -158,9 +197,24 @@ def _class_name(library: ModuleType, config: Any) -> str:
     return str((found[0] if isinstance(found, tuple | list) else found).__name__)
 
 
-def _pretrained(library: ModuleType, name: str, config: Any) -> nn.Module:
+def _trunk(library: ModuleType, name: str, config: Any, published: bool) -> nn.Module:
+    """Return the network without a classifier: the image tower of one that has another for texts.
+
+    A linear layer on the class token (`pooler`), which many weights lack, is left out.
+    """
+    tower = TOWERS.get(config.model_type)
+    loader: Any = getattr(library, tower) if tower else library.AutoModel
+    config = config.vision_config if tower else config
+    build = loader if tower else loader.from_config
+    model: Any = _pretrained(loader, name, config) if published else build(config)
+    if hasattr(getattr(model, "pooler", None), "dense"):
+        model.pooler = None
+    return model  # type: ignore[no-any-return]
+
+
+def _pretrained(loader: Any, name: str, config: Any) -> nn.Module:
     try:
-        model, found = library.AutoModelForImageClassification.from_pretrained(
+        model, found = loader.from_pretrained(
             _place(name),
             config=config,
             use_safetensors=True,
@@ -179,7 +233,7 @@ def _pretrained(library: ModuleType, name: str, config: Any) -> nn.Module:
             f"{name}: {wrong[0]} in the weights has another shape than in the network: set data.image_size to the size "
             "of its training, or change its args."
         )
-    if absent := sorted(found["missing_keys"]):
+    if absent := sorted(key for key in found["missing_keys"] if not key.startswith("pooler.dense.")):
         raise ModelError(f"{name}: its weights lack {absent[0]}, which would stay random: it is no trained classifier.")
     load_entries(model, {"": model.state_dict()}, name)  # refuses NaN
     built: nn.Module = model

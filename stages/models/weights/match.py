@@ -42,6 +42,7 @@ class Match:
         entries: The entries with that prefix, which is removed.
         num_left_out: The number of entries with another prefix.
         fresh: The entries that are the network's own, as its classifier is new.
+        head: The entries of the file's classifier, which the network does not have.
         others: The places of other state dicts in the file that fit, too.
     """
 
@@ -50,6 +51,7 @@ class Match:
     entries: Mapping[str, Any]
     num_left_out: int = 0
     fresh: tuple[str, ...] = ()
+    head: tuple[str, ...] = ()
     others: tuple[str, ...] = ()
 
     @property
@@ -69,7 +71,8 @@ class Match:
             where += f"; it also has {', '.join(map(repr, self.others))} (model.weights_key chooses)"
         told = self.prefix or self.others or self.key not in PREFERRED[:4]
         head = f"the classifier ({', '.join(self.fresh)}) is new, drawn from the seed."
-        return [*([f"{where}."] if told else []), *([head] if self.fresh else [])]
+        without = f"the classifier ({', '.join(each[:MAX_NAME_LENGTH] for each in self.head[:MAX_NAMED])}) is left out."
+        return [*([f"{where}."] * bool(told)), *([head] * bool(self.fresh)), *([without] * bool(self.head))]
 
 
 def find_state_dict(
@@ -79,6 +82,7 @@ def find_state_dict(
     *,
     weights_key: str | None = None,
     fresh_head: int | None = None,
+    without_head: bool = False,
 ) -> Match:
     """Return what fits `model`, of the state dicts in a file by key; see `load_weights`.
 
@@ -86,6 +90,8 @@ def find_state_dict(
         ModelError: None fits, or several do.
     """
     matches = list(_matches(model, state_dicts, fresh_head))
+    if without_head:
+        matches = [_without_head(match, model) for match in matches]
     if weights_key is not None:
         matches = [match for match in matches if weights_key in (match.place, match.key)]
     expected = model.state_dict()
@@ -125,6 +131,17 @@ def _matches(model: nn.Module, state_dicts: Mapping[str, Entries], fresh_head: i
             fresh = _head_entries(model, named, fresh_head) if fresh_head is not None else ()
             named |= {name: expected[name] for name in fresh}
             yield Match(key, prefix, named, len(entries) - len(own), fresh)
+
+
+def _without_head(match: Match, model: nn.Module) -> Match:
+    """Return the match without the classifier: a layer, or modules below a name that the network does not have."""
+    expected = model.state_dict()
+    roots = {name.partition(".")[0] for name in expected}
+    unknown = [name for name in match.entries if name not in expected]
+    if len({name.rpartition(".")[0] for name in unknown}) > 1:
+        unknown = [name for name in unknown if name.partition(".")[0] not in roots]
+    kept = {name: value for name, value in match.entries.items() if name not in unknown}
+    return replace(match, entries=kept, head=tuple(unknown))
 
 
 def _prefixes(entries: Entries, expected: Mapping[str, Tensor]) -> list[str]:
@@ -223,6 +240,13 @@ def _first_few(kind: str, entries: list[str]) -> list[str]:
         return []
     more = f" and {len(entries) - MAX_NAMED} more" if len(entries) > MAX_NAMED else ""
     return [f"{kind}{', '.join(entries[:MAX_NAMED])}{more}"]
+
+
+def remove_head(model: nn.Module) -> None:
+    """Remove the last layer, a linear or a convolution: the network then returns what went into it."""
+    path = [path for path, module in model.named_modules() if width_of(module) is not None][-1]
+    parent, _, name = path.rpartition(".")
+    setattr(model.get_submodule(parent), name, nn.Identity())
 
 
 def replace_head(model: nn.Module, published_classes: int, num_classes: int) -> None:

@@ -23,6 +23,7 @@ def load_weights(
     *,
     weights_key: str | None = None,
     fresh_head: int | None = None,
+    without_head: bool = False,
     notify: Callable[[str], None] = lambda notice: None,
 ) -> None:
     """Fill `model` in place from a .safetensors file or a torch state dict.
@@ -36,12 +37,21 @@ def load_weights(
         path: The file.
         weights_key: The key, and prefix, to take: `state_dict_ema`, `model.module.student`.
         fresh_head: The number of classes of a classifier that stays as it is, for weights of other classes.
+        without_head: Whether the model has no classifier: that of the file is left out.
         notify: Receives a sentence on what was chosen.
 
     Raises:
         ModelError: The file is missing, damaged or unsafe, or its entries do not fit the model, or several do.
     """
-    load_entries(model, read_weights(path), str(path), weights_key=weights_key, fresh_head=fresh_head, notify=notify)
+    load_entries(
+        model,
+        read_weights(path),
+        str(path),
+        weights_key=weights_key,
+        fresh_head=fresh_head,
+        without_head=without_head,
+        notify=notify,
+    )
 
 
 def load_entries(
@@ -51,13 +61,16 @@ def load_entries(
     *,
     weights_key: str | None = None,
     fresh_head: int | None = None,
+    without_head: bool = False,
     notify: Callable[[str], None] = lambda notice: None,
 ) -> None:
     """Fill `model` in place from those of the `state_dicts`, read from `source`, that fit; see `load_weights`.
 
     Raises ModelError if none fits, or it holds NaN, infinity, or a variance below zero; nothing is loaded then.
     """
-    found = find_state_dict(model, state_dicts, source, weights_key=weights_key, fresh_head=fresh_head)
+    found = find_state_dict(
+        model, state_dicts, source, weights_key=weights_key, fresh_head=fresh_head, without_head=without_head
+    )
     if fault := _invalid_values(found.entries, model):
         raise ModelError(f"{source}: {fault}; give weights of a trained network.")
     model.load_state_dict(found.entries)

@@ -52,7 +52,7 @@ def test_every_key_has_a_description_from_the_docstrings(listed):
     for loss in listed.values():
         assert all(key["text"] for key in loss["keys"])
         assert "Attributes" not in loss["description"]
-    assert keys(listed["sp"])["layers"]["text"].endswith("usually the last maps.")
+    assert keys(listed["sp"])["layers"]["text"].startswith("pairs of (student layer, teacher layer)")
     assert keys(listed["crd"])["samples.fraction"]["text"] == 'share of the batch that "hard" selects.'
 
 

@@ -233,3 +233,13 @@ def test_page_of_a_read_only_run_goes_into_the_current_folder(tmp_path, monkeypa
     monkeypatch.setattr(os, "access", lambda path, mode: path != run)
     assert page_path([run], None) == Path("report-theirs.html")
     assert page_path([run], tmp_path / "a.html") == tmp_path / "a.html"
+
+
+def test_agreement_in_place_of_accuracy_is_named(tmp_path):
+    plain = {key: value for key, value in FIGURES.items() if "accuracy" not in key}
+    agrees = plain | {"metric": "agreement", "agreement": 0.75, "best_agreement": 0.75, "num_macs": None}
+    run = run_folder(tmp_path, {"students/distilled-seed0": ...})
+    (run / "students" / "distilled-seed0" / "result.json").write_text(json.dumps(agrees))
+    text = " ".join(kdpipe_here("report", run, "--full", "--no-html").stdout.split())
+    assert "Best network finished so far: student distilled, 75.00 % test agreement with the teacher." in text
+    assert "accuracy" not in text

@@ -120,7 +120,7 @@ def test_family_is_pruned_quantized_and_rebuilt(run, tmp_path, monkeypatch, fami
     test = context.evaluation(build_student(student, 0, context).normalize)
     for kind in ("pruned", "int8"):
         rebuilt = rebuild(root / f"{kind}-seed0" / "model.safetensors", trust_python=True)
-        assert evaluate(rebuilt.model.to(context.device), test, context.device).accuracy == figures[kind]["accuracy"]
+        assert evaluate(rebuilt.model.to(context.device), test, context.device).value == figures[kind]["accuracy"]
     export_onnx(rebuilt.model, torch.zeros(2, *context.image_shape), path := tmp_path / "model.onnx", metadata={})
     agreement = check_onnx(path, rebuilt.model, test.batches())
     assert agreement.top1_agreement >= 0.98

@@ -11,8 +11,9 @@ from PIL import Image
 
 from kdpipe.stages.data import decode as pixels
 from kdpipe.stages.data.config import DataConfig
-from kdpipe.stages.data.image_files import ImageFiles, pack_paths, path_at
+from kdpipe.stages.data.image_files import ImageFiles
 from kdpipe.stages.data.image_set import ImageSet, normalization, pixel_checksums, unequal_sizes_message
+from kdpipe.stages.data.image_source import FilePaths
 from kdpipe.stages.data.load import load_dataset
 from kdpipe.stages.errors import DataError
 
@@ -53,7 +54,7 @@ def test_unequal_photographs_are_read_unchanged(pets: Path) -> None:
     assert (train.num_samples, train.in_channels, train.image_size) == (4, 3, None)
     assert _files(train).shapes.tolist() == [[6, 8], [6, 8], [7, 5], [7, 5]]
     for index in range(4):
-        path, image = path_at(_files(train).paths, index), train.read(index)
+        path, image = _files(train).source.where(index), train.read(index)
         assert np.array_equal(image, np.asarray(Image.open(path).convert("RGB")).transpose(2, 0, 1))
         assert image.flags.writeable and image.flags.c_contiguous
 
@@ -169,8 +170,8 @@ def test_system_errors_are_reported(
 def test_machine_error_drops_no_sample(pets: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     opened = pixels.Image.open
 
-    def refuse(path: Path, **keys: object) -> Image.Image:
-        if path.name == "c.png":
+    def refuse(path: str, **keys: object) -> Image.Image:
+        if Path(path).name == "c.png":
             raise OSError(24, "Too many open files")
         return opened(path, **keys)  # type: ignore[arg-type]
 
@@ -187,13 +188,14 @@ def test_files_cross_to_another_process(pets: Path) -> None:
 
 def test_image_files_hold_only_arrays(pets: Path) -> None:
     files = _files(_load(pets))
-    arrays = [files.paths, files.checksums, files.shapes]
+    assert isinstance(files.source, FilePaths)
+    arrays = [files.source.paths, files.checksums, files.shapes]
     assert all(isinstance(array, np.ndarray) and array.dtype != object for array in arrays)
-    assert set(vars(files)) - {"common_shape"} == {"paths", "spec", "checksums", "shapes", "levels"}
+    assert set(vars(files)) - {"common_shape"} == {"source", "spec", "checksums", "shapes", "levels"}
 
 
 def test_packed_paths_round_trip() -> None:
     names = ["/a/b.png", "/a/é.png", os.fsdecode(b"/a/not utf-8 \xff.png"), "/c"]
-    paths = pack_paths(names)
-    assert [str(path_at(paths, index)) for index in range(4)] == names
-    assert len(pack_paths([])) == 0
+    paths = FilePaths.pack(names)
+    assert [paths.where(index) for index in range(4)] == names
+    assert len(FilePaths.pack([])) == 0

@@ -60,7 +60,7 @@ def test_a_set_cannot_be_changed() -> None:
     [
         ({"images": torch.zeros(0, 1, 2, 4, dtype=torch.uint8)}, "toy (train) has no sample"),
         ({"labels": torch.tensor([1, 2, 1])}, "sample 3 (position 1) has the label 2, which is outside 0..1"),
-        ({"labels": torch.tensor([1, 1, -1])}, f"sample {2**62} (position 2) has the label -1, which is outside 0..1"),
+        ({"labels": torch.tensor([1, 1, -2])}, f"sample {2**62} (position 2) has the label -2, which is outside 0..1"),
         ({"sample_ids": torch.tensor([4, 9, -2])}, "position 2 has the id -2: ids must be >= 0"),
         ({"sample_ids": torch.tensor([5, 9, 5])}, "positions 0 and 2 have the same id 5"),
     ],

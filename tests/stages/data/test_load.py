@@ -125,7 +125,7 @@ def test_classes_without_a_sample_are_refused(tmp_path: Path) -> None:
 
 def test_a_test_crop_is_for_photographs(toy: dict[str, Any]) -> None:
     for config in (DataConfig(test_crop=0.875), DataConfig(**toy, image_size=4, test_crop=0.875)):
-        with pytest.raises(RecipeError, match="data.test_crop applies only to imagefolder:PATH"):
+        with pytest.raises(RecipeError, match="data.test_crop applies only to imagefolder, table"):
             load_dataset(config, "test")
 
 
@@ -214,3 +214,19 @@ def test_validation_share_is_cut_from_the_training_images(toy: dict[str, Any]) -
     assert validation.split == "validation"
     with pytest.raises(RecipeError, match="data.validation_share"):
         load_dataset(DataConfig(**toy), "validation")
+
+
+def test_validation_images_lose_their_labels_only_with_all(toy: dict[str, Any]) -> None:
+    for labels, num_train, num_validation in (("all", 20, 12), (5, 5, 12), ("none", 0, 0)):
+        config = DataConfig(**toy, labels=labels, validation_share=1 / 3)
+        train, validation, test = (load_dataset(config, part) for part in ("train", "validation", "test"))
+        assert [len(one.labelled) for one in (train, validation)] == [num_train, num_validation]
+        assert test.is_labelled
+
+
+def test_a_set_without_labels_must_be_meant(tmp_path: Path) -> None:
+    np.savez(tmp_path / "a.npz", images=np.zeros((10, 4, 4), np.uint8), labels=np.full(10, -1))
+    with pytest.raises(DataError, match="its classes are not known"):
+        load_dataset(DataConfig(name=f"npz:{tmp_path}/a.npz"), "train")
+    with pytest.raises(DataError, match="no training sample of npz:a.npz has a label: set data.labels = 'none'"):
+        load_dataset(DataConfig(name=f"npz:{tmp_path}/a.npz", classes=("a", "b")), "train")

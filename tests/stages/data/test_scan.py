@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from kdpipe.stages.data import scan, scan_cache
+from kdpipe.stages.data import image_source, scan, scan_cache
 from kdpipe.stages.data.config import DataConfig
 from kdpipe.stages.data.decode import UnreadableImage
 from kdpipe.stages.data.image_set import (
@@ -70,14 +70,14 @@ def pets(tmp_path: Path) -> Path:
 def decoding() -> Iterator[list[str]]:
     """The names of the files that are decoded for a data set, as they come."""
     decoded: list[str] = []
-    real = scan.decode_image
+    real = image_source.decode_image
 
-    def decode(path: Path, spec: Any) -> Any:
-        decoded.append(path.name)
+    def decode(path: str, spec: Any) -> Any:
+        decoded.append(Path(path).name)
         return real(path, spec)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(scan, "decode_image", decode)
+        patch.setattr(image_source, "decode_image", decode)
         yield decoded
 
 
@@ -161,18 +161,18 @@ def test_recently_changed_files_are_not_cached(pets: Path, monkeypatch: pytest.M
 
 
 def test_file_changed_while_decoding_is_not_cached(pets: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    real = scan.decode_image
+    real = image_source.decode_image
     changed: list[str] = []
 
-    def decode(path: Path, spec: Any) -> Any:
+    def decode(path: str, spec: Any) -> Any:
         pixels = real(path, spec)
-        if path.parent.name == "dog":
-            changed.append(path.name)
-            CLOCK.write(path, seed=99)
+        if Path(path).parent.name == "dog":
+            changed.append(Path(path).name)
+            CLOCK.write(Path(path), seed=99)
         return pixels
 
     with monkeypatch.context() as patch:
-        patch.setattr(scan, "decode_image", decode)
+        patch.setattr(image_source, "decode_image", decode)
         _load(pets)
     with decoding() as decoded:
         _load(pets)
@@ -275,7 +275,7 @@ def test_deleted_images_are_removed_from_the_cache(pets: Path, cache: Path) -> N
     CLOCK.write(pets / "cat" / "3.bmp", 77)
     _load(pets), _load(pets, "test")
     ids = scan_cache.read_cache(file)["id"].tolist()
-    assert sorted(ids) == sorted(sample_id(path.relative_to(pets).as_posix()) for path in pets.rglob("*.bmp"))
+    assert sorted(ids) == sorted(sample_id(Path(path).relative_to(pets).as_posix()) for path in pets.rglob("*.bmp"))
     assert len(ids) == 5
 
 
@@ -304,7 +304,7 @@ def test_unreadable_images_are_dropped_and_listed(pets: Path, keys: dict[str, An
     train = {"classes": ("cat", "dog"), "test_share": 0.01, **keys}
     whole = _load(pets, **train)
     damaged, gone = (whole.sample_ids.tolist()[index] for index in (0, 2))
-    path_of = {sample_id(path.relative_to(pets).as_posix()): path for path in pets.rglob("*.bmp")}
+    path_of = {sample_id(Path(path).relative_to(pets).as_posix()): path for path in pets.rglob("*.bmp")}
     path_of[damaged].write_bytes(b"damaged")
     path_of[gone].unlink()
     path_of[gone].symlink_to("nowhere")
@@ -315,8 +315,8 @@ def test_unreadable_images_are_dropped_and_listed(pets: Path, keys: dict[str, An
         assert left.class_names == whole.class_names
         assert np.array_equal(pixel_checksums(left), pixel_checksums(whole)[[1, 3]])
         assert [(entry.path, entry.sample_id) for entry in left.dropped] == [
-            (path_of[damaged], damaged),
-            (path_of[gone], gone),
+            (str(path_of[damaged]), damaged),
+            (str(path_of[gone]), gone),
         ]
         assert "cannot be decoded" in left.dropped[0].why
         assert "No such file or directory" in left.dropped[1].why
@@ -324,14 +324,14 @@ def test_unreadable_images_are_dropped_and_listed(pets: Path, keys: dict[str, An
 
 
 def test_cached_image_that_became_unreadable_is_dropped(pets: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    files, real = _load(pets), scan.decode_image
+    files, real = _load(pets), image_source.decode_image
 
-    def decode(path: Path, spec: Any) -> Any:  # a disk that fails changes no stamp
-        if sample_id(path.relative_to(pets).as_posix()) == files.sample_ids[1]:
+    def decode(path: str, spec: Any) -> Any:  # a disk that fails changes no stamp
+        if sample_id(Path(path).relative_to(pets).as_posix()) == files.sample_ids[1]:
             raise UnreadableImage(f"{path} cannot be read (Input/output error)")
         return real(path, spec)
 
-    monkeypatch.setattr(scan, "decode_image", decode)
+    monkeypatch.setattr(image_source, "decode_image", decode)
     in_memory = _load(pets, cache_bytes=2**20, unreadable="drop")
     assert in_memory.sample_ids.tolist() == files.sample_ids[[0, 2, 3]].tolist()
     assert [entry.sample_id for entry in in_memory.dropped] == [files.sample_ids[1]]

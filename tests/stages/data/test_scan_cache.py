@@ -10,18 +10,16 @@ from hypothesis import strategies as st
 
 from kdpipe.stages.data import scan_cache
 from kdpipe.stages.data.decode import DecodeSpec
+from kdpipe.stages.data.image_source import NO_STAMP, Stamp, stamp
 from kdpipe.stages.data.scan_cache import (
     ENTRY,
-    NO_STAMP,
     RACY_NS,
     Entries,
-    Stamp,
     cache_path,
     find_valid,
     is_settled,
     merge,
     read_cache,
-    stamp,
     write_cache,
 )
 

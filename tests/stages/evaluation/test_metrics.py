@@ -12,8 +12,9 @@ from torchmetrics.functional.classification import multiclass_accuracy, multicla
 
 from kdpipe.stages.data.image_set import ImageSet
 from kdpipe.stages.data.loader.image_loader import ImageLoader
+from kdpipe.stages.errors import DataError
 from kdpipe.stages.evaluation.correct_images import outcome_of
-from kdpipe.stages.evaluation.evaluate import Evaluation, evaluate
+from kdpipe.stages.evaluation.evaluate import Evaluation, evaluate, of_teacher
 from kdpipe.stages.evaluation.metrics import evaluate_in_depth
 from kdpipe.stages.models.bundle import ModelBundle
 from kdpipe.stages.models.normalization import Normalization
@@ -177,7 +178,7 @@ def test_report_is_reproducible_and_equals_evaluate():
         evaluate(model, test, DEVICE),
     )
     assert one == other
-    assert (one.top1, one.cross_entropy) == (measured.accuracy, measured.cross_entropy)
+    assert (one.top1, one.cross_entropy) == (measured.value, measured.cross_entropy)
 
 
 def test_finished_job_saves_the_report(tmp_path):
@@ -197,3 +198,27 @@ def test_report_says_which_images_are_correct():
     found = report_of(logits, [0, 1, 1, 0])
     outcome = outcome_of({"accuracy": found.top1, "examined": found.to_json()})
     assert outcome.correct.tolist() == [True, False, True, True]
+
+
+def test_without_labels_the_teachers_classes_stand_for_them():
+    logits = torch.tensor([[2.0, 1.0], [2.0, 1.0], [1.0, 2.0], [1.0, 2.0]])
+    teacher = torch.tensor([[2.0, 1.0], [1.0, 2.0], [1.0, 2.0], [math.nan, math.nan]])
+    model, test = model_and_test(logits, [-1] * 4, teacher)
+    found, measured = evaluate_in_depth(model, test, DEVICE), evaluate(model, test, DEVICE)
+    assert found.top1 == found.agreement == measured.value == 2 / 3
+    assert measured.to_json() == {"metric": "agreement", "agreement": 2 / 3, "cross_entropy": found.cross_entropy}
+    assert (found.ece, found.bins, found.per_class, found.confusions) == (None, None, [], [])
+    outcome = outcome_of({**measured.to_json(), "examined": found.to_json()})
+    assert outcome.correct.tolist() == [True, False, True]
+    with pytest.raises(DataError, match="the test images of numbers have no labels, and there are no outputs"):
+        report_of(logits, [-1] * 4)
+    itself = of_teacher(model_and_test(logits, [-1] * 4)[1], model)
+    assert evaluate(model, itself, DEVICE).value == 1
+
+
+def test_accuracy_is_that_of_the_labelled_images():
+    logits = torch.tensor([[2.0, 1.0, 0.0], [2.0, 1.0, 0.0], [1.0, 2.0, 0.0], [1.0, 2.0, 0.0]])
+    found, whole = report_of(logits, [0, -1, 0, -1], logits), report_of(logits[[0, 2]], [0, 0])
+    assert (found.top1, found.cross_entropy, found.num_samples) == (0.5, whole.cross_entropy, 2)
+    assert (found.bins, found.per_class, found.confusions) == (whole.bins, whole.per_class, whole.confusions)
+    assert found.agreement == 1  # on all images

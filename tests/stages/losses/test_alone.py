@@ -34,6 +34,7 @@ from kdpipe.losses import (
     SampleSelection,
     Schedule,
 )
+from kdpipe.stages.data.loader.labels import HardLabels
 from kdpipe.stages.errors import RecipeError
 from kdpipe.stages.losses.distillation import build_distillation
 from kdpipe.stages.losses.registry import LOSSES
@@ -235,3 +236,24 @@ def test_every_pure_function_has_an_example():
     functional = import_module("kdpipe.losses.functional")
     parts = ("angle_loss", "distance_loss", "nckd_loss", "tckd_loss")
     assert [name for name in functional.__all__ if ">>>" not in getattr(functional, name).__doc__] == list(parts)
+
+
+def test_unlabelled_samples_are_refused_where_labels_count():
+    labels = torch.where(torch.arange(8) < 4, LABELS, -1)
+    with pytest.raises(RecipeError, match="DKD got the label -1: give it the rows of labelled samples"):
+        DKD()(STUDENT_LOGITS, TEACHER_LOGITS, labels)
+    assert KD()(STUDENT_LOGITS, TEACHER_LOGITS, labels) == KD()(STUDENT_LOGITS, TEACHER_LOGITS)
+
+
+def test_in_training_a_loss_of_labels_is_on_the_labelled_samples():
+    """As samples without targets do, the others count as 0: half of the batch of 8 is labelled."""
+    labels = torch.where(torch.arange(8) < 4, LABELS, -1)
+    ensemble = TeacherEnsemble(TeachersConfig(), 1)
+    distillation = build_distillation([DKD()], {}, [{}], ensemble=ensemble, dataset=DATASET, seed=0)
+    teacher = DenseTargets(TEACHER_LOGITS, {})
+    hard = HardLabels(labels, always=False)
+    batch = DistillationBatch(
+        ModelOutput(STUDENT_LOGITS, {}), [teacher], [None], labels, torch.arange(8), FINISHED, {}, None, None, hard
+    )
+    own = DKD()(STUDENT_LOGITS[:4], TEACHER_LOGITS[:4], LABELS[:4])
+    assert distillation(batch)["dkd_0"].item() == pytest.approx(own.item() / 2)

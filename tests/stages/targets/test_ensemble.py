@@ -395,3 +395,10 @@ def test_mixed_samples_teach_the_weights_both_labels():
 def test_weights_that_no_loss_uses_are_not_learned():
     combined = TeacherEnsemble(TeachersConfig(weights="learnable"), 3)
     assert list(distilled(combined, kd(store=1))(batch())) == ["kd_0"]
+
+
+def test_confidence_counts_teachers_equally_without_a_label():
+    labels = torch.where(torch.arange(8) < 4, LABELS, -1)
+    found = TeacherEnsemble(TeachersConfig(weights="confidence"), 3)(TEACHERS, ALL, labels).weights
+    assert torch.equal(found[:4], together(weights="confidence").weights[:4])
+    assert torch.allclose(found[4:], torch.full((4, 3), 1 / 3, dtype=found.dtype))

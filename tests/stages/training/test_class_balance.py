@@ -57,9 +57,9 @@ def test_weights_that_fit_no_class_are_refused(given, fault):
 
 @pytest.mark.parametrize("epoch", [0, 1])
 def test_balanced_epochs_have_all_classes_equally_often(epoch):
-    order = balanced_order(0, epoch, LABELS)
-    assert torch.equal(order, balanced_order(0, epoch, LABELS))
-    assert not torch.equal(order, balanced_order(0, epoch + 1, LABELS))
+    order = balanced_order(0, epoch, LABELS, len(LABELS))
+    assert torch.equal(order, balanced_order(0, epoch, LABELS, len(LABELS)))
+    assert not torch.equal(order, balanced_order(0, epoch + 1, LABELS, len(LABELS)))
     counts = torch.bincount(LABELS[order], minlength=4)
     assert sorted(counts.tolist()) == [0, 33, 33, 34]
     times = torch.bincount(order, minlength=100)
@@ -70,7 +70,7 @@ def test_balanced_epochs_have_all_classes_equally_often(epoch):
 
 
 def test_more_classes_than_samples_of_an_epoch_are_drawn_as_well():
-    assert balanced_order(0, 0, torch.arange(5)).sort().values.tolist() == list(range(5))
+    assert balanced_order(0, 0, torch.arange(5), 5).sort().values.tolist() == list(range(5))
 
 
 def test_a_balanced_job_resumes_bit_for_bit(tmp_path):

@@ -12,10 +12,10 @@ from support.tiny_run import STUDENT, TEACHER, TRAIN, squares, tiny_context
 from kdpipe.pipeline.steps import compress_student, train_student, train_teacher
 from kdpipe.stages.compress.compress import CompressConfig
 from kdpipe.stages.errors import ModelError, RecipeError
+from kdpipe.stages.evaluation.main_metric import deciding, main_value
 from kdpipe.stages.export import onnx_export
 from kdpipe.stages.runtime.events import WARNING, ProgressEvent, RunMonitor
 from kdpipe.stages.training import preflight
-from kdpipe.stages.training.finalize import deciding_accuracy
 
 
 @pytest.fixture
@@ -84,5 +84,5 @@ def test_validation_images_are_those_of_each_epoch(tmp_path: Path) -> None:
     found = made["validated"]["validation"]
     assert (found["num_images"], found["accuracy"]) == (60, lines["validated"][-1]["accuracy"])
     assert made["validated"]["best_accuracy"] == max(line["accuracy"] for line in lines["validated"])
-    assert deciding_accuracy(made["validated"]) == found["accuracy"]
-    assert deciding_accuracy(made["plain"]) == made["plain"]["accuracy"]
+    assert main_value(deciding(made["validated"])) == found["accuracy"]
+    assert main_value(deciding(made["plain"])) == made["plain"]["accuracy"]

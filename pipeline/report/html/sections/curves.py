@@ -1,4 +1,4 @@
-"""Learning curves: test or validation accuracy by epoch, one panel per network, those of a kind on equal axes."""
+"""Learning curves: the main metric by epoch, one panel per network, those of a kind on equal axes."""
 
 from __future__ import annotations
 
@@ -39,13 +39,13 @@ MAX_WITH_SEEDS = 3
 
 @dataclass(frozen=True)
 class Curve:
-    """A network's accuracies on a split in percent by epoch, a mapping per seed."""
+    """A network's accuracies in percent by epoch, a mapping per seed. measured: What they are, and on which split."""
 
     name: str
     color: str
     line: str
     seeds: Sequence[Mapping[int, float]]
-    split: str = "test"
+    measured: str = "test accuracy"
 
     @property
     def mean(self) -> dict[int, float]:
@@ -62,7 +62,7 @@ class Curve:
 def curves_of(networks: Iterable[Network]) -> list[Curve]:
     """Return the curves of networks of which an epoch is recorded."""
     return [
-        Curve(network.name, network.style.color, network.style.line, seeds, trained[0].epochs[0].split)
+        Curve(network.name, network.style.color, network.style.line, seeds, trained[0].epochs[0].measured)
         for network in networks
         if (trained := [job for job in network.jobs if job.epochs])
         and (seeds := [{epoch.number: epoch.accuracy for epoch in job.epochs} for job in trained])
@@ -96,7 +96,7 @@ def curve_panel(title: str, strong: Sequence[Curve], together: Sequence[Curve], 
     """Draw the seeds and means of `strong` curves on axes with room for all `together`, and these faintly if asked."""
     figure = new_figure(WIDTH, HEIGHT)
     axes = add_axes(figure, 40, TOP, WIDTH - 50, HEIGHT - BOTTOM)
-    axes.set_title(f"{shortened(title, 30)}: {together[0].split} accuracy, %", loc="left", fontsize=12)
+    axes.set_title(f"{shortened(title, 30)}: {together[0].measured}, %", loc="left", fontsize=12)
     seeds = [seed for curve in together for seed in curve.seeds]
     epoch_axis(axes, max(max(seed) for seed in seeds))
     error_axis(axes, [accuracy for seed in seeds for accuracy in seed.values()])
@@ -110,7 +110,7 @@ def curve_panel(title: str, strong: Sequence[Curve], together: Sequence[Curve], 
     finished = [curve for curve in strong if curve.mean]
     _label_ends(axes, finished)
     ends = ", ".join(f"{curve.name} ends at {mean_std(*curve.last)} %" for curve in finished)
-    return svg(figure, f"{title}: {together[0].split} accuracy by epoch", ends)
+    return svg(figure, f"{title}: {together[0].measured} by epoch", ends)
 
 
 def _label_ends(axes: Axes, curves: Sequence[Curve]) -> None:

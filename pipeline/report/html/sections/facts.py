@@ -37,7 +37,7 @@ def facts(run: PageRun) -> dict[str, object]:
         return {"facts": rows, "code_lines": []}
     row, file, why = found
     inside = str(Path(run.folder_name) / file.relative_to(run.path))
-    costs = [f"{mean_std(row.accuracy_mean, row.accuracy_std)} % test accuracy"]
+    costs = [f"{mean_std(row.accuracy_mean, row.accuracy_std)} % {row.tested}"]
     costs += [f"95 % interval {interval_text(row.interval)}"] if row.interval else []
     costs += [kib(row.file_bytes)] if row.file_bytes else []
     rows += [("to ship", f"{row.name} ({'; '.join(costs)}): {inside}")]

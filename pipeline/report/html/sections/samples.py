@@ -11,6 +11,7 @@ import io
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from pathlib import PurePath
 
 import numpy as np
 import torch
@@ -22,7 +23,7 @@ from kdpipe.pipeline.report.html.read import Network, PageRun
 from kdpipe.pipeline.report.html.templating import LeftOutError
 from kdpipe.pipeline.run import Run
 from kdpipe.stages.compress.artifacts.load import rebuild
-from kdpipe.stages.data.image_files import ImageFileList, path_at
+from kdpipe.stages.data.image_files import ImageFileList
 from kdpipe.stages.data.load import list_source
 from kdpipe.stages.data.loader.image_loader import ViewRequest
 from kdpipe.stages.data.names import FILE_KINDS
@@ -163,7 +164,7 @@ def _predict_test(run: Run, students: Mapping[str, Predictor], num_macs: int) ->
     images = [loader.get(ViewRequest(indices)).images for indices in batches]
     with torch.no_grad():
         found = {name: torch.cat([student(batch) for batch in images]) for name, student in students.items()}
-    get_logits = run.context.get_teacher_logits()
+    get_logits = run.context.get_teacher_logits("test")
     if get_logits is not None and not (teacher := get_logits(torch.arange(num_images))).isnan().any():
         found = {"teacher": teacher.softmax(1), **found}
     return found
@@ -195,14 +196,14 @@ def _file_names(run: Run) -> Callable[[int], str]:
     if not isinstance(files, ImageFileList):
         return lambda _: ""
     positions = {int(sample): number for number, sample in enumerate(listing.sample_ids)}
-    return lambda sample: path_at(files.paths, positions[sample]).name
+    return lambda sample: PurePath(files.source.where(positions[sample])).name
 
 
 def _test_sample(run: Run, probabilities: Mapping[str, Tensor], index: int, file_name: Callable[[int], str]) -> Sample:
     test_set = run.context.test_set
     image = run.context.test_loader.get(ViewRequest(torch.tensor([index]))).images[0]
     predictions = {name: _top(rows[index], test_set.class_names) for name, rows in probabilities.items()}
-    label = test_set.class_names[int(test_set.labels[index])]
+    label = test_set.label_name(index)
     sample = int(test_set.sample_ids[index])
     return Sample(image, label, file_name(sample) or f"test image {sample}", predictions)
 

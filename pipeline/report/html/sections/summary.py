@@ -20,7 +20,7 @@ def _tiles(run: PageRun) -> Iterator[tuple[str, str, str]]:
             interval = "" if row.interval is None else f"; 95 % interval {interval_text(row.interval)}"
             yield (
                 f"{row.accuracy_mean:.2f} %",
-                f"{row.name}, test accuracy",
+                f"{row.name}, {row.tested}",
                 spread + num_seeds(row.num_seeds) + interval,
             )
     if (gain := run.report.difference("student", "alone")) is not None:

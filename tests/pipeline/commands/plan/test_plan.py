@@ -14,15 +14,17 @@ from support.tiny_run import TEACHER
 
 from kdpipe.pipeline import steps
 from kdpipe.pipeline.commands.plan import printing
-from kdpipe.pipeline.commands.plan.existing import find_students, find_teacher
+from kdpipe.pipeline.commands.plan.existing import find_students
 from kdpipe.pipeline.commands.plan.plan import run_plan
 from kdpipe.pipeline.recipe.load import Recipe
 from kdpipe.pipeline.run import Run
+from kdpipe.pipeline.shared_store import find_teacher
 from kdpipe.stages.compress import compress as stage
 from kdpipe.stages.compress.compress import CompressConfig, fine_tunings
 from kdpipe.stages.compress.pruning.prune import PruneConfig
 from kdpipe.stages.losses.logits.kd import KD
 from kdpipe.stages.runtime.events import RunMonitor
+from kdpipe.stages.train_student.compare import CompareEntry
 from kdpipe.stages.training.job_dir import JobDir
 from kdpipe.stages.workspace import NOWHERE, Workspace
 
@@ -101,6 +103,17 @@ def test_the_plan_of_a_sweep_has_its_settings(tmp_path: Path, monkeypatch: pytes
     plan = planned(tmp_path / "a", swept)
     made = {stage["what"]: (stage["count"], stage["num_done"]) for stage in plan["stages"]}
     assert made == {"teacher": (1, 0), "store": (1, 0), "students, alone": (4, 0), "students, 4 settings": (8, 1)}
+    assert all(stage["wall_s"][0] > 0 for stage in plan["stages"])
+
+
+def test_the_plan_of_a_comparison_has_its_variants(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    entries = {"kd": CompareEntry(distill=(KD(loss="kd"),)), "smooth": CompareEntry(label_smoothing=0.1)}
+    compared = replace(RECIPE, distill=(), compare=entries)
+    done = tmp_path / "a" / "compare" / "kd" / "seed0"
+    monkeypatch.setattr(JobDir, "result", lambda job_dir: {} if job_dir.path == done else None)
+    plan = planned(tmp_path / "a", compared)
+    made = {stage["what"]: (stage["count"], stage["num_done"]) for stage in plan["stages"]}
+    assert made == {"teacher": (1, 0), "store": (1, 0), "students, 3 variants": (6, 1)}
     assert all(stage["wall_s"][0] > 0 for stage in plan["stages"])
 
 

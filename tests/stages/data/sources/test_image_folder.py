@@ -352,3 +352,29 @@ def test_a_folder_that_cannot_be_listed_is_named(pets: Path, monkeypatch: pytest
     monkeypatch.setattr(os, "walk", forbidden)
     with pytest.raises(DataError, match=r"cannot list .*/train/cat: Permission denied"):
         _load(pets)
+
+
+def test_unlabelled_images_need_no_class_folders(pets: Path) -> None:
+    for at in range(3):
+        _write(pets.parent / "photos" / "train" / f"{at}.png", at)
+    photos = pets.parent / "photos"
+    with pytest.raises(DataError, match="no class folders.* set data.labels = 'none'"):
+        _load(photos)
+    with pytest.raises(DataError, match=r"its classes are not known: name them .*\(data.classes\)"):
+        _load(photos, labels="none")
+    named = _load(photos, labels="none", classes=("ox", "hen"), test_share=0.4)
+    assert (named.class_names, named.labels.tolist(), len(named.notices)) == (("ox", "hen"), [-1, -1], 0)
+    by_teacher = load_dataset(
+        DataConfig(name=f"imagefolder:{photos}", labels="none"), "train", name_classes=lambda: ("a", "b")
+    )
+    assert by_teacher.class_names == ("a", "b")
+    (pets / "val").rename(photos / "test")
+    train, test = (_load(photos, split, labels="none") for split in ("train", "test"))
+    assert train.sample_ids.tolist() == [sample_id(f"{at}.png") for at in range(3)]
+    assert (train.class_names, train.has_labels, test.labels.tolist()) == (("cat", "dog"), False, [0, 1])
+
+
+def test_labels_none_leaves_class_folders_and_ids_as_they_are(pets: Path) -> None:
+    whole, none = _load(pets), _load(pets, labels="none")
+    assert (digest(none), none.has_labels, none.class_names) == (digest(whole), False, whole.class_names)
+    assert _load(pets, "test", labels="none").is_labelled

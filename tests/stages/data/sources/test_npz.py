@@ -144,7 +144,7 @@ HOSTILE = {
     "float labels": (_npz(images=IMAGES, labels=LABELS / 1), "labels must be integers [N], one for each image"),
     "too few labels": (_npz(images=IMAGES, labels=LABELS[:5]), "labels must be integers [12], one for each image"),
     "one-hot labels": (_npz(images=IMAGES, labels=np.eye(12, dtype=int)), "found int64 [12, 12]"),
-    "a negative label": (_npz(images=IMAGES, labels=LABELS - 1), "has the label -1, which is outside 0..1"),
+    "a negative label": (_npz(images=IMAGES, labels=LABELS - 2), "has the label -2, which is outside 0..0"),
     "a huge label": (_npz(images=IMAGES, labels=LABELS + 10**12), f"the label {10**12 + 2} is too large"),
     "a label beyond int64": (_npz(images=IMAGES, labels=LABELS.astype("u8") + 2**63), "must fit int64"),
     "a label without a class": (

@@ -1,6 +1,7 @@
 """Tables of paths and labels list the same samples in every format, and refuse what can be meant in two ways."""
 
 import csv
+import os
 
 import numpy as np
 import pyarrow
@@ -11,6 +12,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from pyarrow import parquet
 
+from kdpipe.stages.data import image_source, scan
 from kdpipe.stages.data.config import DataConfig
 from kdpipe.stages.data.image_set import digest
 from kdpipe.stages.data.load import load_dataset
@@ -96,7 +98,6 @@ def test_a_folder_has_a_table_for_each_split(folder, suffix):
         (ROWS, ("path", "kind"), "one column must hold the labels, named label, class"),
         ([(*row, 1) for row in ROWS], ("path", "label", "class"), "several (label, class): keep one"),
         ([("b.png", "dog"), ("b.png", "cat")], ("path", "label"), "line 3: b.png is listed before"),
-        ([("b.png", "")], ("path", "label"), "line 2: the label must be a whole number or a name"),
         ([("", "dog")], ("path", "label"), "line 2: the image's path must be text"),
         ([("b.png", "1.0"), ("c.png", "0.0")], ("path", "label"), "must be 0, 1, ... C - 1, found '1.0'"),
         ([("https://x.org/a.png", "dog")], ("path", "label"), "is an address"),
@@ -139,3 +140,25 @@ def test_whole_numbers_are_classes_and_all_else_is_names(labels):
     assert names == (
         tuple(map(str, range(max(map(int, labels)) + 1))) if numbers else tuple(sorted(set(map(str, labels))))
     )
+
+
+def test_scans_of_both_splits_are_cached(folder, monkeypatch, tmp_path_factory):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+    for name, _ in ROWS:
+        os.utime(folder / name, (1, 1))
+    monkeypatch.setattr(scan, "is_settled", lambda found, now_ns: True)
+    rows = [(*row, "train" if row[0] != "d.png" else "test") for row in ROWS]
+    file = write(folder / "list.csv", rows, ("path", "label", "split"))
+    wanted = [load(file, split, cache_bytes=0).images.checksums for split in ("train", "test")]
+    monkeypatch.setattr(image_source, "decode_image", None)
+    for split, checksums in zip(("train", "test"), wanted, strict=True):
+        assert np.array_equal(load(file, split, cache_bytes=0).images.checksums, checksums)
+
+
+def test_an_empty_cell_is_an_unlabelled_image(folder):
+    rows = [("b.png", ""), *ROWS[1:]]
+    for file in (write(folder / "list.csv", rows), write(folder / "list.parquet", [("b.png", None), *ROWS[1:]])):
+        train = load(file, test_share=0.01)
+        assert train.class_names == ("cat", "dog")
+        assert train.sample_ids[train.labels == -1].tolist() == [sample_id("b.png")]
+        assert train.notices[-1].endswith(f"1 of {train.num_samples} samples have no label.")

@@ -226,3 +226,13 @@ def test_training_reduces_the_loss_and_matches_samples(memory):
 def test_batch_without_negatives_is_an_error():
     with pytest.raises(ValueError, match="negatives"):
         built()(batch(negatives=None))
+
+
+def test_without_a_label_only_the_sample_itself_is_no_negative():
+    labels, negatives = torch.tensor([0, -1, 2, 1]), replace(NEGATIVES, ranks=torch.arange(20))  # 3, 7 and 11 are there
+    seen = []
+    loss = built()
+    loss.layers[0].of_student.register_forward_pre_hook(lambda _, given: seen.append(given[2]))
+    loss(batch(labels=labels, negatives=negatives))
+    assert torch.equal(seen[0][1], torch.arange(20) != 3)
+    assert torch.equal(seen[0][0], negatives.labels != 0)

@@ -1,0 +1,307 @@
+"""`hf_dataset:OWNER/NAME` or `hf_dataset:FOLDER`: data sets of Hugging Face's library `datasets`.
+
+The library downloads them and keeps them as memory-mapped Arrow files, of which one row is read at a time.
+"""
+
+from __future__ import annotations
+
+import errno
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, Self
+
+import numpy as np
+import numpy.typing as npt
+
+from kdpipe.stages.data.decode import DecodeSpec
+from kdpipe.stages.data.image_files import ImageFileList
+from kdpipe.stages.data.image_set import UNLABELLED
+from kdpipe.stages.data.image_source import NO_STAMP, EncodedImages, Stamp, pack_names, stamp
+from kdpipe.stages.data.sources.label_names import LABEL_COLUMNS, classes_of_labels
+from kdpipe.stages.data.sources.listing import Listing
+from kdpipe.stages.data.sources.split_folders import Role, role_of
+from kdpipe.stages.data.sources.table import Columns
+from kdpipe.stages.data.splits import Indices, Split
+from kdpipe.stages.errors import DataError, cause
+
+CONNECT_TIMEOUT_S = 10.0
+
+
+@dataclass(frozen=True, eq=False)
+class ArrowRows(EncodedImages):
+    """N images in the rows of a data set.
+
+    Attributes:
+        rows: A `datasets.Dataset` with the column of images alone, encoded or as paths.
+        column: The column's name.
+        name: The name of the data set and split, for messages.
+        positions: int64 [N].
+        files_stamp: The stamp of the Arrow files, as of one.
+    """
+
+    rows: Any
+    column: str
+    name: str
+    positions: Indices
+    files_stamp: Stamp
+
+    def __len__(self) -> int:
+        return len(self.positions)
+
+    def take(self, indices: Indices) -> Self:
+        return type(self)(self.rows, self.column, self.name, self.positions[indices], self.files_stamp)
+
+    def where(self, index: int) -> str:
+        return f"{self.name}, row {self.positions[index]}"
+
+    def stamp(self, index: int) -> Stamp:
+        return self.files_stamp
+
+    def read(self, index: int) -> bytes:
+        cell = self.rows[int(self.positions[index])][self.column]
+        found: bytes | None = cell["bytes"] if isinstance(cell, dict) else cell
+        if found is not None:
+            return found
+        path = cell.get("path") if cell else None
+        if path is None:
+            raise FileNotFoundError(errno.ENOENT, "the cell is empty")
+        return Path(path).read_bytes()
+
+
+def list_hf_dataset(
+    text: str,
+    folder: Path,
+    split: Split,
+    spec: DecodeSpec,
+    *,
+    columns: Columns = (None, None),
+    download: bool = True,
+    unlabelled: bool = False,
+) -> Listing:
+    """List one split, in its order, to be decoded to `spec`; a sample's id is its position.
+
+    Args:
+        text: OWNER/NAME, OWNER/NAME:CONFIG, or a folder as the recipe names it.
+        folder: The same as a path; it comes first.
+        split: The split.
+        spec: What the images are decoded to.
+        columns: The names of the columns of images and labels; None where only one can be meant.
+        download: Whether the hub may be asked; otherwise the library's cache must have it.
+        unlabelled: Whether there need be no column of labels.
+
+    Raises:
+        DataError: It cannot be found or read, or its splits or columns are unclear.
+    """
+    title = f"hf_dataset:{folder.name if folder.is_dir() else text}"
+    found = load_hf_dataset(text, folder, title, download=download)
+    image, label = choose_columns(title, next(iter(found.values())).features, columns, unlabelled=unlabelled)
+    splits, notices = _splits(title, found, label)
+    unsplit, train = "test" not in splits, splits["train"]
+    name, chosen = train if unsplit or split == "train" else splits["test"]
+    where = f"{title} ({name})"
+    class_names, labels = _labels(title, where, chosen, train[1], label)
+    ids = np.arange(len(labels), dtype=np.int64)
+    files = ImageFileList(title, folder if unsplit else folder / split, _rows(where, chosen, image), ids, spec)
+    return Listing(title, labels, ids, class_names, files, unsplit, notices if split == "train" else ())
+
+
+def _splits(
+    title: str, found: Mapping[str, Any], label: str | None
+) -> tuple[dict[Literal["train", "test"], tuple[str, Any]], tuple[str, ...]]:
+    """Return name and data set of the train and the test split, without the latter if there is only one, and notices.
+
+    The validation split is the test split if there is no other, or if the labels of the other are secret.
+    """
+    if len(found) == 1:
+        return {"train": next(iter(found.items()))}, ()
+    names: dict[Role, str] = {role: name for name in found if (role := role_of(name))}
+    test = names.get("test", names.get("val"))
+    if label and {"test", "val"} <= set(names) and {*_cells(found[names["test"]], label)} <= {None, UNLABELLED}:
+        test = names["val"]
+    if "train" not in names or test is None:
+        raise DataError(f"{title} has the splits {', '.join(found)}: expected train and test (or validation).")
+    unused = [name for name in found if name not in (names["train"], test)]
+    told = [f"the test split is its {test} split"] if test != names.get("test") else []
+    told += [f"not used: {', '.join(unused)}"] if unused else []
+    notices = (f"{title}: {'; '.join(told)}.",) if told else ()
+    return {"train": (names["train"], found[names["train"]]), "test": (test, found[test])}, notices
+
+
+def choose_columns(
+    title: str, features: Mapping[str, Any], wanted: Columns, *, unlabelled: bool = False
+) -> tuple[str, str | None]:
+    """Return the names of the columns of images and labels; None where `unlabelled` and there is none.
+
+    Raises:
+        DataError: Not one column can be meant.
+    """
+    import datasets
+
+    described = ", ".join(f"{name} ({_kind(feature)})" for name, feature in features.items())
+
+    def only(what: str, key: str, name: str | None, *candidates: list[str]) -> str:
+        if name is not None and name in features:
+            return name
+        found = next(filter(None, candidates), []) if name is None else []
+        if len(found) != 1:
+            which = f"several: {', '.join(found)}" if found else "none"
+            which = which if name is None else f"no {name!r}"
+            raise DataError(
+                f"{title}: one column must hold the {what}, found {which}. Name it in data.{key}; the columns are "
+                f"{described}."
+            )
+        return found[0]
+
+    images = [name for name, feature in features.items() if isinstance(feature, datasets.Image)]
+    encoded = [name for name, feature in features.items() if _kind(feature) in ("bytes", "binary", "large_binary")]
+    classes = [name for name, feature in features.items() if isinstance(feature, datasets.ClassLabel)]
+    named = [
+        name
+        for name, feature in features.items()
+        if name.lower() in (*LABEL_COLUMNS, "labels") and isinstance(feature, datasets.Value)
+    ]
+    image = only("images", "image_column", wanted[0], images, encoded)
+    if unlabelled and not classes and not named and wanted[1] is None:
+        return image, None
+    return image, only("labels", "label_column", wanted[1], classes, named)
+
+
+def _kind(feature: Any) -> str:
+    """Return a short name of a column's type; "bytes" for an image whose type the file does not state."""
+    if isinstance(feature, Mapping):
+        return "bytes" if "bytes" in feature else "struct"
+    return str(getattr(feature, "dtype", None) if type(feature).__name__ == "Value" else type(feature).__name__)
+
+
+def _rows(where: str, dataset: Any, column: str) -> ArrowRows:
+    import datasets
+
+    rows = dataset.select_columns([column])
+    kind = _kind(rows.features[column])
+    if kind == "Image":
+        rows = rows.cast_column(column, datasets.Image(decode=False))
+    elif kind not in ("bytes", "binary", "large_binary"):
+        raise DataError(f"{where}: the column {column!r} holds {kind}, and no encoded images.")
+    stamps = [stamp(each["filename"]) for each in rows.cache_files]
+    sizes, *times = zip(*stamps, strict=True) if stamps else (NO_STAMP,) * 3
+    in_files = bool(stamps) and NO_STAMP not in stamps and not _paths(rows, column)
+    return ArrowRows(
+        rows, column, where, np.arange(len(rows)), (sum(sizes), *map(max, times)) if in_files else NO_STAMP
+    )
+
+
+def _paths(rows: Any, column: str) -> bool:
+    """Return whether some images are files of their own, which change without the data set."""
+    from pyarrow import compute
+
+    cells = rows.with_format("arrow")[:].column(column)
+    return _kind(rows.features[column]) in ("Image", "bytes") and compute.struct_field(cells, "bytes").null_count > 0
+
+
+def _labels(
+    title: str, where: str, chosen: Any, train: Any, column: str | None
+) -> tuple[tuple[str, ...], npt.NDArray[np.int64]]:
+    """Return the class names and the labels of `chosen`, int64 [N], -1 where a cell is empty or -1."""
+    import datasets
+
+    if column is None:
+        return (), np.full(len(chosen), UNLABELLED, dtype=np.int64)
+    cells, feature = _cells(chosen, column), chosen.features[column]
+    for row, cell in enumerate(cells):
+        if isinstance(cell, bool) or not isinstance(cell, int | str | None):
+            raise DataError(f"{where}, row {row}: the label must be a whole number or a name, found {cell!r:.60}.")
+    if isinstance(feature, datasets.ClassLabel):
+        if feature.names != train.features[column].names:
+            raise DataError(f"{where}: the names of the classes of {column!r} are not those of the train split.")
+        return tuple(map(str, feature.names)), np.array([_or_none(cell) for cell in cells], dtype=np.int64)
+    packed, known = (
+        pack_names("" if _or_none(cell) == UNLABELLED else str(cell) for cell in each)
+        for each in (cells, _cells(train, column))
+    )
+    return classes_of_labels(title, packed, known, lambda row: f"{where}, row {row}", lambda row: f"{title}, row {row}")
+
+
+def _or_none(cell: Any) -> Any:
+    return UNLABELLED if cell is None else cell
+
+
+def _cells(dataset: Any, column: str) -> list[Any]:
+    cells: list[Any] = dataset.select_columns([column]).with_format("arrow")[:].column(column).to_pylist()
+    return cells
+
+
+def load_hf_dataset(text: str, folder: Path, title: str, *, download: bool) -> Mapping[str, Any]:
+    """Return the data sets by split, as the library names these."""
+    try:
+        import datasets
+    except ImportError as error:
+        raise DataError("hf_dataset:NAME needs the library datasets: pip install 'kdpipe[datasets]'.") from error
+    saved = any((folder / name).is_file() for name in ("dataset_dict.json", "state.json"))
+    name, _, config = text.partition(":")
+    if not folder.is_dir() and (text.startswith((".", "/", "~")) or name.count("/") > 1):
+        raise DataError(f"no folder {folder}: hf_dataset:PATH is relative to data.root unless absolute.")
+    try:
+        with _quiet(), _hub(folder, download=download) as unreachable:
+            if saved:
+                found = datasets.load_from_disk(str(folder))
+            else:
+                found = datasets.load_dataset(str(folder) if folder.is_dir() else name, config or None)
+    except Exception as error:  # of damaged files anything
+        if folder.is_dir():
+            raise DataError(
+                f"{folder} cannot be read as a data set of the library datasets ({cause(error)})."
+            ) from error
+        why = f"the hub cannot be reached: {unreachable}" if unreachable else cause(error)
+        raise DataError(
+            f"{title} is no folder {folder}, and cannot be loaded from the Hugging Face hub or its cache ({why}): "
+            "check the name, the network and HF_HUB_OFFLINE."
+        ) from error
+    return found if isinstance(found, dict) else {str(found.split or "train"): found}
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep the library from drawing progress bars."""
+    import datasets
+
+    drawn = not datasets.utils.are_progress_bars_disabled()
+    datasets.disable_progress_bars()
+    try:
+        yield
+    finally:
+        if drawn:
+            datasets.enable_progress_bars()
+
+
+def _unreachable(*, download: bool) -> str:
+    """Return why the hub cannot be asked; "" if it can. The library would try for half a minute."""
+    import httpx
+    from huggingface_hub import constants
+
+    if constants.HF_HUB_OFFLINE:
+        return "HF_HUB_OFFLINE is set"
+    if not download:
+        return "data.download is false"
+    try:
+        httpx.head(constants.ENDPOINT, timeout=CONNECT_TIMEOUT_S)
+    except httpx.HTTPError as error:
+        return cause(error)
+    return ""
+
+
+@contextmanager
+def _hub(folder: Path, *, download: bool) -> Iterator[str]:
+    """Let the library use its cache alone where the hub cannot be asked; yield why."""
+    import datasets
+    from huggingface_hub import constants
+
+    why = "" if folder.is_dir() else _unreachable(download=download)
+    before = datasets.config.HF_HUB_OFFLINE, constants.HF_HUB_OFFLINE
+    if why:
+        datasets.config.HF_HUB_OFFLINE = constants.HF_HUB_OFFLINE = True
+    try:
+        yield why
+    finally:
+        datasets.config.HF_HUB_OFFLINE, constants.HF_HUB_OFFLINE = before
