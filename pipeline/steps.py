@@ -142,7 +142,7 @@ def _train_teacher(config: TeacherConfig, seed: int, teacher: ModelBundle, conte
         on_no_export=partial(_warn_of_no_export, context),
         more=more,
         require=partial(require_accuracy, config, teacher, test=test),
-        validation=context.validation(teacher.normalize),
+        validation=validation and of_teacher(validation, teacher.model),
     )
 
 

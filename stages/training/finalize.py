@@ -211,7 +211,7 @@ def require_agreement(path: Path, network: ModelBundle, test: Evaluation, *, who
     where = first_divergence(path, network.model, test.images(DEBUG_IMAGES).cpu())
     raise ModelError(
         f"{path} agrees with torch on {100 * found.top1_agreement:.2f} % of {found.num_samples} test images, wanted "
-        f"{100 * MIN_AGREEMENT:.0f} %{of_labels} (logits differ by up to {found.max_logit_difference:.3g}): {where}. Do not "
-        "use it: train the network longer, or keep the first diverging layers in float "
+        f"{100 * MIN_AGREEMENT:.0f} %{of_labels} (logits differ by up to {found.max_logit_difference:.3g}): {where}. "
+        "Do not use it: train the network longer, or keep the first diverging layers in float "
         "(compress.quantize.exclude)."
     )
