@@ -62,17 +62,19 @@ def as_image_set(
     labels: Literal["all", "none"] | int = "all",
     **options: Any,
 ) -> ImageSet:
-    """Read a map-style torch Dataset of (image, label) into memory, as kdpipe keeps it; an `ImageSet` stays as it is.
+    """Read a map-style torch Dataset of (image, label), as kdpipe keeps it; an `ImageSet` stays as it is.
 
-    All functions do so with what they are given. Call it yourself to convert a large data set once, or to set options.
-    A sample whose label is None or -1 is unlabelled.
+    Images that take more than `max_bytes` (8 GiB), or are of unequal sizes, are read once for their checksums, and then
+    on access; others are kept in memory. All functions do so with what they are given. Call it yourself to convert a
+    large data set once, or to set options. A sample whose label is None or -1 is unlabelled.
 
     Args:
         dataset: The data set. Images must be raw: PIL images, uint8 arrays or tensors, or what ToTensor makes of them.
         split: "train", "validation" or "test".
         like: The training images, whose class names test images get if their data set has no `classes`.
         labels: Whose labels are used: those of all samples, of none, or of so many, with every class in proportion.
-        **options: `name`, `class_names`, `sample_ids`, `image_size`, `channels` and `max_bytes`.
+        **options: `name`, `class_names`, `sample_ids`, `image_size`, `channels`, `max_bytes` and `num_workers`, the
+            processes that read it once.
 
     Raises:
         DataError: It is neither, or its images or labels are ambiguous: normalized, augmented, of several sizes, ...

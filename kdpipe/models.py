@@ -6,7 +6,7 @@ import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from torch import nn
 
@@ -109,6 +109,7 @@ def create_model(
     classes: str | None = None,
     weights_key: str | None = None,
     fresh_head: bool = False,
+    output: Literal["logits", "embeddings"] = "logits",
     image_size: tuple[int, int] | None = None,
     **args: Any,
 ) -> nn.Module:
@@ -126,6 +127,7 @@ def create_model(
         weights_key: The key in the file, and prefix, of the weights to take, where there are several:
             "state_dict_ema", "model.module.student".
         fresh_head: Whether the classifier is new, for weights of other classes; it has to be trained.
+        output: "logits", or "embeddings" for the network without its classifier, as a teacher (`cache_teacher`).
         image_size: (H, W) of the views, if they differ from the images.
         **args: The network's own arguments, such as a width.
 
@@ -155,13 +157,13 @@ def create_model(
     )
     model = build_for_classes(
         config,
-        images.class_names,
+        () if output == "embeddings" else images.class_names,
         in_channels=images.in_channels,
         image_size=size,
         seed=seed,
         notify=lambda notice: warnings.warn(notice, stacklevel=5),
     )
-    drawn = weights_sha256(model) if has_new_head(config, images.num_classes) else None
+    drawn = weights_sha256(model) if output == "logits" and has_new_head(config, images.num_classes) else None
     remember(model, ModelInfo(config, str(model), drawn_sha256=drawn))
     return model
 

@@ -6,7 +6,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -22,6 +22,7 @@ from kdpipe.stages.config import whole_number
 from kdpipe.stages.context import StageContext, test_context
 from kdpipe.stages.data.splits import VALIDATION, Part
 from kdpipe.stages.errors import ModelError, RecipeError
+from kdpipe.stages.evaluation.embeddings import with_probe
 from kdpipe.stages.evaluation.evaluate import of_teacher
 from kdpipe.stages.evaluation.metrics import evaluate_in_depth
 from kdpipe.stages.given_teacher import known_scaling, require_accuracy
@@ -141,6 +142,7 @@ def cache_teacher(
     std: Numbers | None = None,
     expected_accuracy: float | None = None,
     classes: str | None = None,
+    output: Literal["logits", "embeddings"] = "logits",
     device: str | torch.device = "auto",
     num_workers: int | None = None,
     progress: bool = True,
@@ -172,6 +174,8 @@ def cache_teacher(
             scaling or order of the classes would raise its accuracy on the test images clearly.
         classes: For a network of more classes than the data: the path of a file with its classes, one a line, or a JSON
             list; a copy of it that keeps those of the data is cached.
+        output: What the network returns and the store keeps: "logits", or the "embeddings" of one without a classifier,
+            from which students learn by losses on features, such as `Cosine` and `RKD`.
         device: auto, cpu, cuda, cuda:N, or a torch.device.
         num_workers: Processes that decode images that are not in memory.
         progress: Whether to print progress to stderr.
@@ -200,11 +204,21 @@ def cache_teacher(
         store=path if path.exists() else None,
         validation_set=datasets.as_validation(validation, train_set),
     )
-    bundle = _bundle(network, context, as_scaling(normalize, mean, std, train_set.in_channels), classes)
+    if output not in ("logits", "embeddings"):
+        raise RecipeError(f"output is {shown(output)}: give 'logits' or 'embeddings'.")
+    headless = output == "embeddings"
+    scaling = as_scaling(normalize, mean, std, train_set.in_channels)
+    bundle = _bundle(network, context, scaling, classes, headless=headless)
     with evaluated_on(bundle.model, context.device), run_options.open(path.parent, context, is_shared=True) as opened:
         if test_set is not None and not path.exists() and (expected_accuracy is not None or not _is_known(network)):
-            teacher_config = TeacherConfig(model=ModelConfig(name="teacher"), expected_accuracy=expected_accuracy)
-            evaluation = of_teacher(opened.evaluation(bundle.normalize), bundle.model)
+            teacher_config = TeacherConfig(
+                model=ModelConfig(name="teacher"), expected_accuracy=expected_accuracy, output=output
+            )
+            evaluation = opened.evaluation(bundle.normalize)
+            if headless:
+                evaluation, _ = with_probe(bundle.model, opened.labelled(bundle.normalize), evaluation)
+            else:
+                evaluation = of_teacher(evaluation, bundle.model)
             report = evaluate_in_depth(bundle.model, evaluation, opened.device)
             require_accuracy(teacher_config, bundle, report, evaluation)
         shard = opened.process_group.work_shard
@@ -240,11 +254,14 @@ def _bundle(
     context: StageContext,
     scaling: Normalization | None,
     classes: str | None = None,
+    *,
+    headless: bool = False,
 ) -> ModelBundle:
     """Return the teacher with its record and input scaling."""
     if isinstance(teacher, ModelBundle):
         channels, *size = context.image_shape
-        wanted = {"num_classes": context.train_set.num_classes, "in_channels": channels, "image_size": size}
+        num_classes = 0 if headless else context.train_set.num_classes
+        wanted = {"num_classes": num_classes, "in_channels": channels, "image_size": size}
         if found := differences({key: teacher.architecture.get(key) for key in wanted}, wanted):
             faults = "; ".join(f"{key} {own}, wanted {other}" for key, own, other in found)
             raise ModelError(f"the teacher does not fit data set {context.train_set.name}: it has {faults}.")
@@ -257,12 +274,12 @@ def _bundle(
             f"the input normalization of this {type(teacher).__name__} is unknown, and with a wrong one its accuracy "
             "would drop silently: give normalize=(mean, std) of its training, for pixels in [0, 1]."
         )
-    built = context.build_model(config, 0)  # raises ModelError if images or classes do not fit
+    built = context.build_model(config, 0, headless=headless)  # raises ModelError if images or classes do not fit
     if info.drawn_sha256 is not None and info.drawn_sha256 == weights_sha256(teacher):
         raise ModelError("the teacher's classifier is new and random, as its weights are of other classes: train it.")
-    # The copy returns its main logits alone, or has fewer classes.
-    network = teacher if classes is None and type(built) is type(teacher) else built
-    return ModelBundle(network, context.architecture(config), known)
+    # The copy returns its main logits alone, has fewer classes, or is known to return embeddings.
+    network = teacher if classes is None and not headless and type(built) is type(teacher) else built
+    return ModelBundle(network, context.architecture(config, headless=headless), known)
 
 
 def _is_known(teacher: nn.Module | ModelBundle) -> bool:

@@ -25,7 +25,7 @@ def planned_jobs(recipe: Recipe, stages: Sequence[str]) -> list[PlannedJob]:
         for kind in [ALONE] * student.baseline + [DISTILLED]:
             name = f"student {kind}, seed {seed}"
             jobs.append(PlannedJob("train-student", name, kind, student.train.epochs, number))
-    for number, seed in enumerate(student.seeds, 1):
+    for number, seed in enumerate(student.seeds if student.export else (), 1):
         for kind, (train, _) in fine_tunings(recipe.compress).items():
             name = f"{network_name(kind, prunes=recipe.compress.prunes)}, seed {seed}"
             jobs.append(PlannedJob("compress", name, kind, train.epochs, number))

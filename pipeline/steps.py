@@ -41,12 +41,12 @@ from kdpipe.stages.compress.fine_tune import build_fine_tuning
 from kdpipe.stages.context import StageContext
 from kdpipe.stages.data.image_set import require_labels
 from kdpipe.stages.distillation.adapters import save_adapters
-from kdpipe.stages.distillation.embedding_student import examine_student
+from kdpipe.stages.distillation.embedding_student import evaluation_of_epochs, examine_student
 from kdpipe.stages.distillation.spec import DistillationSpec
 from kdpipe.stages.distillation.student_config import ALONE, DISTILLED, StudentConfig, student_folder, view_warning
 from kdpipe.stages.distillation.task_builder import build_student, build_task
 from kdpipe.stages.errors import RecipeError
-from kdpipe.stages.evaluation.embeddings import embeddings_of, examine
+from kdpipe.stages.evaluation.embeddings import with_probe
 from kdpipe.stages.evaluation.evaluate import of_teacher
 from kdpipe.stages.given_teacher import is_as_expected, require_accuracy, require_given
 from kdpipe.stages.losses.base import Loss
@@ -110,10 +110,7 @@ def _train_teacher(config: TeacherConfig, seed: int, teacher: ModelBundle, conte
     teacher.model.to(context.device)
     test, more = context.evaluation(teacher.normalize), dict[str, Any]()
     if config.is_headless:
-        teacher.model.eval()
-        fitted, tested = (embeddings_of(teacher.model, each) for each in (context.labelled(teacher.normalize), test))
-        examined = examine(fitted, tested, context.train_set.num_classes)
-        test, more = replace(test, head=examined.probe), examined.to_json()
+        test, more = with_probe(teacher.model.eval(), context.labelled(teacher.normalize), test)
     else:
         test = of_teacher(test, teacher.model)
     history: list[dict[str, Any]] = []
@@ -324,6 +321,7 @@ def _train_student(
         job_dir=student_run.job_dir,
         student_layers=student_layers(main.losses) if main else (),
         process_group=process_group,
+        evaluate=evaluation_of_epochs(student, spec, context),
     )
     if spec is not None:
         build = partial(_build_hint_task, student, spec, context)

@@ -9,6 +9,7 @@ from typing import Any
 from torch import nn
 
 from kdpipe.stages.context import StageContext
+from kdpipe.stages.data.image_files import ImageFiles
 from kdpipe.stages.errors import NotLogitsError, RecipeError
 from kdpipe.stages.evaluation.correct_images import outcome_of
 from kdpipe.stages.evaluation.evaluate import Evaluation
@@ -17,7 +18,7 @@ from kdpipe.stages.evaluation.metrics import EvalReport
 from kdpipe.stages.evaluation.trials import try_class_order, try_scalings
 from kdpipe.stages.models.build import PUBLISHED, ModelConfig
 from kdpipe.stages.models.bundle import ModelBundle
-from kdpipe.stages.models.libraries.by_name import image_size_of_weights, num_published_classes, prefix_of
+from kdpipe.stages.models.libraries.by_name import num_published_classes, prefix_of, preprocessing_of_weights
 from kdpipe.stages.models.normalization import IMAGENET, Normalization
 from kdpipe.stages.numerics import PROBABILITIES
 from kdpipe.stages.teacher import TeacherConfig, stated_by_weights
@@ -26,6 +27,9 @@ from kdpipe.stages.workspace import RECIPE
 
 ROUNDING = 0.0005
 """Expected accuracies are written in percent with one digit."""
+
+CROP_MARGIN = 0.01
+"""The largest difference between the crop of test images and that of the weights without a warning."""
 
 ENOUGH_TO_TRY = 0.95
 """With an accuracy above it no other scaling is tried: it could not gain much."""
@@ -57,19 +61,28 @@ def require_given(config: TeacherConfig, teacher: ModelBundle, context: StageCon
         if other != teacher.normalize:
             sentence = f"the teacher's input scaling is the recipe's, {teacher.normalize}; {where} states {other}."
             context.monitor.warn("train-teacher", sentence)
-    _warn_of_image_size(config.model, context)
+    _warn_of_preprocessing(config.model, context)
 
 
-def _warn_of_image_size(config: ModelConfig, context: StageContext) -> None:
-    """Warn where a library's weights are for images of another size than the data's: they are less accurate there."""
+def _warn_of_preprocessing(config: ModelConfig, context: StageContext) -> None:
+    """Warn where a library's weights are for images of another size, or of another crop: they are less accurate."""
     if config.weights is None or not (config.weights == PUBLISHED or prefix_of(config.name)):
         return
-    wanted, found = image_size_of_weights(config.name), context.image_shape[1:]
-    if wanted not in (None, found):
+    wanted, found = preprocessing_of_weights(config.name), context.image_shape[1:]
+    if wanted.size not in (None, found):
+        height, width = wanted.size
         context.monitor.warn(
             "train-teacher",
-            f"the weights of {config.name} are for images of {wanted[0]} x {wanted[1]} pixels, and these have "
-            f"{found[0]} x {found[1]}: set data.image_size = {wanted[0]} (student.image_size may be smaller).",
+            f"the weights of {config.name} are for images of {height} x {width} pixels, and these have "
+            f"{found[0]} x {found[1]}: set data.image_size = {height} (student.image_size may be smaller).",
+        )
+    test = context.test_set
+    if wanted.crop is not None and isinstance(test.images, ImageFiles) and abs(wanted.crop - test.crop) > CROP_MARGIN:
+        context.monitor.warn(
+            "train-teacher",
+            f"the weights of {config.name} are published for the central {100 * wanted.crop:g} % of a test image "
+            f"(resized {wanted.interpolation}), and data.test_crop is {test.crop:g}: unless the images are cropped "
+            f"already, set data.test_crop = {wanted.crop:g}.",
         )
 
 

@@ -77,7 +77,7 @@ def class_names_of(path: str) -> list[tuple[str, ...]]:
         raise RecipeError(
             f"{KEY}: {path} has no class names: write them as a JSON list to {beside}, or to its metadata as {NAMES!r}."
         )
-    return read_class_list(ModelConfig(name="", classes=str(beside)))
+    return read_class_list(ModelConfig(name="classes", classes=str(beside)))
 
 
 def _embeddings(path: str) -> Tensor:
@@ -88,4 +88,5 @@ def _embeddings(path: str) -> Tensor:
         raise RecipeError(f"{KEY}: {path} must hold one tensor of floating-point numbers [classes, width].")
     if not tensors[0].isfinite().all() or not tensors[0].float().norm(dim=1).all():
         raise ModelError(f"{path} holds NaN, infinity or an embedding of zeros.")
-    return torch.as_tensor(tensors[0]).float()
+    found: Tensor = tensors[0].float()
+    return found

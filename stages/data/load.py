@@ -12,15 +12,15 @@ import torch
 
 from kdpipe.stages.data.config import DataConfig
 from kdpipe.stages.data.decode import DecodeSpec, with_channels, with_size
-from kdpipe.stages.data.image_files import ImageFileList
+from kdpipe.stages.data.image_files import ImageFileList, ImageFiles
 from kdpipe.stages.data.image_set import ImageSet
 from kdpipe.stages.data.labelling import keep_labels
 from kdpipe.stages.data.names import FILE_KINDS, KNOWN_NAMES, TORCHVISION_NAMES
 from kdpipe.stages.data.scan import OnImage, ScanResult, scan_images
-from kdpipe.stages.data.sources.hf_dataset import list_hf_dataset
 from kdpipe.stages.data.sources.image_folder import list_image_folder
 from kdpipe.stages.data.sources.listing import Listing, absent_classes, unlabelled_samples
 from kdpipe.stages.data.sources.npz import list_npz
+from kdpipe.stages.data.sources.packed.hf_dataset import list_hf_dataset
 from kdpipe.stages.data.sources.packed.lmdb import list_lmdb
 from kdpipe.stages.data.sources.packed.webdataset import list_webdataset
 from kdpipe.stages.data.sources.table import list_table
@@ -61,7 +61,7 @@ def load_dataset(
     if split not in get_args(Part):
         raise DataError(f"unknown split {split!r}: expected 'train', 'validation' or 'test'.")
     size = config.image_size if size is None else size
-    listing = list_source(config, split, size)
+    listing = list_source(config, split, size, on_image)
     indices = _select(listing, config, split)
     if only is not None:
         indices = indices[np.isin(listing.sample_ids[indices], only)]
@@ -98,8 +98,10 @@ def _names_of(config: DataConfig, size: int | None, name_classes: Callable[[], t
     return tuple(found)
 
 
-def list_source(config: DataConfig, part: Part, size: int | None) -> Listing:
+def list_source(config: DataConfig, part: Part, size: int | None, on_image: OnImage | None = None) -> Listing:
     """List the samples of the data set `config.name` that a part is taken from; files are to be decoded to `size`.
+
+    A torch Dataset that does not fit in memory is read once, which `on_image` is told.
 
     Raises:
         UnknownDataError: There is no such source.
@@ -118,7 +120,8 @@ def list_source(config: DataConfig, part: Part, size: int | None) -> Listing:
     if colon and argument and kind == "npz":
         return list_npz(_path(argument, config.root), split)
     if is_user_dataset(config.name):
-        return list_user_dataset(config.name, split, root=root, size=size, channels=config.channels)
+        options = {"max_bytes": config.cache_bytes, "num_workers": config.num_workers, "on_image": on_image}
+        return list_user_dataset(config.name, split, root=root, size=size, channels=config.channels, **options)
     known = [*KNOWN_NAMES, *DATASETS.registered()]
     near = did_you_mean(config.name, known, limit=2, otherwise="")
     raise UnknownDataError(
@@ -128,13 +131,16 @@ def list_source(config: DataConfig, part: Part, size: int | None) -> Listing:
 
 def _list_files(config: DataConfig, kind: str, argument: str, split: Split, spec: DecodeSpec) -> Listing:
     path, columns = _path(argument, config.root), (config.image_column, config.label_column)
+    unlabelled = config.labels == "none"
     if kind == "table":
         return list_table(path, split, spec, columns)
     if kind == "hf_dataset":
-        return list_hf_dataset(argument, path, split, spec, columns=columns, download=config.download)
+        return list_hf_dataset(
+            argument, path, split, spec, columns=columns, download=config.download, unlabelled=unlabelled
+        )
     if kind == "imagefolder":
-        return list_image_folder(path, split, spec, unlabelled=config.labels == "none")
-    return (list_lmdb if kind == "lmdb" else list_webdataset)(path, split, spec)
+        return list_image_folder(path, split, spec, unlabelled=unlabelled)
+    return (list_webdataset if kind == "webdataset" else list_lmdb)(path, split, spec)
 
 
 def require_applicable(config: DataConfig) -> None:
@@ -175,6 +181,8 @@ def _load_images(
             drop_unreadable=config.unreadable == "drop",
             on_image=on_image,
         )
+    if isinstance(listing.images, ImageFiles):
+        return ScanResult(listing.images.take(torch.from_numpy(indices)), np.arange(len(indices)), ())
     pixels = with_size(with_channels(listing.images(indices), config.channels), size, f"data set {listing.name}")
     return ScanResult(pixels, np.arange(len(indices)), ())
 

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kdpipe.stages.errors import NotFiniteError
-from kdpipe.stages.evaluation.evaluate import Evaluation, predict
+from kdpipe.stages.evaluation.evaluate import EvalResult, Evaluation, predict
 from kdpipe.stages.evaluation.knn import KNN
 from kdpipe.stages.evaluation.linear_probe import LinearProbe, fit_probe
 from kdpipe.stages.models.hooks import FeatureExtractor, extract_features
@@ -61,6 +62,21 @@ def examine(fitted: Embeddings, test: Embeddings, num_classes: int) -> Examined:
     return Examined(knn, probe, {name: float(correct.double().mean()) for name, correct in right.items()})
 
 
+def evaluate_neighbors(model: nn.Module, test: Evaluation, device: torch.device, *, labelled: Evaluation) -> EvalResult:
+    """Evaluate the embeddings of a network, whatever its classifier is, by k-NN among those of labelled images."""
+    fitted = embeddings_of(model, replace(labelled, compute=test.compute))
+    found = embeddings_of(model, test)
+    votes = KNN(fitted.vectors, fitted.labels, len(test.class_names))(found.vectors).cpu()
+    accuracy = float((votes.argmax(1) == found.labels).double().mean())
+    return EvalResult(accuracy, float(F.cross_entropy(votes, found.labels)))
+
+
+def with_probe(model: nn.Module, labelled: Evaluation, test: Evaluation) -> tuple[Evaluation, dict[str, Any]]:
+    """Return the evaluation of a network without a classifier, by a linear probe, and the entries of its results."""
+    examined = examine(embeddings_of(model, labelled), embeddings_of(model, test), len(test.class_names))
+    return replace(test, head=examined.probe), examined.to_json()
+
+
 def embeddings_of(model: nn.Module, images: Evaluation) -> Embeddings:
     """Return the embeddings of the labelled ones of some images, the vectors on the device.
 
@@ -85,6 +101,7 @@ class _Embedder(nn.Module):
         super().__init__()
         self.model = model
         self._extract = extractor
+        self.training = model.training
 
     def forward(self, images: Tensor) -> Tensor:
         return pooled(self._extract(images).features[PRE_LOGITS])

@@ -94,7 +94,8 @@ class TargetStore:
     @property
     def layers(self) -> tuple[str, ...]:
         """Modules of the teacher with a stored feature map or statistic."""
-        return tuple(dict.fromkeys(spec.name.partition("/")[2] for spec in self.arrays if "logits" not in spec.name))
+        names = [spec.name for spec in self.arrays if not spec.name.startswith("logits")]
+        return tuple(dict.fromkeys(name.partition("/")[2] for name in names))
 
     @property
     def classes(self) -> tuple[str, ...]:

@@ -78,6 +78,8 @@ def _top_k(source: TargetStore, options: TranscodeOptions) -> TopK | None:
         if options.temperatures is not None:
             raise StoreError("temperatures apply to top-k logits only: set top_k too, or omit temperatures.")
         return stored
+    if not source.manifest.has_logits:
+        raise StoreError(f"{source.path} has embeddings, no logits: leave out top_k.")
     if stored is not None:
         raise StoreError(
             f"{source.path} has top-{stored.k} logits, of which top-{options.top_k} logits cannot be made: transcode a "
@@ -102,9 +104,7 @@ def _specs(source: TargetStore, options: TranscodeOptions, top_k: TopK | None) -
     specs = [spec if spec.dtype != "float32" else replace(spec, dtype=options.dtype or spec.dtype) for spec in kept]
     if top_k is None or source.manifest.top_k is not None:
         return tuple(specs)
-    logits = next((spec for spec in specs if spec.name == "logits"), None)
-    if logits is None:
-        raise StoreError(f"{source.path} has embeddings, no logits: leave out top_k.")
+    logits = next(spec for spec in specs if spec.name == "logits")
     if len(logits.row_shape) != 1:
         raise StoreError(
             f"{source.path} has logits of shape {list(logits.row_shape)}: top-k needs one logit per class."

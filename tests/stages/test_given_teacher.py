@@ -20,6 +20,7 @@ from kdpipe.stages.errors import RecipeError
 from kdpipe.stages.given_teacher import is_as_expected, require_given
 from kdpipe.stages.models.build import ModelConfig
 from kdpipe.stages.models.bundle import ModelBundle
+from kdpipe.stages.models.libraries.by_name import Preprocessing
 from kdpipe.stages.models.normalization import IMAGENET, Normalization
 from kdpipe.stages.models.user_models import MODELS
 from kdpipe.stages.runtime.events import ProgressEvent, RunMonitor
@@ -91,13 +92,17 @@ def test_networks_may_state_their_scaling(tmp_path, given):
 
 
 def test_weights_for_another_image_size_are_told(tmp_path, monkeypatch):
-    monkeypatch.setattr("kdpipe.stages.given_teacher.image_size_of_weights", lambda name: (224, 224))
+    made = Preprocessing((224, 224), 0.875, "bicubic")
+    monkeypatch.setattr("kdpipe.stages.given_teacher.preprocessing_of_weights", lambda name: made)
     warnings: list[str] = []
     context, config = context_of(tmp_path, warnings), ModelConfig(name="timm:any", weights="any.safetensors")
     teacher = ModelBundle(Corners(), {}, Normalization((0.5,), (0.5,)))
     monkeypatch.setattr("kdpipe.stages.given_teacher.stated_by_weights", lambda *_: {"x": teacher.normalize})
     require_given(TeacherConfig(model=config), teacher, context)
     assert ["are for images of 224 x 224 pixels, and these have 8 x 8" in warning for warning in warnings] == [True]
+    monkeypatch.setattr("kdpipe.stages.given_teacher.ImageFiles", torch.Tensor)
+    require_given(TeacherConfig(model=config), teacher, context)
+    assert warnings[-1].endswith("unless the images are cropped already, set data.test_crop = 0.875.")
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from kdpipe.stages.compress.quantize_student import config_of, prepare
@@ -26,6 +27,7 @@ from kdpipe.stages.models.safetensors_io import load_tensors
 from kdpipe.stages.models.user_models import is_user_model
 from kdpipe.stages.models.weights.state_dict import load_entries
 from kdpipe.stages.plugins.user_code import is_user_reference
+from kdpipe.stages.zero_shot import ZeroShot
 from kdpipe.store import KdpipeError
 
 MAX_SIZE = 8192
@@ -123,14 +125,18 @@ def _build(
 ) -> nn.Module:
     config = _configured(architecture, trust_python=trust_python, given=given)
     channels, height, width = image_shape_of(architecture)
-    _warn_of_edits(architecture, build_record(config, int(architecture["num_classes"]), channels, (height, width)))
+    is_zero_shot = "zero_shot" in architecture
+    num_classes = 0 if is_zero_shot else int(architecture["num_classes"])
+    _warn_of_edits(architecture, build_record(config, num_classes, channels, (height, width)))
     model = build_model(
         config,
-        num_classes=int(architecture["num_classes"]),
+        num_classes=num_classes,
         in_channels=channels,
         image_size=(height, width),
         seed=0,
     )
+    if is_zero_shot:
+        return ZeroShot(model, torch.zeros_like(tensors["head.weight"]), 1.0)
     if reused := architecture.get("reused_classifier"):
         loss = SimKD(
             layers=((reused["layer"], ""),),
@@ -142,7 +148,7 @@ def _build(
             loss,
             (channels, height, width),
             num_features=int(reused["num_features"]),
-            num_classes=int(architecture["num_classes"]),
+            num_classes=num_classes,
             bias=f"{reused['classifier']}.bias" in tensors,
         )
     return model

@@ -82,6 +82,17 @@ class WorkerResult(NamedTuple):
     failures: list[Failure]
 
 
+def worker_options(num_workers: int) -> dict[str, Any]:
+    """Return the arguments of a DataLoader whose results stay as they are, and whose workers die with the job."""
+    return {
+        "num_workers": num_workers,
+        "collate_fn": _identity,
+        "worker_init_fn": _init_worker,
+        "multiprocessing_context": "fork" if num_workers and sys.platform == "linux" else None,
+        "generator": torch.Generator(),  # private: the job's random numbers must not change
+    }
+
+
 class PrefetchPool:
     """A pool of worker processes, started at the first stream and kept for later ones."""
 
@@ -100,13 +111,9 @@ class PrefetchPool:
             _TaskDataset(image_set, mix_partners or image_set, renderer),
             batch_size=None,
             sampler=self._tasks,
-            num_workers=num_workers,
-            collate_fn=_identity,
             pin_memory=pin_memory,
-            worker_init_fn=_init_worker,
-            multiprocessing_context="fork" if num_workers and sys.platform == "linux" else None,
             persistent_workers=num_workers > 0,
-            generator=torch.Generator(),  # private: the job's random numbers must not change
+            **worker_options(num_workers),
         )
         atexit.register(weakref.finalize(self, _end_workers, self._loader))
 
@@ -131,7 +138,7 @@ class PrefetchPool:
         try:
             if self._loader.num_workers:
                 multiprocessing.Lock()  # of which torch needs many: fails here without leaving half an iterator
-            with _signals_blocked():
+            with signals_blocked():
                 results = iter(self._loader)
             yield from results
         except (EOFError, OSError, RuntimeError) as error:  # from a dying worker, before torch notices
@@ -156,7 +163,7 @@ def _is_no_room(error: Exception) -> bool:
 
 
 @contextmanager
-def _signals_blocked() -> Iterator[None]:
+def signals_blocked() -> Iterator[None]:
     """Block signals while workers start: the job's signals must not end one before it ignores them."""
     if not hasattr(signal, "pthread_sigmask"):
         yield

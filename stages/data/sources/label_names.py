@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable
 import numpy as np
 import numpy.typing as npt
 
+from kdpipe.stages.data.image_set import UNLABELLED
 from kdpipe.stages.data.image_source import Names, name_at
 from kdpipe.stages.data.sources.listing import numbered_classes
 from kdpipe.stages.errors import DataError, first_few
@@ -17,6 +18,8 @@ LABEL_COLUMNS = ("label", "class", "class_name", "target", "category")
 def class_names_of(title: str, labels: Iterable[str], where: Callable[[str], str]) -> tuple[str, ...]:
     """Return the classes of the different `labels`: "0", "1", ... up to the largest, if all are numbers; else sorted.
 
+    The label "" is none: of unlabelled samples alone, no classes are known.
+
     Args:
         title: The data set's name.
         labels: The labels.
@@ -25,7 +28,9 @@ def class_names_of(title: str, labels: Iterable[str], where: Callable[[str], str
     Raises:
         DataError: They are numbers that cannot be labels.
     """
-    labels = list(labels)
+    labels = [label for label in labels if label]
+    if not labels:
+        return ()
     if all(label.isascii() and label.isdigit() and str(int(label)) == label for label in labels):
         return numbered_classes(title, np.array(sorted(map(int, labels))))
     if all(map(_is_number, labels)):
@@ -39,13 +44,15 @@ def classes_of_labels(
 ) -> tuple[tuple[str, ...], npt.NDArray[np.int64]]:
     """Return the class names of the labels `train` [M], packed, and the numbers of the labels `chosen`, int64 [N].
 
+    The number of the label "" is -1: unlabelled.
+
     Raises:
         DataError: The labels of `train` cannot be labels, or a chosen one is not among them.
     """
     known, first = np.unique(train, return_index=True)
     places = {name_at(known, number): int(index) for number, index in enumerate(first)}
     class_names = class_names_of(title, places, lambda label: where_in_train(places[label]))
-    label_of = {name: number for number, name in enumerate(class_names)}
+    label_of = {"": UNLABELLED, **{name: number for number, name in enumerate(class_names)}}
     found, first, inverse = np.unique(chosen, return_index=True, return_inverse=True)
     texts = [name_at(found, number) for number in range(len(found))]
     if unknown := [number for number, text in enumerate(texts) if text not in label_of]:

@@ -11,7 +11,7 @@ import numpy.typing as npt
 from torch import Tensor
 
 from kdpipe.stages.data.decode import Pixels
-from kdpipe.stages.data.image_files import ImageFileList
+from kdpipe.stages.data.image_files import ImageFileList, ImageFiles
 from kdpipe.stages.data.image_set import UNLABELLED
 from kdpipe.stages.data.splits import Indices, Part
 from kdpipe.stages.errors import DataError, first_few
@@ -31,7 +31,8 @@ class Listing:
     Attributes:
         labels: int64 [N].
         sample_ids: int64 [N].
-        images: Files [N], or a function from indices int64 [M] to pixels uint8 [M, C, H, W].
+        images: Images [N] to be scanned or scanned already, or a function from indices int64 [M] to pixels uint8
+            [M, C, H, W].
         unsplit: Whether the set has no test split.
         notices: Sentences on what was left out, or was not plain.
     """
@@ -40,7 +41,7 @@ class Listing:
     labels: npt.NDArray[np.int64]
     sample_ids: npt.NDArray[np.int64]
     class_names: tuple[str, ...]
-    images: ImageFileList | Callable[[Indices], Pixels]
+    images: ImageFileList | ImageFiles | Callable[[Indices], Pixels]
     unsplit: bool = False
     notices: tuple[str, ...] = ()
 

@@ -53,8 +53,8 @@ def list_table(path: Path, split: Split, spec: DecodeSpec, columns: Columns = (N
     """List the images of one split, sorted by path, to be decoded to `spec`.
 
     Paths are relative to the table's folder. A sample's id is a hash of its path; the train split defines the classes:
-    labels that are all whole numbers are 0, 1, ... C - 1, others are names, sorted. `columns` are the names of those of
-    paths and labels; None where they have a usual name. An empty cell: unlabelled.
+    labels that are all whole numbers are 0, 1, ... C - 1, others are names, sorted. An empty cell: unlabelled.
+    `columns` are the names of those of paths and labels; None where they have a usual name.
 
     Raises:
         DataError: A file, column or cell is missing, ambiguous or invalid; an image is listed twice; or a test class is
@@ -255,5 +255,5 @@ def _class_names(title: str, rows: Sequence[_Row]) -> tuple[str, ...]:
     def where(label: str) -> str:
         return next(row.where for row in rows if str(row.label) == label)
 
-    labels = {str(row.label) for row in rows} - {""}
+    labels = dict.fromkeys(text for row in rows if (text := str(row.label)))
     return class_names_of(title, labels, where) if labels else ()

@@ -1,4 +1,4 @@
-"""Map-style torch Datasets of (image, label), read into memory once.
+"""Map-style torch Datasets of (image, label), in memory, or read on access if they are large or of unequal sizes.
 
 Images are to be raw: PIL images, uint8 arrays or tensors, or what ToTensor makes of them, which is converted back
 exactly. Augmentation and normalization are kdpipe's: a student must see the very pixels that the teacher saw.
@@ -18,7 +18,9 @@ from PIL import Image
 from torch import Tensor
 
 from kdpipe.stages.data.decode import Pixels, new_pixels, with_channels, with_size
+from kdpipe.stages.data.image_files import ImageFileList, ImageFiles
 from kdpipe.stages.data.image_set import UNLABELLED, ImageSet
+from kdpipe.stages.data.loader.survey import survey
 from kdpipe.stages.data.sources.listing import (
     Listing,
     absent_classes,
@@ -50,28 +52,11 @@ def is_torch_dataset(found: Any) -> bool:
     return not plain and hasattr(found, "__getitem__") and hasattr(found, "__len__")
 
 
-def image_set_from_dataset(
-    dataset: Any,
-    *,
-    name: str,
-    split: Split,
-    class_names: Sequence[str] | None = None,
-    sample_ids: Sequence[int] | npt.NDArray[np.int64] | Tensor | None = None,
-    image_size: int | None = None,
-    channels: int | None = None,
-    max_bytes: int = MAX_BYTES,
-) -> ImageSet:
-    """Read a map-style torch Dataset of (image, label) into memory. Arguments and errors as `list_torch_dataset`."""
-    listing = list_torch_dataset(
-        dataset,
-        name,
-        class_names=class_names,
-        sample_ids=sample_ids,
-        image_size=image_size,
-        channels=channels,
-        max_bytes=max_bytes,
-    )
-    assert callable(listing.images)
+def image_set_from_dataset(dataset: Any, *, name: str, split: Split, **options: Any) -> ImageSet:
+    """Read a map-style torch Dataset of (image, label). Options and errors: `list_torch_dataset`."""
+    listing = list_torch_dataset(dataset, name, **options)
+    images = listing.images
+    assert not isinstance(images, ImageFileList)
     notices = absent_classes(name, split, listing.labels, listing.class_names, None)
     notices += unlabelled_samples(name, split, listing.labels)
     for notice in () if _was_warned(dataset) else notices:
@@ -79,7 +64,7 @@ def image_set_from_dataset(
     return ImageSet(
         name,
         split,
-        torch.from_numpy(listing.images(np.arange(len(listing.labels)))),
+        images if isinstance(images, ImageFiles) else torch.from_numpy(images(np.arange(len(listing.labels)))),
         torch.from_numpy(listing.labels),
         torch.from_numpy(listing.sample_ids),
         listing.class_names,
@@ -95,8 +80,12 @@ def list_torch_dataset(
     image_size: int | None = None,
     channels: int | None = None,
     max_bytes: int = MAX_BYTES,
+    num_workers: int | None = None,
+    on_image: Callable[[int, int], None] | None = None,
 ) -> Listing:
     """Read the images and labels of a map-style torch Dataset.
+
+    Images that take more than `max_bytes`, or are of unequal sizes, stay in the Dataset and are read on access.
 
     Args:
         dataset: Returns (image, label) for an index, or a dictionary with one image and one integer.
@@ -106,15 +95,21 @@ def list_torch_dataset(
         image_size: Crop the largest centered square and resize it to this many pixels.
         channels: 1 or 3: convert to gray or RGB; by default images stay as the first is.
         max_bytes: Limit for the pixels in memory.
+        num_workers: Processes that read it once where it is not kept in memory; None means one for each core.
+        on_image: Called with (done, total) from time to time meanwhile; may raise to abort.
 
     Raises:
-        DataError: The data set cannot be read by index, is empty, too large or random, or a sample is no raw image
-            with an integer label, or is of another size than the first.
+        DataError: The data set cannot be read by index, is empty or random, or a sample is no raw image with an
+            integer label, or has another number of channels than the first.
     """
     num_samples = _num_samples(dataset, name)
     read = _Reader(dataset, f"data set {name}", image_size, channels)
     read.require_deterministic(num_samples)
-    pixels, labels = _read_all(read, num_samples, name, max_bytes)
+    images: ImageFiles | Callable[[Indices], Pixels]
+    if (found := _read_all(read, num_samples, max_bytes)) is not None:
+        images, labels = _rows_of(found[0]), found[1]
+    else:
+        images, labels = survey(read, read.where, num_samples, num_workers=num_workers, on_image=on_image)
     ids = _positions(dataset, num_samples) if sample_ids is None else np.asarray(sample_ids)
     names = _classes(dataset, name) if class_names is None else tuple(map(str, class_names))
     return Listing(
@@ -122,24 +117,21 @@ def list_torch_dataset(
         labels=labels,
         sample_ids=integer_column(name, "ids", ids, num_samples),
         class_names=numbered_classes(name, labels) if names is None else names,
-        images=_rows_of(pixels),
+        images=images,
     )
 
 
-def _read_all(read: _Reader, num_samples: int, name: str, max_bytes: int) -> tuple[Pixels, npt.NDArray[np.int64]]:
-    """Return the pixels, uint8 [N, C, H, W], and labels [N] of all samples."""
+def _read_all(read: _Reader, num_samples: int, max_bytes: int) -> tuple[Pixels, npt.NDArray[np.int64]] | None:
+    """Return the pixels, uint8 [N, C, H, W], and labels [N] of all samples; None if they do not fit or are unequal."""
     shape = read(0)[0].shape
-    if (num_bytes := num_samples * int(np.prod(shape))) > max_bytes:
-        raise DataError(
-            f"{read.where} takes {num_bytes / 2**30:.1f} GiB in memory, more than {max_bytes / 2**30:.1f} GiB: give "
-            f"an image_size {_in_python('image_size=224')}, or write the images to files and use imagefolder:PATH."
-        )
+    if num_samples * int(np.prod(shape)) > max_bytes:
+        return None
     pixels = new_pixels((num_samples, *shape), read.where)
     labels = np.empty(num_samples, dtype=np.int64)
     for index in range(num_samples):
         image, labels[index] = read(index)
         if image.shape != shape:
-            raise DataError(_unequal(name, index, image.shape, shape))
+            return None
         pixels[index] = image
     return pixels, labels
 
@@ -260,18 +252,6 @@ def _as_uint8(array: npt.NDArray[Any], where: str) -> Pixels:
         what = "numbers that are no multiples of 1/255" if 0 <= low <= high <= 1 else "numbers"
         raise DataError(f"{where}: the image holds {array.dtype} {what}, from {low:.4g} to {high:.4g}: {RAW}.")
     return rounded.astype(np.uint8)
-
-
-def _unequal(name: str, index: int, found: tuple[int, ...], first: tuple[int, ...]) -> str:
-    if found[0] != first[0]:
-        return (
-            f"data set {name}: image 0 has {first[0]} channels, image {index} has {found[0]}: give channels = 1 or 3 "
-            f"to convert them {_in_python('channels=3')}."
-        )
-    return (
-        f"data set {name}: image 0 is {first[2]} x {first[1]}, image {index} is {found[2]} x {found[1]}: give an "
-        f"image_size to crop and resize them {_in_python('image_size=224')}."
-    )
 
 
 def _positions(dataset: Any, num_samples: int) -> npt.NDArray[np.int64]:

@@ -44,7 +44,7 @@ def is_user_dataset(name: str) -> bool:
 
 
 def list_user_dataset(
-    name: str, split: Split, *, root: Path, size: int | None = None, channels: int | None = None
+    name: str, split: Split, *, root: Path, size: int | None = None, channels: int | None = None, **options: Any
 ) -> Listing:
     """List what the user's function `name` returns for `split`.
 
@@ -56,6 +56,7 @@ def list_user_dataset(
         root: The recipe's `data.root`.
         size: The side to which the images of a torch Dataset, which may be of unequal sizes, are resized.
         channels: The number of channels to which they are converted.
+        **options: Further ones of `list_torch_dataset`.
 
     Raises:
         DataError: The function does not exist, raises, or returns something else.
@@ -64,7 +65,7 @@ def list_user_dataset(
         function = import_callable(name, DATASETS.key, DataError) if is_user_reference(name) else DATASETS.get(name)
         returned = _call(name, function, split, root)
         if is_torch_dataset(returned):
-            return list_torch_dataset(returned, name, image_size=size, channels=channels)
+            return list_torch_dataset(returned, name, image_size=size, channels=channels, **options)
         images, labels, sample_ids, class_names = _columns(name, returned)
         if class_names is None and split == "test":
             train_labels = integer_column(name, "labels", _columns(name, _call(name, function, "train", root))[1])

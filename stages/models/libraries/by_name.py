@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
 
 from kdpipe.stages.models.libraries import timm, transformers
-from kdpipe.stages.models.libraries.torchvision import published_categories, published_image_size
+from kdpipe.stages.models.libraries.torchvision import published_categories, published_resizing
 from kdpipe.stages.models.normalization import IMAGENET, Normalization, scaling_of_record
 
 BY_PREFIX = {timm.PREFIX: timm.build_timm, transformers.PREFIX: transformers.build_transformer}
@@ -56,15 +57,27 @@ def scaling_of_weights(name: str, in_channels: int) -> dict[str, Normalization]:
     return {} if found is None else {where: found}
 
 
-def image_size_of_weights(name: str) -> tuple[int, int] | None:
-    """Return height and width of the images that the library states for the weights called `name`; None if unknown."""
+@dataclass(frozen=True)
+class Preprocessing:
+    """How images are made for the weights of a library; None for what is unknown.
+
+    Attributes:
+        size: Height and width in pixels.
+        crop: The share of the shorter side that the centered crop keeps.
+        interpolation: How images are resized.
+    """
+
+    size: tuple[int, int] | None = None
+    crop: float | None = None
+    interpolation: str | None = None
+
+
+def preprocessing_of_weights(name: str) -> Preprocessing:
+    """Return how the library makes the images for the weights called `name`."""
     if name.startswith(timm.PREFIX):
-        _, height, width = timm.timm_config(name).get("input_size") or (None, None, None)
-    elif name.startswith(transformers.PREFIX):
-        record = transformers.image_scaling(name)
-        size = record.get("crop_size") or record.get("size")
-        sides = size if isinstance(size, dict) else {"height": size, "width": size}
-        height, width = sides.get("height"), sides.get("width")
-    else:
-        height = width = published_image_size(name)
-    return (height, width) if isinstance(height, int) and isinstance(width, int) else None
+        config = timm.timm_config(name)
+        size = config.get("input_size")
+        return Preprocessing(size and tuple(size[1:]), config.get("crop_pct"), config.get("interpolation"))
+    if name.startswith(transformers.PREFIX):
+        return Preprocessing(*transformers.image_resizing(name))
+    return Preprocessing(*published_resizing(name))

@@ -126,12 +126,16 @@ def _download(name: str, weights: Any) -> Mapping[str, Tensor]:
         ) from error
 
 
-def published_image_size(name: str) -> int | None:
-    """Return the side of the images that a network's published weights are for; None if it has none."""
+Resizing = tuple[tuple[int, int] | None, float | None, str | None]
+"""Height and width of images, the share of the shorter side that is cropped, and the interpolation; None if unknown."""
+
+
+def published_resizing(name: str) -> Resizing:
+    """Return how the images for a network's published weights are resized and cropped."""
     from torchvision import models
 
     if name.rpartition(":")[2] not in models.list_models():
-        return None
-    weights = models.get_model_weights(name.rpartition(":")[2]).DEFAULT
-    side: int | None = weights.transforms.keywords.get("crop_size")
-    return side
+        return None, None, None
+    made = models.get_model_weights(name.rpartition(":")[2]).DEFAULT.transforms()
+    side, resized = made.crop_size[0], made.resize_size[0]
+    return (side, side), side / resized, made.interpolation.value

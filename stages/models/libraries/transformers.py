@@ -16,6 +16,7 @@ from torch import nn
 from kdpipe.stages.errors import ModelError, cause
 from kdpipe.stages.models.arguments import refuse_unknown_args
 from kdpipe.stages.models.libraries.hub import hub_cause, without_messages
+from kdpipe.stages.models.libraries.torchvision import Resizing
 from kdpipe.stages.models.weights.match import replace_head
 from kdpipe.stages.models.weights.state_dict import load_entries
 
@@ -96,6 +97,10 @@ def recorded_args(name: str, args: Mapping[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in found.items() if key not in dropped}
 
 
+RESAMPLING = {0: "nearest", 1: "lanczos", 2: "bilinear", 3: "bicubic"}
+"""Pillow's numbers, which processors' configurations have."""
+
+
 def image_scaling(name: str) -> dict[str, Any]:
     """Return the image processor's configuration of `hf:NAME`: `image_mean`, `image_std`, `size`; {} without one."""
     from kdpipe.store.errors import KdpipeError
@@ -106,6 +111,28 @@ def image_scaling(name: str) -> dict[str, Any]:
     except (OSError, ValueError, KdpipeError):
         return {}
     return found if isinstance(found, dict) else {}
+
+
+def image_resizing(name: str) -> Resizing:
+    """Return how the image processor of `hf:NAME` resizes and crops; a processor without a crop squeezes images."""
+    record = image_scaling(name)
+    size, crop_size = record.get("size"), record.get("crop_size")
+    height, width = _sides(crop_size if crop_size and record.get("do_center_crop", True) else size)
+    shortest = size.get("shortest_edge") if isinstance(size, dict) else size
+    crop = record.get("crop_pct")
+    if crop is None and isinstance(shortest, int) and crop_size and record.get("do_center_crop", True):
+        crop = min(1.0, height / shortest) if isinstance(height, int) else None
+    resample = RESAMPLING.get(record.get("resample"))  # type: ignore[arg-type]
+    known = isinstance(height, int) and isinstance(width, int)
+    return (height, width) if known else None, crop, resample
+
+
+def _sides(size: Any) -> tuple[Any, Any]:
+    """Return height and width of a size in a processor's configuration."""
+    if isinstance(size, dict):
+        edge = size.get("shortest_edge")
+        return size.get("height", edge), size.get("width", edge)
+    return size, size
 
 
 def class_names(name: str, args: Mapping[str, Any]) -> list[tuple[str, ...]]:

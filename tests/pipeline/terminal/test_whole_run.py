@@ -44,6 +44,8 @@ def test_the_jobs_of_a_run_are_known_before(now):
     assert [job.name for job in jobs[:4]] == first
     assert [job.name for job in jobs if job.seed == 2][-1] == "pruned + INT8, hard labels, seed 7"
     assert len(planned_jobs(RECIPE, ["train-student"])) == 4
+    unexported = replace(RECIPE, student=replace(RECIPE.student, export=False))
+    assert planned_jobs(unexported, ["compress"]) == []
 
 
 def test_the_time_left_is_that_of_all_jobs(now):

@@ -4,15 +4,17 @@ import pytest
 from support.tiny_run import squares
 
 from kdpipe.stages.data.labelling import keep_labels
-from kdpipe.stages.distillation.compatibility import check_labels, check_losses, class_warnings
+from kdpipe.stages.distillation.compatibility import check_labels, check_losses, class_warnings, require_no_logits
 from kdpipe.stages.errors import RecipeError
 from kdpipe.stages.losses.features.at import ATGradient
+from kdpipe.stages.losses.features.cosine import Cosine
 from kdpipe.stages.losses.logits.dist import DIST
 from kdpipe.stages.losses.logits.dkd import DKD
 from kdpipe.stages.losses.logits.kd import KD
 from kdpipe.stages.losses.logits.mlld import MLLD
 from kdpipe.stages.losses.logits.nkd import NKD
 from kdpipe.stages.losses.relations.crd import CRD
+from kdpipe.stages.losses.relations.rkd import RKD
 from kdpipe.stages.targets.ensemble import TeachersConfig
 from kdpipe.stages.views.config import Views
 
@@ -54,3 +56,21 @@ def test_losses_of_labels_need_some():
         check_labels([KD()], TeachersConfig(weights="confidence"), none)
     check_labels([KD(), crd], TeachersConfig(), none)
     check_labels([at_gradient, DKD()], TeachersConfig(weights="confidence"), teachers)
+
+
+@pytest.mark.parametrize(
+    ("loss", "sentence"),
+    [
+        (KD(), r"distill.1 \(kd\) needs the teacher's logits: .* such as cosine, hint, rkd"),
+        (KD(store=1), "needs the teacher's logits"),
+        (ATGradient(store=1), "needs the teacher's logits"),
+        (Cosine(store=1, samples={"filter": "hard"}), "selects samples by the teacher's logits"),
+    ],
+)
+def test_a_store_of_embeddings_refuses_losses_on_logits(loss, sentence):
+    with pytest.raises(RecipeError, match=sentence):
+        require_no_logits([Cosine(store=1), loss], 1)
+
+
+def test_other_stores_have_their_logits():
+    require_no_logits([KD(store=0), Cosine(store=1), RKD(store=1), Cosine(samples={"filter": "hard"})], 1)

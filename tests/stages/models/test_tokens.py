@@ -10,8 +10,9 @@ from torch import Tensor, nn
 from torchvision.models import VisionTransformer
 
 from kdpipe.stages.errors import ModelError
+from kdpipe.stages.models.build import ModelConfig, build_model
 from kdpipe.stages.models.hooks import extract_features, feature_shapes
-from kdpipe.stages.models.tokens import num_prefix_tokens
+from kdpipe.stages.models.tokens import is_headless, num_prefix_tokens
 
 
 def timm_vit(**args: object) -> nn.Module:
@@ -96,3 +97,37 @@ def test_patches_in_no_square_are_refused():
     model = timm_vit(img_size=(16, 8))
     with pytest.raises(ModelError, match="9 tokens less 1 before the patches are no square"):
         feature_shapes(model, ["blocks.0.patch_map"], (3, 16, 8))
+
+
+def test_pre_logits_are_the_input_of_the_classifier():
+    model, images = timm_vit(), torch.rand(2, 3, 16, 16)
+    with torch.no_grad(), extract_features(model, ["pre_logits"]) as extractor:
+        found, logits = extractor(images).features["pre_logits"], model(images)
+    assert torch.equal(model.get_submodule("head")(found), logits)
+
+
+@pytest.mark.parametrize("name", ["resnet8", "torchvision:resnet18", "timm:test_vit"])
+def test_pre_logits_of_a_network_without_a_classifier_are_its_output(name):
+    shape = {"in_channels": 3, "image_size": (32, 32), "seed": 0}
+    whole, headless = (build_model(ModelConfig(name=name), num_classes=num, **shape).eval() for num in (5, 0))
+    whole.load_state_dict(headless.state_dict(), strict=False)
+    images = torch.rand(2, 3, 32, 32)
+    with torch.no_grad():
+        for model in (whole, headless):
+            with extract_features(model, ["pre_logits"]) as extractor:
+                assert torch.equal(extractor(images).features["pre_logits"], headless(images))
+    assert is_headless(headless)
+    assert not is_headless(whole)
+
+
+def test_pre_logits_need_a_network_that_ends_in_its_classifier():
+    class TwoHeads(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second = nn.Linear(3, 2), nn.Linear(3, 2)
+
+        def forward(self, images: Tensor) -> Tensor:
+            return self.first(images.mean((2, 3))) + self.second(images.mean((2, 3)))
+
+    with pytest.raises(ModelError, match="'second', but what that returns is not what the network returns"):
+        feature_shapes(TwoHeads(), ["pre_logits"], (3, 4, 4))

@@ -8,11 +8,13 @@ from support.made_store import folder_bytes, make_store
 from support.transcoded import BLOSC, FEATURES, FLOAT32, ZSTD, changed, read_arrays
 
 from kdpipe.store import (
+    ArraySpec,
     FingerprintMismatch,
     LockedError,
     StoreError,
     claim,
     missing_units,
+    open_store,
     read_store_manifest,
     write_unit,
 )
@@ -144,3 +146,19 @@ def test_two_do_not_transcode_to_one_target(source):
         transcode(source.path, target, TranscodeOptions())
     taken.release()
     assert transcode(source.path, target, TranscodeOptions())["complete"]
+
+
+def test_a_store_of_embeddings_keeps_them_and_has_no_top_k(tmp_path):
+    specs = (ArraySpec("features/pre_logits", (12,), "float32"), ArraySpec("pooled/layer1", (3,), "float32"))
+    made = make_store(tmp_path / "made.zarr", num_samples=200, specs=specs)
+    transcode(made.path, tmp_path / "half.zarr", TranscodeOptions(dtype="float16", arrays=()))
+    half = open_store(tmp_path / "half.zarr")
+    assert [(spec.name, spec.dtype) for spec in half.arrays] == [("features/pre_logits", "float16")]
+    assert (half.num_classes, half.manifest.has_logits) == (0, False)
+    with pytest.raises(StoreError, match="has embeddings, no logits: leave out top_k"):
+        transcode(made.path, tmp_path / "top.zarr", TranscodeOptions(top_k=3))
+
+
+def test_a_store_with_neither_logits_nor_embeddings_is_refused(tmp_path):
+    with pytest.raises(StoreError, match="it has no array of logits"):
+        make_store(tmp_path / "made.zarr", num_samples=200, specs=(ArraySpec("pooled/a", (3,), "float32"),))

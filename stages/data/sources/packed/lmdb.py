@@ -60,7 +60,7 @@ def list_lmdb(path: Path, split: Split, spec: DecodeSpec) -> Listing:
     PATH is one database, or a folder with one for each split, such as train.lmdb and val.lmdb.
 
     Raises:
-        DataError: A database is missing or damaged, or a sample has not one image and one label.
+        DataError: A database is missing or damaged, or a sample has not one image.
     """
     title = f"lmdb:{path.name}"
     databases: dict[Role | None, Path] = {None: path} if _file(path).is_file() else _split_databases(path)

@@ -63,10 +63,10 @@ class Grouping:
             sample.labels[suffix] = _label(read(), where, is_json=suffix == "json")
 
     def finish(self) -> tuple[list[str], list[int], list[str]]:
-        """Return the names and numbers of the images, and their labels.
+        """Return the names and numbers of the images, and their labels, "" of those without.
 
         Raises:
-            DataError: A sample has not one image and one label.
+            DataError: A sample has not one image.
         """
         names, numbers, labels = [], [], []
         for sample in self._samples.values():
@@ -75,16 +75,9 @@ class Grouping:
             if len(sample.images) != 1:
                 found = ", ".join(name for name, _ in sample.images) or "none"
                 raise DataError(f"{sample.where}: the sample must have one image, found {found}.")
-            name, number = sample.images[0]
-            label = sample.labels.get("cls") or sample.labels.get("json")
-            if not label:
-                raise DataError(
-                    f"{self._file}: the image {name} has no label: expected NAME.cls, or NAME.json with one of "
-                    f"{', '.join(_LABEL_KEYS)}."
-                )
-            names.append(name)
-            numbers.append(number)
-            labels.append(label)
+            names.append(sample.images[0][0])
+            numbers.append(sample.images[0][1])
+            labels.append(sample.labels.get("cls") or sample.labels.get("json", ""))
         return names, numbers, labels
 
 

@@ -38,7 +38,7 @@ def index_tar(path: Path) -> TarIndex:
     """Return the index of a tar file, from the cache if the file is unchanged.
 
     Raises:
-        DataError: The file is missing, damaged, cut off or compressed, or a sample has not one image and one label.
+        DataError: The file is missing, damaged, cut off or compressed, or a sample has not one image.
     """
     now_ns, found = time.time_ns(), stamp(path)
     cached = cache_file("shards", os.fsencode(path.absolute()), os.environ)

@@ -70,7 +70,7 @@ def list_webdataset(path: Path, split: Split, spec: DecodeSpec) -> Listing:
     own. Shards belong to the split that their names, or those of their folders, stand for.
 
     Raises:
-        DataError: A shard is missing or damaged, a sample has not one image and one label, or splits are unclear.
+        DataError: A shard is missing or damaged, a sample has not one image, or splits are unclear.
     """
     title = f"webdataset:{path.name}"
     shards = _shards(path)

@@ -12,7 +12,9 @@ from torch.utils.data import ConcatDataset, DataLoader, Dataset, IterableDataset
 from torchvision.transforms import v2
 from torchvision.transforms.functional import pil_to_tensor, to_tensor
 
-from kdpipe.stages.data.image_set import ImageSet
+from kdpipe.stages.data.image_files import ImageFiles
+from kdpipe.stages.data.image_set import ImageSet, pixel_checksums
+from kdpipe.stages.data.loader.image_loader import ImageLoader, ViewRequest
 from kdpipe.stages.data.sources.torch_dataset import image_set_from_dataset
 from kdpipe.stages.errors import DataError
 
@@ -129,15 +131,35 @@ def test_classes_and_ids_can_be_given() -> None:
     assert found.sample_ids.tolist() == [9, 8, 7, 6, 5, 4]
 
 
-def test_unequal_sizes_need_an_image_size() -> None:
-    class Unequal(Pairs):
-        def __getitem__(self, index: int) -> Any:
-            image, label = super().__getitem__(index)
-            return image.resize((8, 8 + index // 5)), label
+class Unequal(Pairs):
+    def __getitem__(self, index: int) -> Any:
+        image, label = super().__getitem__(index)
+        return image.resize((8, 8 + index // 5)), label
 
-    with pytest.raises(DataError, match="image 0 is 8 x 8, image 5 is 8 x 9: give an image_size"):
-        read(Unequal())
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_unequal_and_large_sets_are_read_on_access(num_workers: int) -> None:
+    found = read(Unequal(), num_workers=num_workers)
+    assert isinstance(found.images, ImageFiles) and (found.in_channels, found.image_size) == (3, None)
+    assert found.images.shapes.tolist() == [[8, 8]] * 5 + [[9, 8]]
     assert read(Unequal(), image_size=4).image_size == (4, 4)
+    large = read(Named(), max_bytes=PIXELS.numel() - 1, num_workers=num_workers)
+    assert not large.in_memory and (large.labels.tolist(), large.image_size) == (LABELS, (5, 4))
+    assert np.array_equal(pixel_checksums(large), pixel_checksums(read(Named(), max_bytes=PIXELS.numel())))
+    some = large.take(torch.tensor([4, 1]))
+    loaded = ImageLoader(some, torch.device("cpu"), num_workers=num_workers).get(ViewRequest(torch.tensor([0, 1])))
+    assert torch.equal(loaded.images, PIXELS[[4, 1]])
+
+
+def test_sample_that_changes_or_fails_later_is_named() -> None:
+    dataset = Pairs()
+    large = read(dataset, max_bytes=0, num_workers=0)
+    dataset.image = lambda image: image.rotate(180)
+    with pytest.raises(DataError, match="data set own, sample 2 changed since the data set was first read"):
+        large.read(2)
+    failing = Pairs(num_samples=7)
+    with pytest.raises(DataError, match="data set own: sample 6 cannot be read .IndexError"):
+        read(failing, max_bytes=0, num_workers=1)
 
 
 def test_mixed_gray_and_color_needs_channels() -> None:
@@ -233,12 +255,6 @@ def test_a_stream_is_refused() -> None:
     for dataset in (Stream(), DataLoader(Pairs()), iter([])):
         with pytest.raises(DataError, match=f"{type(dataset).__name__} cannot be read by index, which caching needs"):
             read(dataset)
-
-
-def test_too_many_pixels_are_refused() -> None:
-    with pytest.raises(DataError, match=r"takes 0\.0 GiB in memory, more than 0\.0 GiB: give an image_size"):
-        read(Pairs(), max_bytes=PIXELS.numel() - 1)
-    assert read(Pairs(), max_bytes=PIXELS.numel())
 
 
 def test_a_label_of_none_is_an_unlabelled_image() -> None:

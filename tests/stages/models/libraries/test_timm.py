@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import astuple
 from typing import Any
 
 import pytest
@@ -12,8 +13,8 @@ from kdpipe.stages.models.build import ModelConfig, build_model
 from kdpipe.stages.models.classes import build_for_classes
 from kdpipe.stages.models.libraries.by_name import (
     class_names_of_weights,
-    image_size_of_weights,
     num_published_classes,
+    preprocessing_of_weights,
     scaling_of_weights,
 )
 from kdpipe.stages.models.weights.state_dict import weights_sha256
@@ -83,11 +84,17 @@ def test_what_the_weights_state():
 
 
 @pytest.mark.parametrize(
-    ("name", "size"),
-    [(VIT, (224, 224)), ("timm:tf_efficientnet_b3", (300, 300)), ("efficientnet_v2_s", (384, 384)), ("cnn", None)],
+    ("name", "made"),
+    [
+        (VIT, ((224, 224), 0.9, "bicubic")),
+        ("timm:tf_efficientnet_b3", ((300, 300), 0.904, "bicubic")),
+        ("resnet18", ((224, 224), 0.875, "bilinear")),
+        ("efficientnet_v2_s", ((384, 384), 1.0, "bilinear")),
+        ("cnn", (None, None, None)),
+    ],
 )
-def test_weights_state_the_size_of_their_images(name, size):
-    assert image_size_of_weights(name) == size
+def test_weights_state_how_their_images_are_made(name, made):
+    assert astuple(preprocessing_of_weights(name)) == made
 
 
 def test_classes_in_another_order_are_refused():

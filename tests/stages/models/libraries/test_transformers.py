@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import astuple
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ import torch
 from kdpipe.stages.errors import ModelError, RecipeError
 from kdpipe.stages.models.build import ModelConfig, architecture, build_model
 from kdpipe.stages.models.classes import build_for_classes
-from kdpipe.stages.models.libraries.by_name import scaling_of_network, scaling_of_weights
+from kdpipe.stages.models.libraries.by_name import preprocessing_of_weights, scaling_of_network, scaling_of_weights
 
 transformers = pytest.importorskip("transformers")
 
@@ -31,6 +32,22 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         json.dumps({"image_mean": [0.4, 0.5, 0.6], "image_std": [0.2, 0.2, 0.2], "size": {"height": 16, "width": 16}})
     )
     return path
+
+
+@pytest.mark.parametrize(
+    ("processor", "made"),
+    [
+        ({"size": {"height": 16, "width": 16}, "resample": 2}, ((16, 16), None, "bilinear")),
+        ({"size": {"shortest_edge": 256}, "crop_size": 224, "resample": 3}, ((224, 224), 0.875, "bicubic")),
+        ({"size": {"shortest_edge": 256}, "crop_size": 224, "do_center_crop": False}, ((256, 256), None, None)),
+        ({"size": {"shortest_edge": 224}, "crop_pct": 0.9}, ((224, 224), 0.9, None)),
+        ({}, (None, None, None)),
+    ],
+)
+def test_an_image_processor_states_size_and_crop(processor, made, tmp_path):
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(processor))
+    assert astuple(preprocessing_of_weights(f"hf:{tmp_path}")) == made
 
 
 def test_published_weights_of_a_folder(folder):
@@ -80,3 +97,30 @@ def test_what_does_not_fit_is_refused(folder, tmp_path, monkeypatch):
     (tmp_path / "pytorch_model.bin").write_bytes(b"pickle")
     with pytest.raises(ModelError, match="published weights of hf:.* cannot be loaded"):
         build_model(ModelConfig(name=f"hf:{tmp_path}", weights="published"), num_classes=3, **SHAPE)
+
+
+TOWERS: list[tuple[str, dict[str, Any], int]] = [
+    ("ViTModel", {"model_type": "vit", **TINY}, 16),
+    ("Dinov2Model", {"model_type": "dinov2", **TINY}, 16),
+    ("CLIPVisionModelWithProjection", {"model_type": "clip", "vision_config": {**TINY, "projection_dim": 6}}, 6),
+    ("SiglipVisionModel", {"model_type": "siglip", "vision_config": TINY}, 16),
+]
+
+
+@pytest.mark.parametrize(("kind", "args", "width"), TOWERS)
+def test_without_a_classifier_it_returns_embeddings(kind, args, width):
+    model = build_model(ModelConfig(name="hf:made", args=args), num_classes=0, **SHAPE).eval()
+    assert type(model).__name__ == kind
+    found = model(torch.rand(2, 3, 16, 16))
+    assert found.shape == (2, width)
+    assert not torch.equal(found[0], found[1])
+
+
+def test_published_weights_without_their_classifier(folder):
+    config = ModelConfig(name=f"hf:{folder}", weights="published")
+    model, images = build_model(config, num_classes=0, **SHAPE).eval(), torch.rand(2, 3, 16, 16)
+    own = transformers.ViTForImageClassification.from_pretrained(folder).eval()
+    assert torch.equal(model(images), own.vit(images).last_hidden_state[:, 0])
+    record = json.loads(json.dumps(architecture(config, 0, 3, (16, 16))))
+    again = build_model(ModelConfig(name="hf:gone", args=record["args"]), num_classes=0, **SHAPE)
+    again.load_state_dict(model.state_dict())

@@ -149,6 +149,21 @@ def test_a_fresh_head_is_drawn_from_the_seed(tmp_path: Path, entries: dict[str, 
     assert notices == [f"{tmp_path / 'w.pt'}: the classifier (fc.weight, fc.bias) is new, drawn from the seed."]
 
 
+def test_a_network_without_a_classifier_leaves_out_that_of_the_file(tmp_path: Path) -> None:
+    config = ModelConfig(name="resnet8", weights=str(tmp_path / "whole.safetensors"))
+    whole = network(1, "resnet8")
+    save_file(whole.state_dict(), config.weights)
+    said: list[str] = []
+    shape: dict[str, Any] = {"in_channels": 1, "image_size": (8, 8), "seed": 0}
+    headless = build_model(config, num_classes=0, **shape, notify=said.append)
+    assert headless.state_dict().keys() == whole.state_dict().keys() - {"fc.weight", "fc.bias"}
+    assert torch.equal(headless.state_dict()["conv1.weight"], whole.state_dict()["conv1.weight"])
+    assert said == [f"{config.weights}: the classifier (fc.bias, fc.weight) is left out."]
+    save_file(network(1, "resnet14").state_dict(), config.weights)  # more layers, below names that resnet8 has
+    with pytest.raises(ModelError, match="unexpected layer1.1"):
+        build_model(config, num_classes=0, **shape)
+
+
 def test_a_torchscript_file_is_refused_as_a_program(tmp_path: Path) -> None:
     torch.jit.trace(nn.Linear(2, 2), torch.zeros(1, 2)).save(str(tmp_path / "w.pt"))
     refused(tmp_path / "w.pt", "is a TorchScript file: a program, not weights alone")

@@ -65,7 +65,7 @@ def test_what_cannot_be_read_is_refused(tmp_path, monkeypatch):
 
     pickled = {"__len__": pickle.dumps(2), "000": pickle.dumps((b"x", 1))}
     assert "pickled entries of other layouts are never loaded" in refusal(write(tmp_path / "pickled", pickled))
-    assert "the image a.png has no label" in refusal(write(tmp_path / "half", {"a.png": b"x"}))
+    assert "must have one image, found none" in refusal(write(tmp_path / "half", {"a.cls": b"x"}))
     assert "no LMDB database" in refusal(tmp_path / "missing")
     (tmp_path / "damaged").write_bytes(b"x" * 9000)
     assert "damaged cannot be read as an LMDB database" in refusal(tmp_path / "damaged")

@@ -103,6 +103,16 @@ def test_labels_come_from_json_too(tmp_path):
     assert (found.class_names, sorted(found.labels.tolist())) == (("0", "1"), [0, 1])
 
 
+def test_images_without_labels_are_unlabelled(tmp_path):
+    file = write_tar(tmp_path / "a.tar", [*members(), *((f"{n}.png", png(n)) for n in range(4))])
+    found = load(file, test_share=0.4)
+    assert (found.class_names, sorted(found.labels.tolist())) == (("cat", "dog"), [-1, -1, 0, 1])
+    assert "2 of 4 samples have no label" in found.notices[-1]
+    bare = write_tar(tmp_path / "b.tar", [(f"{n}.png", png(n)) for n in range(4)])
+    assert "set data.labels = 'none'" in refusal(bare, classes=("x", "y"))
+    assert load(bare, labels="none", classes=("x", "y")).labels.tolist() == [-1] * 3
+
+
 def test_index_and_scan_are_cached_until_a_shard_changes(shards, tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setattr(scan, "is_settled", lambda *_: True)
@@ -149,7 +159,6 @@ def test_broken_member_is_named_or_dropped(shards):
 @pytest.mark.parametrize(
     ("given", "wanted"),
     [
-        ([("a.png", b"x")], "the image a.png has no label"),
         ([("a.cls", b"1")], "a.cls: the sample must have one image, found none"),
         ([("a.png", b"x"), ("a.jpg", b"x"), ("a.cls", b"1")], "found a.png, a.jpg"),
         ([("a.png", b"x"), ("a.cls", b" ")], "a.cls: the label must be a whole number or a name, found ''"),

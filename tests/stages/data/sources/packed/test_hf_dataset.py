@@ -136,14 +136,21 @@ def test_columns_are_chosen_or_told(tmp_path):
 @pytest.mark.parametrize(
     ("label", "labels", "wanted"),
     [
-        (CLASSES, [0, 1, -1, 0], "row 2 has no label in the column 'label'"),
         (datasets.Value("float32"), [0.5, 1, 1, 0], "row 0: the label must be a whole number or a name, found 0.5"),
-        (datasets.Value("int64"), [0, 1, None, 0], "row 2 has no label"),
         (datasets.Value("string"), ["0", "1.5", "2", "3"], "row 1: labels that are numbers must be 0, 1, ... C - 1"),
     ],
 )
 def test_labels_that_are_none_are_refused(tmp_path, label, labels, wanted):
     assert wanted in refusal(save(tmp_path / "x", made(label, labels)))
+
+
+def test_empty_cells_and_missing_columns_are_unlabelled(tmp_path):
+    for number, label in enumerate((CLASSES, datasets.Value("int64"), datasets.Value("string"))):
+        values = [0, 0, 1, 1, -1, None] if number < 2 else ["0", "0", "1", "1", None, None]
+        place = save(tmp_path / str(number), made(label, values))
+        assert sorted(load(place, test_share=0.5).labels.tolist()) == [-1, 0, 1]
+    none = save(tmp_path / "none", made().remove_columns("label"))
+    assert load(none, labels="none", classes=("x", "y"), test_share=0.5).labels.tolist() == [-1, -1]
 
 
 def test_secret_test_labels_leave_the_validation_split(tmp_path):

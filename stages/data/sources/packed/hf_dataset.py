@@ -17,6 +17,7 @@ import numpy.typing as npt
 
 from kdpipe.stages.data.decode import DecodeSpec
 from kdpipe.stages.data.image_files import ImageFileList
+from kdpipe.stages.data.image_set import UNLABELLED
 from kdpipe.stages.data.image_source import NO_STAMP, EncodedImages, Stamp, pack_names, stamp
 from kdpipe.stages.data.sources.label_names import LABEL_COLUMNS, classes_of_labels
 from kdpipe.stages.data.sources.listing import Listing
@@ -70,7 +71,14 @@ class ArrowRows(EncodedImages):
 
 
 def list_hf_dataset(
-    text: str, folder: Path, split: Split, spec: DecodeSpec, *, columns: Columns, download: bool
+    text: str,
+    folder: Path,
+    split: Split,
+    spec: DecodeSpec,
+    *,
+    columns: Columns = (None, None),
+    download: bool = True,
+    unlabelled: bool = False,
 ) -> Listing:
     """List one split, in its order, to be decoded to `spec`; a sample's id is its position.
 
@@ -81,13 +89,14 @@ def list_hf_dataset(
         spec: What the images are decoded to.
         columns: The names of the columns of images and labels; None where only one can be meant.
         download: Whether the hub may be asked; otherwise the library's cache must have it.
+        unlabelled: Whether there need be no column of labels.
 
     Raises:
         DataError: It cannot be found or read, or its splits or columns are unclear.
     """
     title = f"hf_dataset:{folder.name if folder.is_dir() else text}"
     found = load_hf_dataset(text, folder, title, download=download)
-    image, label = choose_columns(title, next(iter(found.values())).features, columns)
+    image, label = choose_columns(title, next(iter(found.values())).features, columns, unlabelled=unlabelled)
     splits, notices = _splits(title, found, label)
     unsplit, train = "test" not in splits, splits["train"]
     name, chosen = train if unsplit or split == "train" else splits["test"]
@@ -99,7 +108,7 @@ def list_hf_dataset(
 
 
 def _splits(
-    title: str, found: Mapping[str, Any], label: str
+    title: str, found: Mapping[str, Any], label: str | None
 ) -> tuple[dict[Literal["train", "test"], tuple[str, Any]], tuple[str, ...]]:
     """Return name and data set of the train and the test split, without the latter if there is only one, and notices.
 
@@ -109,7 +118,7 @@ def _splits(
         return {"train": next(iter(found.items()))}, ()
     names: dict[Role, str] = {role: name for name in found if (role := role_of(name))}
     test = names.get("test", names.get("val"))
-    if "test" in names and "val" in names and all(value in (None, -1) for value in _cells(found[names["test"]], label)):
+    if label and {"test", "val"} <= set(names) and {*_cells(found[names["test"]], label)} <= {None, UNLABELLED}:
         test = names["val"]
     if "train" not in names or test is None:
         raise DataError(f"{title} has the splits {', '.join(found)}: expected train and test (or validation).")
@@ -120,8 +129,10 @@ def _splits(
     return {"train": (names["train"], found[names["train"]]), "test": (test, found[test])}, notices
 
 
-def choose_columns(title: str, features: Mapping[str, Any], wanted: Columns) -> tuple[str, str]:
-    """Return the names of the columns of images and labels.
+def choose_columns(
+    title: str, features: Mapping[str, Any], wanted: Columns, *, unlabelled: bool = False
+) -> tuple[str, str | None]:
+    """Return the names of the columns of images and labels; None where `unlabelled` and there is none.
 
     Raises:
         DataError: Not one column can be meant.
@@ -151,9 +162,10 @@ def choose_columns(title: str, features: Mapping[str, Any], wanted: Columns) -> 
         for name, feature in features.items()
         if name.lower() in (*LABEL_COLUMNS, "labels") and isinstance(feature, datasets.Value)
     ]
-    return only("images", "image_column", wanted[0], images, encoded), only(
-        "labels", "label_column", wanted[1], classes, named
-    )
+    image = only("images", "image_column", wanted[0], images, encoded)
+    if unlabelled and not classes and not named and wanted[1] is None:
+        return image, None
+    return image, only("labels", "label_column", wanted[1], classes, named)
 
 
 def _kind(feature: Any) -> str:
@@ -189,23 +201,30 @@ def _paths(rows: Any, column: str) -> bool:
 
 
 def _labels(
-    title: str, where: str, chosen: Any, train: Any, column: str
+    title: str, where: str, chosen: Any, train: Any, column: str | None
 ) -> tuple[tuple[str, ...], npt.NDArray[np.int64]]:
-    """Return the class names and the labels of `chosen`, int64 [N]."""
+    """Return the class names and the labels of `chosen`, int64 [N], -1 where a cell is empty or -1."""
     import datasets
 
+    if column is None:
+        return (), np.full(len(chosen), UNLABELLED, dtype=np.int64)
     cells, feature = _cells(chosen, column), chosen.features[column]
     for row, cell in enumerate(cells):
-        if cell is None or cell == -1:
-            raise DataError(f"{where}, row {row} has no label in the column {column!r}.")
-        if isinstance(cell, bool) or not isinstance(cell, int | str):
+        if isinstance(cell, bool) or not isinstance(cell, int | str | None):
             raise DataError(f"{where}, row {row}: the label must be a whole number or a name, found {cell!r:.60}.")
     if isinstance(feature, datasets.ClassLabel):
         if feature.names != train.features[column].names:
             raise DataError(f"{where}: the names of the classes of {column!r} are not those of the train split.")
-        return tuple(map(str, feature.names)), np.array(cells, dtype=np.int64)
-    packed, known = pack_names(map(str, cells)), pack_names(map(str, _cells(train, column)))
+        return tuple(map(str, feature.names)), np.array([_or_none(cell) for cell in cells], dtype=np.int64)
+    packed, known = (
+        pack_names("" if _or_none(cell) == UNLABELLED else str(cell) for cell in each)
+        for each in (cells, _cells(train, column))
+    )
     return classes_of_labels(title, packed, known, lambda row: f"{where}, row {row}", lambda row: f"{title}, row {row}")
+
+
+def _or_none(cell: Any) -> Any:
+    return UNLABELLED if cell is None else cell
 
 
 def _cells(dataset: Any, column: str) -> list[Any]:

@@ -1,0 +1,90 @@
+"""Embeddings are judged by their nearest neighbors and by a linear probe."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from kdpipe.stages.data.image_set import ImageSet
+from kdpipe.stages.data.loader.image_loader import ImageLoader
+from kdpipe.stages.evaluation.embeddings import embeddings_of, evaluate_neighbors, with_probe
+from kdpipe.stages.evaluation.evaluate import Evaluation, evaluate
+from kdpipe.stages.evaluation.knn import KNN
+from kdpipe.stages.evaluation.linear_probe import LinearProbe, fit_probe
+from kdpipe.stages.models.normalization import Normalization
+from kdpipe.stages.models.tokens import HEADLESS
+
+CPU = torch.device("cpu")
+
+
+def clusters(num_images: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return vectors [N, 6] around one direction a class, far from 0, and their labels, of three classes."""
+    generator = torch.Generator().manual_seed(seed)
+    labels = torch.arange(num_images) % 3
+    noise = torch.randn(num_images, 6, generator=generator)
+    return 5 + F.one_hot(labels, 6) + 0.4 * noise, labels
+
+
+def test_neighbors_vote_by_their_cosine():
+    knn = KNN(torch.tensor([[1.0, 0.0], [2.0, 0.0], [0.0, 1.0]]), torch.tensor([2, 2, 0]), num_classes=3)
+    votes = knn(torch.tensor([[4.0, 0.0]])).exp()
+    assert votes[0].tolist() == pytest.approx([torch.tensor(-1 / 0.07).exp().item(), 0, 2], abs=1e-6)
+    many = KNN(torch.eye(30), torch.arange(30) % 2, num_classes=2)
+    assert many.k == 20
+
+
+def test_the_probe_is_the_logistic_regression_of_scikit_learn():
+    linear_model = pytest.importorskip("sklearn.linear_model")
+    vectors, labels = clusters(49, seed=0)  # too few to choose a penalty
+    probe = fit_probe(vectors, labels, 3)
+    scale = (vectors - vectors.mean(0)).square().mean().sqrt()
+    theirs = linear_model.LogisticRegression(C=1 / (len(labels) * probe.l2), tol=1e-10, max_iter=1000)
+    theirs.fit(((vectors - vectors.mean(0)) / scale).numpy(), labels.numpy())
+    found = probe(vectors).double().softmax(1)
+    wanted = theirs.predict_proba(((vectors - vectors.mean(0)) / scale).numpy())
+    torch.testing.assert_close(found, torch.from_numpy(wanted).double(), atol=1e-4, rtol=0)
+
+
+def test_the_penalty_is_chosen_on_images_held_out():
+    vectors, labels = clusters(60, seed=1)
+    vectors = torch.cat([vectors, torch.randn(60, 200, generator=torch.Generator().manual_seed(2))], 1)
+    assert fit_probe(vectors, labels, 3).l2 == fit_probe(vectors.clone(), labels, 3).l2
+    assert fit_probe(vectors, labels, 3).l2 > fit_probe(*clusters(600, seed=3), 3).l2 / 100
+
+
+class Tower(nn.Module):
+    """Embeddings [B, 3] that tell the classes of `image_set`."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_parameter("scale", nn.Parameter(torch.ones(())))
+        setattr(self, HEADLESS, True)
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return self.scale * images.mean((2, 3))
+
+
+def evaluation(num_images: int) -> Evaluation:
+    labels = torch.arange(num_images) % 3
+    images = (F.one_hot(labels, 3) * 200).to(torch.uint8)[:, :, None, None].expand(-1, -1, 2, 2).contiguous()
+    image_set = ImageSet("made", "test", images, labels, torch.arange(num_images), ("a", "b", "c"))
+    return Evaluation(ImageLoader(image_set, CPU), Normalization((0.0,) * 3, (1.0,) * 3))
+
+
+def test_a_network_without_a_classifier_has_the_accuracy_of_its_probe():
+    model = Tower().eval()
+    assert embeddings_of(model, evaluation(6)).vectors.shape == (6, 3)
+    assert not model.training
+    test, record = with_probe(model, evaluation(30), evaluation(9))
+    assert isinstance(test.head, LinearProbe)
+    assert evaluate(model, test, CPU).to_json()["accuracy"] == 1.0
+    assert record["knn"] == {"accuracy": 1.0, "k": 20, "num_images": 30}
+    assert record["linear_probe"]["accuracy"] == 1.0
+
+
+def test_epochs_are_evaluated_by_neighbors_whatever_the_classifier_is():
+    model = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(3, 3, bias=False))
+    nn.init.zeros_(model[2].weight)
+    test = evaluation(9)
+    assert evaluate(model, test, CPU).value == pytest.approx(1 / 3)
+    assert evaluate_neighbors(model, test, CPU, labelled=evaluation(30)).value == 1.0
