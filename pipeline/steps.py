@@ -108,11 +108,13 @@ def train_teacher(config: TeacherConfig, seed: int, context: StageContext) -> di
 def _train_teacher(config: TeacherConfig, seed: int, teacher: ModelBundle, context: StageContext) -> dict[str, Any]:
     process_group, job_dir = context.process_group, teacher_folder(context.run_dir)
     teacher.model.to(context.device)
-    test, more = context.evaluation(teacher.normalize), dict[str, Any]()
+    test, validation = context.evaluation(teacher.normalize), context.validation(teacher.normalize)
+    more: dict[str, Any] = {}
     if config.is_headless:
         test, more = with_probe(teacher.model.eval(), context.labelled(teacher.normalize), test)
+        validation = validation and replace(validation, head=test.head)
     else:
-        test = of_teacher(test, teacher.model)
+        test, validation = of_teacher(test, teacher.model), validation and of_teacher(validation, teacher.model)
     history: list[dict[str, Any]] = []
     if config.train is not None:
         # Views that no store will hold: the teacher must not be fitted to the images that it labels later.
@@ -139,7 +141,7 @@ def _train_teacher(config: TeacherConfig, seed: int, teacher: ModelBundle, conte
         on_no_export=partial(_warn_of_no_export, context),
         more=more,
         require=partial(require_accuracy, config, teacher, test=test),
-        validation=context.validation(teacher.normalize),
+        validation=validation,
     )
 
 

@@ -181,7 +181,7 @@ def _summary(found: Sequence[Mapping[str, Any]]) -> QualityMetrics:
     return QualityMetrics(**metrics, per_class=[_class_row(over_seeds) for over_seeds in classes])
 
 
-def _of_embeddings(results: Sequence[Mapping[str, Any]]) -> dict[str, float | None]:
+def _of_embeddings(results: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """Return the accuracies of classifiers of a network's embeddings; None for networks without such results."""
     found: dict[str, float | None] = {}
     for name in ("knn", "linear_probe"):

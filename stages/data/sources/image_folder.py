@@ -43,8 +43,8 @@ def list_image_folder(path: Path, split: Split, spec: DecodeSpec, *, unlabelled:
     """
     title, path = f"imagefolder:{path.name}", data_folder(path)
     try:
-        if unlabelled and (listed := _list_unlabelled(path, title, split, spec)):
-            return listed
+        if unlabelled and (found := _list_unlabelled(path, title, split, spec)):
+            return found
         folders = {name: bool(role_of(name) and _subfolders(below)) for name, below in _subfolders(path).items()}
         chosen = split_folders(path, folders)
         class_names = _class_names(path / chosen.get("train", ""))
