@@ -38,7 +38,7 @@ if TYPE_CHECKING:
         register_optimizer,
         register_schedule,
     )
-    from kdpipe.reports import evaluate, report, verify
+    from kdpipe.reports import evaluate, evaluate_embeddings, report, verify
     from kdpipe.results import CompressedResult, StudentResult, TeacherResult
     from kdpipe.stages.data.image_set import ImageSet
     from kdpipe.stages.distillation.loader import DistillationLoader
@@ -55,7 +55,7 @@ _MODULES = {
     "datasets": "as_image_set load_dataset",
     "models": "create_model load_student",
     "plugins": "register_callback register_dataset register_loss register_model register_optimizer register_schedule",
-    "reports": "evaluate report verify",
+    "reports": "evaluate evaluate_embeddings report verify",
     "results": "CompressedResult StudentResult TeacherResult",
     "stages.data.image_set": "ImageSet",
     "stages.distillation.loader": "DistillationLoader",
@@ -77,10 +77,10 @@ _SOURCES = {
 __all__ = [  # literal, so that linters and type checkers see it; a test compares it with _MODULES
     "Callback", "CallbackState", "CompressedResult", "DistillationLoader", "FingerprintMismatch", "ImageSet",
     "KdpipeError", "StudentResult", "TargetStore", "TeacherResult", "Views", "__version__", "as_image_set",
-    "cache_teacher", "compress", "create_model", "evaluate", "extract_features", "load_dataset", "load_student",
-    "losses", "open_store", "prune", "quantize", "register_callback", "register_dataset", "register_loss",
-    "register_model", "register_optimizer", "register_schedule", "report", "train_student", "train_teacher",
-    "verify",
+    "cache_teacher", "compress", "create_model", "evaluate", "evaluate_embeddings", "extract_features", "load_dataset",
+    "load_student", "losses", "open_store", "prune", "quantize", "register_callback", "register_dataset",
+    "register_loss", "register_model", "register_optimizer", "register_schedule", "report", "train_student",
+    "train_teacher", "verify",
 ]
 # fmt: on
 

@@ -16,11 +16,14 @@ from kdpipe.pipeline.report.report import read_report
 from kdpipe.pipeline.report.rows import Report
 from kdpipe.results import CompressedResult, Result, StudentResult
 from kdpipe.runs import isolated
+from kdpipe.stages.distillation.stored_embeddings import embeddings_in
 from kdpipe.stages.errors import ModelError, RunError
+from kdpipe.stages.evaluation.embeddings import examine
 from kdpipe.stages.evaluation.metrics import EvalReport, evaluate_in_depth
 from kdpipe.stages.models.bundle import ModelBundle
 from kdpipe.stages.models.clone import evaluated_on
 from kdpipe.stages.models.normalization import as_normalization
+from kdpipe.stages.targets.open import open_store_anywhere, test_store_path
 from kdpipe.stages.views.config import Views
 from kdpipe.store import TargetStore
 from kdpipe.store.check.verify import VerifyReport, verify_store
@@ -67,6 +70,43 @@ def evaluate(
         context = context.resized(size)  # as in its training
     with evaluated_on(network, context.device):
         return evaluate_in_depth(network, context.evaluation(scaling), context.device)
+
+
+@isolated
+def evaluate_embeddings(
+    store: TargetStore | str | Path, test: TargetStore | str | Path | None = None
+) -> dict[str, Any]:
+    """Judge the embeddings in a store by k-NN and a linear probe, without the teacher.
+
+    Both are fitted to the first view of the labelled training images, at most 50,000.
+
+    Args:
+        store: The store of the training images, with `features/pre_logits`: of a teacher without a classifier, or with
+            features=["pre_logits"].
+        test: That of the test images; by default the one beside it (`store.test.zarr`).
+
+    Returns:
+        `knn` and `linear_probe`, each with its `accuracy` on the test images and its settings.
+
+    Raises:
+        StoreError: A store is missing, or has no embeddings.
+
+    Example:
+        >>> import kdpipe as kd
+        >>> train, test = kd.load_dataset("digits", test_share=0.5)
+        >>> teacher, scaling = kd.create_model("cnn", train, output="embeddings"), {"mean": [0.3], "std": [0.4]}
+        >>> options = {"test": test, "output": "embeddings", "progress": False}
+        >>> store = kd.cache_teacher(teacher, train, "embeddings.zarr", **options, **scaling)
+        >>> kd.evaluate_embeddings(store)["knn"]["accuracy"] > 0.8
+        True
+    """
+    place = store.path if isinstance(store, TargetStore) else store
+    opened = [
+        one if isinstance(one, TargetStore) else open_store_anywhere(one)
+        for one in (store, test_store_path(place) if test is None else test)
+    ]
+    fitted, tested = (embeddings_in(one) for one in opened)
+    return examine(fitted, tested, 1 + int(max(fitted.labels.max(), tested.labels.max()))).to_json()
 
 
 def report(run: str | Path | StudentResult | CompressedResult, *, html: str | Path | None = None) -> Report:

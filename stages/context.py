@@ -22,6 +22,7 @@ from kdpipe.stages.data.image_set import (
 from kdpipe.stages.data.loader.image_loader import ImageLoader
 from kdpipe.stages.data.splits import VALIDATION, Part
 from kdpipe.stages.errors import DataError, RecipeError
+from kdpipe.stages.evaluation.embeddings import MAX_LABELLED
 from kdpipe.stages.evaluation.evaluate import Evaluation, LogitsAt
 from kdpipe.stages.models.build import PUBLISHED, ModelConfig, architecture
 from kdpipe.stages.models.classes import build_for_classes
@@ -34,9 +35,6 @@ from kdpipe.stages.views.config import Views
 from kdpipe.stages.views.renderer import Renderer
 from kdpipe.stages.workspace import NOWHERE, Workspace
 from kdpipe.store import Samples
-
-MAX_LABELLED = 50_000
-"""Training images that k-NN and linear probes are fitted to, at most."""
 
 VIEW_SIZE = "view_size"
 """Key of an architecture record: (H, W) of the views, if a network gets them resized."""

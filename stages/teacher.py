@@ -100,7 +100,7 @@ def teacher_fingerprint(
     """Return everything that determines a teacher."""
     return {
         "starts_from": teacher.identity,
-        "data": context.training_identity() if config.train else context.data_identity(),
+        "data": context.training_identity() if config.train or config.is_headless else context.data_identity(),
         "test": context.test_identity(),
         "seed": seed,
         "train": config_fingerprint(config.train) if config.train else None,

@@ -17,6 +17,9 @@ from kdpipe.stages.models.hooks import FeatureExtractor, extract_features
 from kdpipe.stages.models.tokens import PRE_LOGITS
 from kdpipe.stages.targets.statistics import pooled
 
+MAX_LABELLED = 50_000
+"""Training images that k-NN and linear probes are fitted to, at most."""
+
 
 @dataclass(frozen=True)
 class Embeddings:

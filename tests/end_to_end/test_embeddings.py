@@ -7,8 +7,10 @@ import torch
 from safetensors.torch import save_file
 from support.device import DEVICE
 from support.kdpipe_process import kdpipe_here
+from support.made_store import make_store
 
 import kdpipe as kd
+from kdpipe import KdpipeError
 from kdpipe.stages.errors import RecipeError
 
 RECIPE = f"""
@@ -69,6 +71,9 @@ def test_embeddings_in_python(tmp_path, without_onnx):
     settings = {"mean": [0.3], "std": [0.4], "progress": False}
     store = kd.cache_teacher(teacher, train, tmp_path / "store.zarr", test=test, output="embeddings", **settings)
     assert store.layers == ("pre_logits",)
+    assert kd.evaluate_embeddings(store)["linear_probe"]["accuracy"] > 0.8
+    with pytest.raises(KdpipeError, match="has no embeddings"):
+        kd.evaluate_embeddings(make_store(tmp_path / "made.zarr", num_samples=20).path, store)
     batch = next(iter(kd.DistillationLoader(store, train, batch_size=50)))
     assert batch.features["pre_logits"].shape == (50, 64)
     assert "teacher_logits" not in batch
