@@ -41,7 +41,7 @@ from kdpipe.stages.compress.fine_tune import build_fine_tuning
 from kdpipe.stages.context import StageContext
 from kdpipe.stages.data.image_set import require_labels
 from kdpipe.stages.distillation.adapters import save_adapters
-from kdpipe.stages.distillation.embedding_student import examine_student
+from kdpipe.stages.distillation.embedding_student import evaluation_of_epochs, examine_student
 from kdpipe.stages.distillation.spec import DistillationSpec
 from kdpipe.stages.distillation.student_config import ALONE, DISTILLED, StudentConfig, student_folder, view_warning
 from kdpipe.stages.distillation.task_builder import build_student, build_task
@@ -108,11 +108,13 @@ def train_teacher(config: TeacherConfig, seed: int, context: StageContext) -> di
 def _train_teacher(config: TeacherConfig, seed: int, teacher: ModelBundle, context: StageContext) -> dict[str, Any]:
     process_group, job_dir = context.process_group, teacher_folder(context.run_dir)
     teacher.model.to(context.device)
-    test, more = context.evaluation(teacher.normalize), dict[str, Any]()
+    test, validation = context.evaluation(teacher.normalize), context.validation(teacher.normalize)
+    more: dict[str, Any] = {}
     if config.is_headless:
         test, more = with_probe(teacher.model.eval(), context.labelled(teacher.normalize), test)
+        validation = validation and replace(validation, head=test.head)
     else:
-        test = of_teacher(test, teacher.model)
+        test, validation = of_teacher(test, teacher.model), validation and of_teacher(validation, teacher.model)
     history: list[dict[str, Any]] = []
     if config.train is not None:
         # Views that no store will hold: the teacher must not be fitted to the images that it labels later.
@@ -139,7 +141,7 @@ def _train_teacher(config: TeacherConfig, seed: int, teacher: ModelBundle, conte
         on_no_export=partial(_warn_of_no_export, context),
         more=more,
         require=partial(require_accuracy, config, teacher, test=test),
-        validation=context.validation(teacher.normalize),
+        validation=validation,
     )
 
 
@@ -321,6 +323,7 @@ def _train_student(
         job_dir=student_run.job_dir,
         student_layers=student_layers(main.losses) if main else (),
         process_group=process_group,
+        evaluate=evaluation_of_epochs(student, spec, context),
     )
     if spec is not None:
         build = partial(_build_hint_task, student, spec, context)

@@ -176,8 +176,8 @@ class StageContext:
         """Return the evaluation on the validation images; None if there are none."""
         return None if self.validation_set is None else self.deciding.evaluation(normalize)
 
-    def labelled(self, normalize: Normalization) -> Evaluation:
-        """Return labelled training images, at most MAX_LABELLED, for what is fitted to a model's embeddings.
+    def labelled(self, normalize: Normalization, limit: int = MAX_LABELLED) -> Evaluation:
+        """Return labelled training images, at most `limit`, for what is fitted to a model's embeddings.
 
         They are as they are if they have the size of the views, else in their first view, without a partner mixed in.
 
@@ -191,9 +191,9 @@ class StageContext:
                 f"no training image of {train_set.name} has a label, and embeddings are judged by how well classes can "
                 "be told apart from them: give some images labels."
             )
-        if len(positions) > MAX_LABELLED:
+        if len(positions) > limit:
             generator = torch.Generator().manual_seed(derive_seed(0, "labelled"))
-            positions = positions[torch.randperm(len(positions), generator=generator)[:MAX_LABELLED].sort().values]
+            positions = positions[torch.randperm(len(positions), generator=generator)[:limit].sort().values]
         whole = train_set.image_size == self.renderer.shape[1:]
         context = replace(self, views=replace(self.views, mix=None), mix_partners=None)
         loader = ImageLoader(

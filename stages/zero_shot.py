@@ -88,4 +88,5 @@ def _embeddings(path: str) -> Tensor:
         raise RecipeError(f"{KEY}: {path} must hold one tensor of floating-point numbers [classes, width].")
     if not tensors[0].isfinite().all() or not tensors[0].float().norm(dim=1).all():
         raise ModelError(f"{path} holds NaN, infinity or an embedding of zeros.")
-    return torch.as_tensor(tensors[0]).float()
+    found: Tensor = tensors[0].float()
+    return found

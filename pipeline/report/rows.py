@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
@@ -42,6 +42,8 @@ class QualityMetrics:
     ece_mean: float | None = None
     ece_std: float | None = None
     per_class: list[ClassRow] | None = None
+    knn_mean: float | None = None
+    linear_probe_mean: float | None = None
 
 
 @dataclass(frozen=True)
@@ -156,7 +158,7 @@ def read_quality(results: Mapping[Path, Mapping[str, Any]]) -> QualityMetrics:
     if not found:
         return QualityMetrics()
     try:
-        return _summary(list(found.values()))
+        return replace(_summary(list(found.values())), **_of_embeddings(list(results.values())))
     except (KeyError, TypeError, AttributeError, ValueError) as error:
         folders = ", ".join(str(job) for job in found)
         raise RunError(
@@ -177,6 +179,15 @@ def _summary(found: Sequence[Mapping[str, Any]]) -> QualityMetrics:
         metrics[f"{name}_mean"], metrics[f"{name}_std"] = mean_and_std(values)
     classes = zip(*(seed["per_class"] for seed in found), strict=True)
     return QualityMetrics(**metrics, per_class=[_class_row(over_seeds) for over_seeds in classes])
+
+
+def _of_embeddings(results: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Return the accuracies of classifiers of a network's embeddings; None for networks without such results."""
+    found: dict[str, float | None] = {}
+    for name in ("knn", "linear_probe"):
+        values = [100 * float(result[name]["accuracy"]) for result in results if name in result]
+        found[f"{name}_mean"] = mean_and_std(values)[0]
+    return found
 
 
 def _class_row(over_seeds: Sequence[Mapping[str, Any]]) -> ClassRow:

@@ -25,6 +25,8 @@ def report_tables(report: Report) -> Iterator[Table]:
     yield _costs(report)
     if any(row.ece_mean is not None or row.agreement_mean is not None for row in report.rows):
         yield _agreement(report.rows)
+    if any(row.knn_mean is not None for row in report.rows):
+        yield _embeddings(report.rows)
     if report.recovered:
         yield _recovered(report)
 
@@ -117,6 +119,11 @@ def _agreement(rows: Sequence[Row]) -> Table:
         for row in rows
     ]
     return Table("Agreement with the teacher", headers, cells)
+
+
+def _embeddings(rows: Sequence[Row]) -> Table:
+    cells = [[row.name, mean_std(row.knn_mean), mean_std(row.linear_probe_mean)] for row in rows]
+    return Table("Accuracy of classifiers of the embeddings", ["network", "k-NN %", "linear probe %"], cells)
 
 
 def _recovered(report: Report) -> Table:

@@ -25,7 +25,8 @@ class ViewPreview:
         images: uint8 [S, V, C, H, W].
         sample_ids: [S].
         labels: [S].
-        top: By sample and view, the teacher's top classes and their probabilities at T = 1; empty without a store.
+        top: By sample and view, the teacher's top classes and their probabilities at T = 1; empty without a store, or
+            if it has embeddings.
         partners: By sample and view, label and share of the mix partner, if any.
     """
 
@@ -48,7 +49,8 @@ def show_views(context: StageContext, store: TargetStore | None, num_samples: in
     views = range(min(num_views, context.views.num_views if store is None else store.num_views))
     batches = [context.train_loader.get(ViewRequest(indices, view)) for view in views]
     images = torch.stack([batch.images.cpu() for batch in batches], dim=1)
-    top = _top(context, store, indices, views) if store is not None else [[[] for _ in views] for _ in indices]
+    has_logits = store is not None and store.manifest.has_logits
+    top = _top(context, store, indices, views) if store and has_logits else [[[] for _ in views] for _ in indices]
     partners = [list(row) for row in zip(*[_partners(context, batch) for batch in batches], strict=True)]
     labels = [train_set.label_name(index) for index in indices.tolist()]
     return ViewPreview(images, train_set.sample_ids[indices].tolist(), labels, top, partners)

@@ -6,6 +6,8 @@ images after each training, so that the student classifies in every exported fil
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,7 +15,8 @@ from torch import nn
 
 from kdpipe.stages.context import StageContext
 from kdpipe.stages.distillation.spec import DistillationSpec
-from kdpipe.stages.evaluation.embeddings import embeddings_of, examine
+from kdpipe.stages.evaluation.embeddings import embeddings_of, evaluate_neighbors, examine
+from kdpipe.stages.evaluation.evaluate import EvalResult, Evaluation, evaluate
 from kdpipe.stages.evaluation.linear_probe import LinearProbe
 from kdpipe.stages.losses.base import FeatureLoss
 from kdpipe.stages.losses.features.simkd import SimKD
@@ -21,6 +24,9 @@ from kdpipe.stages.losses.schedules import bounds
 from kdpipe.stages.models.bundle import ModelBundle
 from kdpipe.stages.models.hooks import get_module
 from kdpipe.stages.models.tokens import classifier_path
+
+NUM_NEIGHBORS = 5_000
+"""Labelled images, at most, among which neighbors are looked for after each epoch."""
 
 
 def learns_embeddings(spec: DistillationSpec | None) -> bool:
@@ -47,6 +53,16 @@ def examine_student(network: ModelBundle, spec: DistillationSpec | None, context
     if not trains_classifier(spec):
         _set_classifier(network.model, examined.probe)
     return examined.to_json()
+
+
+def evaluation_of_epochs(
+    network: ModelBundle, spec: DistillationSpec | None, context: StageContext
+) -> Callable[[nn.Module, Evaluation, torch.device], EvalResult]:
+    """Return how a student is evaluated after each epoch: by k-NN if nothing trains its classifier."""
+    is_labelled = bool((context.train_set.labels >= 0).any())
+    if spec is None or not learns_embeddings(spec) or trains_classifier(spec) or not is_labelled:
+        return evaluate
+    return partial(evaluate_neighbors, labelled=context.labelled(network.normalize, NUM_NEIGHBORS))
 
 
 @torch.no_grad()

@@ -6,10 +6,11 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kdpipe.stages.errors import NotFiniteError
-from kdpipe.stages.evaluation.evaluate import Evaluation, predict
+from kdpipe.stages.evaluation.evaluate import EvalResult, Evaluation, predict
 from kdpipe.stages.evaluation.knn import KNN
 from kdpipe.stages.evaluation.linear_probe import LinearProbe, fit_probe
 from kdpipe.stages.models.hooks import FeatureExtractor, extract_features
@@ -59,6 +60,15 @@ def examine(fitted: Embeddings, test: Embeddings, num_classes: int) -> Examined:
     found = {"knn": knn(test.vectors), "linear_probe": probe(test.vectors)}
     right = {name: logits.argmax(1).cpu() == test.labels for name, logits in found.items()}
     return Examined(knn, probe, {name: float(correct.double().mean()) for name, correct in right.items()})
+
+
+def evaluate_neighbors(model: nn.Module, test: Evaluation, device: torch.device, *, labelled: Evaluation) -> EvalResult:
+    """Evaluate the embeddings of a network, whatever its classifier is, by k-NN among those of labelled images."""
+    fitted = embeddings_of(model, replace(labelled, compute=test.compute))
+    found = embeddings_of(model, test)
+    votes = KNN(fitted.vectors, fitted.labels, len(test.class_names))(found.vectors).cpu()
+    accuracy = float((votes.argmax(1) == found.labels).double().mean())
+    return EvalResult(accuracy, float(F.cross_entropy(votes, found.labels)))
 
 
 def with_probe(model: nn.Module, labelled: Evaluation, test: Evaluation) -> tuple[Evaluation, dict[str, Any]]:

@@ -40,8 +40,8 @@ class LinearProbe:
 def fit_probe(vectors: Tensor, labels: Tensor, num_classes: int) -> LinearProbe:
     """Fit a linear classifier to embeddings float32 [N, D] with labels int64 [N], in float64 by L-BFGS.
 
-    The penalty is that of `L2` with the highest accuracy on the images held out, and of equal ones the strongest; the
-    classifier is then fitted to all images.
+    The penalty is that of `L2` with the lowest cross entropy on the images held out; the classifier is then fitted to
+    all images.
 
     Example:
         >>> probe = fit_probe(torch.tensor([[1.0], [2.0], [5.0], [6.0]]), torch.tensor([0, 0, 1, 1]), num_classes=2)
@@ -63,11 +63,11 @@ def _chosen_l2(inputs: Tensor, labels: Tensor, num_classes: int) -> float:
     order = torch.randperm(len(labels), generator=generator).to(labels.device)
     num_held = round(HELD_OUT * len(labels))
     held, kept = order[:num_held], order[num_held:]
-    parameters, accuracies = _zeros(inputs, num_classes), []
+    parameters, losses = _zeros(inputs, num_classes), []
     for l2 in L2:  # each starts where the stronger penalty ended
         parameters = _fit(inputs[kept], labels[kept], l2, parameters)
-        accuracies.append(int((F.linear(inputs[held], *parameters).argmax(1) == labels[held]).sum()))
-    return L2[accuracies.index(max(accuracies))]
+        losses.append(float(F.cross_entropy(F.linear(inputs[held], *parameters), labels[held])))
+    return L2[losses.index(min(losses))]
 
 
 def _zeros(inputs: Tensor, num_classes: int) -> tuple[Tensor, Tensor]:

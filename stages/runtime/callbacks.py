@@ -30,7 +30,8 @@ class CallbackState:
         global_step: The number of steps done, over all epochs.
         steps_per_epoch: The number of steps of an epoch.
         history: The metrics of each finished epoch: `epoch` (from 0), `accuracy` and `cross_entropy` on the test
-            images, or with `split` = "validation" on the validation images; `losses` by name, `lr` and `wall_s`.
+            images, or with `split` = "validation" on the validation images; `losses` by name, `lr` and `wall_s`. Of
+            images without labels it has `metric` = "agreement", and `agreement` in place of `accuracy`.
         mean_losses: Returns the means of the current epoch's losses so far, by name; on a GPU it waits for the step.
         warn: Shows a sentence to the user.
         stop: Ends the training after the current epoch.

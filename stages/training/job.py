@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import nn
 
 from kdpipe.stages.data.loader.sampling import num_steps
 from kdpipe.stages.data.splits import VALIDATION
-from kdpipe.stages.evaluation.evaluate import Evaluation
+from kdpipe.stages.evaluation.evaluate import EvalResult, Evaluation, evaluate
 from kdpipe.stages.runtime.distributed import SINGLE, ProcessGroup
 from kdpipe.stages.training.job_dir import JobDir
 from kdpipe.stages.training.optim import TrainConfig
@@ -31,6 +32,7 @@ class TrainJob:
         seed: Decides the order of the samples and dropout.
         job_dir: The folder of checkpoint, metrics and results.
         student_layers: The modules of the model whose features are extracted.
+        evaluate: How the model is evaluated on `test`.
         on_epoch: Called with model and epoch number before each epoch; it may change only the model's state.
         after_step: Called with the model after each step; it may change only the model's state.
         process_group: The processes that share each batch.
@@ -48,6 +50,7 @@ class TrainJob:
     on_epoch: Callable[[nn.Module, int], None] = lambda model, epoch: None
     after_step: Callable[[nn.Module], None] = lambda model: None
     process_group: ProcessGroup = SINGLE
+    evaluate: Callable[[nn.Module, Evaluation, torch.device], EvalResult] = evaluate
 
     @property
     def validates(self) -> bool:

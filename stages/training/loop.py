@@ -18,7 +18,6 @@ from kdpipe.stages.compute.tf32 import tf32
 from kdpipe.stages.compute.threads import restored_threads
 from kdpipe.stages.data.splits import VALIDATION
 from kdpipe.stages.errors import NotFiniteError, RunError, StoppedEarly
-from kdpipe.stages.evaluation.evaluate import evaluate
 from kdpipe.stages.evaluation.main_metric import metric_of
 from kdpipe.stages.models.hooks import extract_features
 from kdpipe.stages.runtime.circumstances import circumstances, resume_circumstances
@@ -205,7 +204,7 @@ def _end_epoch(job: TrainJob, progress: Progress, steps: int, device: torch.devi
         )
 
     def evaluate_and_write() -> dict[str, Any]:
-        result = evaluate(job.model, job.test, device).to_json() if job.test else {}
+        result = job.evaluate(job.model, job.test, device).to_json() if job.test else {}
         rate = learning_rate(job.config, progress.epoch * steps + steps - 1, steps)
         compute = {"compute": job.test.compute.to_json()} if job.test and job.test.compute != EXACT else {}
         line = {"epoch": progress.epoch, **result, "losses": losses, "lr": rate, "wall_s": round(wall_s, 3), **compute}

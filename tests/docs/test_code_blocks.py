@@ -33,7 +33,7 @@ LANGUAGES = (*RUNS, "toml", "bash", "json", "text")
 OTHER_TOML = ("pyproject.toml", ".taplo.toml")
 MINIMAL: dict[str, Any] = {
     "name": "page",
-    "teacher": {"model": {"name": "cnn"}, "train": {}},
+    "teacher": {"model": {"name": "cnn"}},
     "student": {"model": {"name": "cnn"}},
 }
 FEWER_IMAGES = ('load_dataset("digits"', 'load_dataset("digits", num_train=200')

@@ -34,11 +34,11 @@ cache = { batch_size = 64 }
 
 [teacher]
 model = { name = "cnn", args = { width = 8 } }
-train = { epochs = 2, batch_size = 32, checkpoint_every_s = 0 }
+train = { epochs = 2, batch_size = 32, checkpoint_every_s = 0, precision = "float32" }
 
 [student]
 model = { name = "cnn", args = { width = 4 } }
-train = { epochs = 2, batch_size = 32, lr = 0.02, checkpoint_every_s = 0 }
+train = { epochs = 2, batch_size = 32, lr = 0.02, checkpoint_every_s = 0, precision = "float32" }
 seeds = [0]
 
 [[distill]]

@@ -122,7 +122,7 @@ def _caching_cost(run: Run, plan: dict[str, Any], measured: dict[str, float] | N
 
 def _try_given(run: Run, teacher: ModelBundle, sample: StageContext) -> str:
     """Return what other scalings and class orders would reach with a given teacher, on a sample of the test images."""
-    if run.recipe.teacher.train is not None or not run.context.test_set.is_labelled:
+    if run.recipe.teacher.train is not None or teacher.is_headless or not run.context.test_set.is_labelled:
         return ""
     test, started = sample.evaluation(teacher.normalize), time.monotonic()
     report = evaluate_in_depth(teacher.model, test, sample.device)

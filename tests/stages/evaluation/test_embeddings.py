@@ -7,7 +7,7 @@ from torch import nn
 
 from kdpipe.stages.data.image_set import ImageSet
 from kdpipe.stages.data.loader.image_loader import ImageLoader
-from kdpipe.stages.evaluation.embeddings import embeddings_of, with_probe
+from kdpipe.stages.evaluation.embeddings import embeddings_of, evaluate_neighbors, with_probe
 from kdpipe.stages.evaluation.evaluate import Evaluation, evaluate
 from kdpipe.stages.evaluation.knn import KNN
 from kdpipe.stages.evaluation.linear_probe import LinearProbe, fit_probe
@@ -80,3 +80,11 @@ def test_a_network_without_a_classifier_has_the_accuracy_of_its_probe():
     assert evaluate(model, test, CPU).to_json()["accuracy"] == 1.0
     assert record["knn"] == {"accuracy": 1.0, "k": 20, "num_images": 30}
     assert record["linear_probe"]["accuracy"] == 1.0
+
+
+def test_epochs_are_evaluated_by_neighbors_whatever_the_classifier_is():
+    model = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(3, 3, bias=False))
+    nn.init.zeros_(model[2].weight)
+    test = evaluation(9)
+    assert evaluate(model, test, CPU).value == pytest.approx(1 / 3)
+    assert evaluate_neighbors(model, test, CPU, labelled=evaluation(30)).value == 1.0
