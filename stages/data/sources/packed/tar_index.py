@@ -11,7 +11,7 @@ import time
 import unicodedata
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import IO
 
 import numpy as np
 import numpy.typing as npt
@@ -71,7 +71,7 @@ def _index(path: Path) -> TarIndex:
                 tar.members.clear()  # type: ignore[attr-defined] # millions of them would take gigabytes
                 last = member.name
                 if member.isreg() and member.sparse is None:
-                    grouping.add(_normal(last), len(places), member.size, lambda: _content(tar, member))
+                    grouping.add(_normal(last), len(places), member.size, lambda: _content(file, member))
                     places.append((member.offset_data, member.size))
                 elif not member.isdir():
                     raise DataError(f"{path}: {last} is a link or no plain file: write the files themselves.")
@@ -90,10 +90,9 @@ def _normal(name: str) -> str:
     return unicodedata.normalize("NFC", os.path.normpath(name).replace(os.sep, "/"))
 
 
-def _content(tar: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:
-    opened: IO[Any] | None = tar.extractfile(member)
-    assert opened is not None
-    content: bytes = opened.read()
+def _content(file: IO[bytes], member: tarfile.TarInfo) -> bytes:
+    file.seek(member.offset_data)  # tarfile seeks before it reads
+    content = file.read(member.size)
     if len(content) != member.size:
         raise EOFError("unexpected end of data")
     return content
