@@ -268,3 +268,10 @@ def test_given_weights_need_scaling_and_expected_accuracy(data, network):
     loaded = kd.create_model("cnn", train, width=2, weights="cnn.pt")
     with pytest.raises(kd.KdpipeError, match=r"give normalize=\(mean, std\)"):
         kd.cache_teacher(loaded, train, "t.zarr", **QUIET)
+
+
+def test_labels_of_a_data_set_may_be_left_out():
+    images, labels = torch.zeros(20, 1, 8, 8, dtype=torch.uint8), torch.arange(20) % 2
+    few = kd.as_image_set(torch.utils.data.TensorDataset(images, labels), labels=4)
+    assert torch.bincount(few.labels[few.labelled]).tolist() == [2, 2]
+    assert not kd.as_image_set(few, labels="none").has_labels
