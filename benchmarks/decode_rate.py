@@ -67,9 +67,9 @@ def main() -> None:
         rates: dict[str, list[float]] = {name: [] for name in epochs}
         for number in range(arguments.rounds + 1):
             for name, epoch in epochs.items():
-                found = rate(epoch)
+                measured = rate(epoch)
                 if number:  # the first round starts the workers
-                    rates[name].append(found)
+                    rates[name].append(measured)
     print(f"{arguments.images} JPEGs of 500 x 375 cropped to {SIZE}, {arguments.workers} workers")
     own = rates["kdpipe, imagefolder"]
     for name, found in rates.items():
