@@ -280,9 +280,9 @@ def _print_data_warning(event: ProgressEvent) -> None:
 
 
 def _work(command: str, count: int, only: Step | None) -> Callable[[Run], dict[str, Any]]:
-    from kdpipe.pipeline.commands.compare import run_compare
     from kdpipe.pipeline.commands.generations import run_generations
-    from kdpipe.pipeline.commands.sweep import run_sweep
+    from kdpipe.pipeline.commands.variants.compare import run_compare
+    from kdpipe.pipeline.commands.variants.sweep import run_sweep
     from kdpipe.pipeline.steps import STAGES, run_all, run_compress
 
     functions: dict[str, Callable[[Run], dict[str, Any]]] = {
@@ -312,10 +312,10 @@ def _write_page(folder: Path) -> Path | None:
 
 def _print_results(command: str, run: Run, results: dict[str, Any], as_json: bool) -> int:
     """Print the results to stdout, and write the page of a whole run; return the exit status."""
-    from kdpipe.pipeline.commands.compare import print_compare
     from kdpipe.pipeline.commands.generations import print_generations
     from kdpipe.pipeline.commands.summary import print_summary
-    from kdpipe.pipeline.commands.sweep import print_sweep
+    from kdpipe.pipeline.commands.variants.compare import print_compare
+    from kdpipe.pipeline.commands.variants.sweep import print_sweep
     from kdpipe.pipeline.report.pareto import write_pareto_plot
     from kdpipe.pipeline.report.printing import print_reports
     from kdpipe.pipeline.terminal.exit_codes import DONE

@@ -40,7 +40,7 @@ EARLY_IMPORTS = (
 )
 LATE_IMPORTS = (
     "onnxscript.function_libs.torch_lib.ops",
-    "kdpipe.pipeline.commands.compare",
+    "kdpipe.pipeline.commands.variants.compare",
     "kdpipe.pipeline.commands.generations",
     "kdpipe.pipeline.report.pareto_svg",
     "matplotlib.backends.backend_agg",

@@ -8,11 +8,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from kdpipe.pipeline.commands.compare import variants_of
 from kdpipe.pipeline.commands.plan.existing import unfinished_compressions
 from kdpipe.pipeline.commands.plan.probe import Probe, Seconds
-from kdpipe.pipeline.commands.sweep import sweep_trainings
-from kdpipe.pipeline.commands.trainings import run_of
+from kdpipe.pipeline.commands.variants.compare import variants_of
+from kdpipe.pipeline.commands.variants.sweep import sweep_trainings
+from kdpipe.pipeline.commands.variants.trainings import run_of
 from kdpipe.pipeline.run import Run
 from kdpipe.stages.compress.compress import fine_tunings
 from kdpipe.stages.distillation.spec import DistillationSpec

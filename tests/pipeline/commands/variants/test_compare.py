@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from kdpipe.pipeline.commands.compare import print_compare
+from kdpipe.pipeline.commands.variants.compare import print_compare
 
 ROW = {
     "accuracies": [90.0],

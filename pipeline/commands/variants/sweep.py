@@ -12,8 +12,8 @@ from typing import Any
 
 from tabulate import tabulate
 
-from kdpipe.pipeline.commands.compare import accuracy_row, prepare_store
-from kdpipe.pipeline.commands.trainings import Results, Training, alone_at, num_diverged, run_of, train_all
+from kdpipe.pipeline.commands.variants.compare import accuracy_row, prepare_store
+from kdpipe.pipeline.commands.variants.trainings import Results, Training, alone_at, num_diverged, run_of, train_all
 from kdpipe.pipeline.preflight import try_distillation
 from kdpipe.pipeline.recipe.sweep import SweepPoint, alone_of, as_override, short_names
 from kdpipe.pipeline.report.printing import full_report

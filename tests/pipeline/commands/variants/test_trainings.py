@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 from support.tiny_run import RECIPE
 
-from kdpipe.pipeline.commands import trainings
-from kdpipe.pipeline.commands.compare import run_compare
+from kdpipe.pipeline.commands.variants import trainings
+from kdpipe.pipeline.commands.variants.compare import run_compare
 from kdpipe.pipeline.run import Run
 from kdpipe.stages.errors import NotFiniteError
 from kdpipe.stages.losses.logits.kd import KD

@@ -9,7 +9,7 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
-from kdpipe.pipeline.commands.trainings import Training, alone_at, num_diverged, run_of, train_all
+from kdpipe.pipeline.commands.variants.trainings import Training, alone_at, num_diverged, run_of, train_all
 from kdpipe.pipeline.preflight import preflight, try_distillation
 from kdpipe.pipeline.report.differences import Outcomes, between
 from kdpipe.pipeline.report.printing import full_report

@@ -1,0 +1,1 @@
+"""Many students of one recipe: `kdpipe compare` and `kdpipe sweep`."""
