@@ -7,6 +7,7 @@ from pathlib import Path
 
 from kdpipe.pipeline.recipe.load import Recipe
 from kdpipe.pipeline.terminal.whole_run import PlannedJob
+from kdpipe.stages.compress.artifacts.export_student import export_name
 from kdpipe.stages.compress.compress import fine_tunings
 from kdpipe.stages.compress.names import network_name
 from kdpipe.stages.distillation.student_config import ALONE, DISTILLED
@@ -29,4 +30,5 @@ def planned_jobs(recipe: Recipe, stages: Sequence[str]) -> list[PlannedJob]:
         for kind, (train, _) in fine_tunings(recipe.compress).items():
             name = f"{network_name(kind, prunes=recipe.compress.prunes)}, seed {seed}"
             jobs.append(PlannedJob("compress", name, kind, train.epochs, number))
+        jobs.append(PlannedJob("compress", export_name(seed), "export", 1.0, number))
     return [job for job in jobs if job.stage in stages]

@@ -83,13 +83,21 @@ def _message(recipe: type, error: Mapping[str, Any], origin_of: Callable[[Keys],
     if kind in NEEDED:
         return f"{origin}: the key {key!r} is missing: give it a value."
     if kind in UNKNOWN_LOSS:
-        known = ", ".join(LOSSES.names())
-        return f"{origin}: {key}: unknown or missing loss; choose from {known}, or python:MODULE:NAME."
+        return f"{origin}: {key}: {_unknown_loss(error['input'])}"
     if kind == "loss_reference":
         return f"{origin}: {key}.{error['msg'].removeprefix('distill.')}"
     found, message = redacted(str(error["input"])), error["msg"].removeprefix("Value error, ")
     named = f"{key} = {found[:80]}" if key else "the recipe"
     return f"{origin}: {named}: {message[0].lower()}{message[1:]}."
+
+
+def _unknown_loss(entry: Any) -> str:
+    names = LOSSES.names()
+    choice = f"choose from {', '.join(names)}, or python:MODULE:NAME."
+    name = entry.get("loss") if isinstance(entry, Mapping) else None
+    if not isinstance(name, str):
+        return f"the loss is missing: {choice}"
+    return f"unknown loss {redacted(name)[:80]!r}; {did_you_mean(name, names, otherwise=choice)}"
 
 
 def _hint(known: list[str], key: str, origin: str) -> str:

@@ -157,8 +157,8 @@ def rows_of_classes(
     if absent:
         raise RecipeError(
             f"{key}: {len(absent)} of the data's {len(class_names)} classes are not among the {len(known):,} "
-            f"of {where}: {first_few(absent)}. It has {first_few([names[0] for names in known])}; add the data's names "
-            "to its lines."
+            f"of {where}: {first_few(absent)}. {_near_names(absent[0], known)}Name them as there, or give a "
+            f"file with a line for each class of the weights, which may have several names separated by tabs, as {key}."
         )
     for name, rows in zip(class_names, found, strict=True):
         if len(rows) > 1:
@@ -167,6 +167,15 @@ def rows_of_classes(
     if twice := [name for name, row in zip(class_names, rows, strict=True) if rows.count(row) > 1]:
         raise RecipeError(f"{key}: the data's classes {first_few(twice)} are the same class of {where}.")
     return rows
+
+
+def _near_names(name: str, known: Sequence[Sequence[str]]) -> str:
+    """Return a sentence of known classes that have a word of `name`, or of the first ones."""
+    words = set(_plain(name).split())
+    near = [names for names in known if any(words & set(_plain(each).split()) for each in names)]
+    if near:
+        return f"{name!r} may be {first_few([' = '.join(names[:2]) for names in near])}. "
+    return f"It has {first_few([names[0] for names in known])}. "
 
 
 def _outputs_by_name(known: Sequence[Sequence[str]]) -> dict[str, set[int]]:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import itertools
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
@@ -20,11 +21,12 @@ from kdpipe.stages.distillation.student_config import ALONE, DISTILLED, student_
 from kdpipe.stages.evaluation.correct_images import outcome_of
 from kdpipe.stages.evaluation.evaluate import Evaluation
 from kdpipe.stages.evaluation.intervals import accuracy_interval
-from kdpipe.stages.evaluation.latency import measure_latency
+from kdpipe.stages.evaluation.latency import WARM_UP_ROUNDS, measure_latency
 from kdpipe.stages.evaluation.main_metric import main_value, metric_of
 from kdpipe.stages.export.onnx_session import float_nodes
 from kdpipe.stages.models.bundle import ModelBundle
 from kdpipe.stages.runtime.cpu import cpu_name
+from kdpipe.stages.runtime.events import ProgressEvent
 from kdpipe.stages.training.job_dir import JobDir, read_json_file, write_json_file
 from kdpipe.store import make_folders
 from kdpipe.store.fs.checksums import file_sha256, require_intact
@@ -39,11 +41,26 @@ def export_student(config: CompressConfig, fine_tuning: FineTuneContext, *, name
     """
     candidates = _candidates(config, fine_tuning)
     test = fine_tuning.evaluation(candidates[0].network.normalize)
-    latency = measure_files(config, fine_tuning)
+    num_rounds = (WARM_UP_ROUNDS + config.latency_rounds) * len(config.latency_batch_sizes)
+    steps, job = itertools.count(), export_name(fine_tuning.seed)
+
+    def advance() -> None:
+        fine_tuning.monitor.check()
+        event = ProgressEvent("compress", job, next(steps), num_rounds + len(candidates), "step")
+        fine_tuning.monitor.report(event)
+
+    latency = measure_files(config, fine_tuning, advance)
+    steps = itertools.count(num_rounds)
     facts = {"name": name, **_facts(fine_tuning, candidates, test, latency)}
-    return write_artifacts(
-        artifact_folder(fine_tuning.root, fine_tuning.seed), candidates, facts, test, opset=config.opset
-    )
+    folder = artifact_folder(fine_tuning.root, fine_tuning.seed)
+    card = write_artifacts(folder, candidates, facts, test, opset=config.opset, before_each=advance)
+    advance()
+    return card
+
+
+def export_name(seed: int) -> str:
+    """Return the name of the last job of a seed in progress events."""
+    return f"export, seed {seed}"
 
 
 def _candidates(config: CompressConfig, fine_tuning: FineTuneContext) -> list[Candidate]:
@@ -65,7 +82,9 @@ def _candidates(config: CompressConfig, fine_tuning: FineTuneContext) -> list[Ca
     return found
 
 
-def measure_files(config: CompressConfig, fine_tuning: FineTuneContext) -> Latencies:
+def measure_files(
+    config: CompressConfig, fine_tuning: FineTuneContext, between_rounds: Callable[[], None]
+) -> Latencies:
     """Measure onnxruntime's time per batch, teacher to INT8 student, each on its own size of images, in one process.
 
     The result is recorded and reused for the same files and number of threads. Raises RunError if the record is
@@ -92,7 +111,7 @@ def measure_files(config: CompressConfig, fine_tuning: FineTuneContext) -> Laten
         config.latency_batch_sizes,
         num_rounds=config.latency_rounds,
         num_threads=max_threads(),
-        between_rounds=fine_tuning.monitor.check,
+        between_rounds=between_rounds,
     )
     files = {
         name: {str(size): latency.to_json() for size, latency in by_size.items()} for name, by_size in found.items()

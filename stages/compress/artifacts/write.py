@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -65,8 +65,9 @@ def write_artifacts(
     test: Evaluation,
     *,
     opset: int | None = None,
+    before_each: Callable[[], None] = lambda: None,
 ) -> dict[str, Any]:
-    """Write the artifacts of each candidate, then the ranking, and return the latter's card.
+    """Write the artifacts of each candidate, after `before_each`, then the ranking, and return the latter's card.
 
     Every file is written atomically, each card after the files it describes: earlier artifacts of a network stay until
     its new ones are complete. `facts` are entries of every card.
@@ -80,6 +81,7 @@ def write_artifacts(
     except OSError as error:
         raise RunError(f"the artifacts folder {folder} cannot be created: {error.strerror}.") from error
     for candidate in candidates:
+        before_each()
         _write_candidate(folder / candidate.kind, candidate, facts, test, opset)
     kinds = {candidate.kind for candidate in candidates}
     for stale in [path.parent for path in folder.glob("*/card.json") if path.parent.name not in kinds]:

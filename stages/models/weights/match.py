@@ -186,7 +186,11 @@ def _why_none_fits(model: nn.Module, matches: Sequence[Match], fresh_head: int |
     if fresh_head is None and (num_classes := _classes_of(model)) is not None:
         head = _head_entries(model, best.entries, num_classes)
         if not _misfits({**best.entries, **{name: expected[name] for name in head}}, expected):
-            return faults + "Only its classifier differs: set fresh_head = true for a new one, and train it."
+            return faults + (
+                "Only its classifier differs: if the data's classes are among those of the weights, name these in "
+                "model.classes ('published' for a library's weights, or a file), else set model.fresh_head = true for "
+                "a new classifier, and train it."
+            )
     return faults + "Check the model's name, args and number of classes."
 
 

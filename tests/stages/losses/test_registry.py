@@ -86,9 +86,10 @@ def test_compare_variants_take_losses_of_users():
         ({"loss": "python:no_such_module:f"}, "distill.0.loss='python:no_such_module:f': the module no_such_module"),
         ({"loss": "python:"}, "distill.0.loss='python:' must read python:package.module:function."),
         ({"loss": "python:os:system:echo"}, "has no function system:echo"),
-        ({"loss": "magic"}, "distill.0: unknown or missing loss; choose from kd, dkd, "),
+        ({"loss": "magic"}, "distill.0: unknown loss 'magic'; choose from kd, dkd, "),
+        ({"loss": "dkdd"}, "distill.0: unknown loss 'dkdd'; did you mean 'dkd'?"),
         ({"loss": ["kd"]}, "distill.0: "),
-        ({"weight": 3}, "distill.0: unknown or missing loss"),
+        ({"weight": 3}, "distill.0: the loss is missing: choose from kd, dkd, "),
     ],
 )
 def test_faults_of_entries_name_the_key(entry, message):
