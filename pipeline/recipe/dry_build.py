@@ -15,6 +15,7 @@ from kdpipe.pipeline.recipe.load import Recipe, fault_of, faults_of_each, studen
 from kdpipe.stages.cache_teacher.plan import top_k_of
 from kdpipe.stages.compress.compress import dry_run
 from kdpipe.stages.context import StageContext
+from kdpipe.stages.data.config import DataConfig
 from kdpipe.stages.data.image_set import ImageSet
 from kdpipe.stages.data.load import list_source, require_applicable
 from kdpipe.stages.data.names import FILE_KINDS, KINDS, NUM_CLASSES, SHAPES
@@ -60,12 +61,21 @@ def dry_build(recipe: Recipe) -> tuple[list[str], list[str]]:
         return [str(error)], []
     if context is None:
         note = f"only names are checked: the size of the images is unknown until {recipe.data.name} is read."
-        return list(_faults_of_names(recipe)), [note]
+        return list(_faults_of_names(recipe)), [note, *_missing_data(recipe.data)]
     faults = list(dict.fromkeys(_faults(recipe, context)))
     if not faults and is_user_model(given.model.name):
         fault = fault_of(require_weights, given, recipe.seed, context)
         faults += [fault] if fault else []
-    return faults, []
+    return faults, _missing_data(recipe.data)
+
+
+def _missing_data(config: DataConfig) -> list[str]:
+    """Return a note if the recipe's folder or file of data is not there: the recipe may be for another machine."""
+    kind, _, argument = config.name.partition(":")
+    place = Path(config.root).expanduser() / Path(argument).expanduser()
+    if kind not in ("imagefolder", "table", "lmdb", "npz") or place.exists():
+        return []
+    return [f"the data is not checked: {place.absolute()} is not on this machine."]
 
 
 def faults_of_given(recipe: Recipe) -> tuple[list[str], list[str]]:

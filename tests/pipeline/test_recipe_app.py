@@ -168,6 +168,7 @@ def test_check_notes_absent_files_and_unknown_sizes(here):
     overrides = ["student.model.weights=none.pt", "distill=[{ loss = 'kd' }]"]
     shown = called("check", "r.toml", *(part for each in overrides for part in ("--set", each))).stdout
     assert "only names are checked" in shown
+    assert f"the data is not checked: {here / 'data' / 'images.npz'} is not on this machine" in shown.replace("\n", "")
     assert "student.model.weights = 'none.pt' does not exist on this machine" in shown
     assert list(here.iterdir()) == [here / "r.toml"]
 

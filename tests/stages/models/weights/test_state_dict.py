@@ -121,7 +121,11 @@ def test_what_fits_is_taken_and_told(tmp_path: Path, content: object, key: str |
         ({"teacher": ONE, "student": OTHER}, None, "several networks that fit the model, 'teacher', 'student'"),
         ({"state_dict": ONE}, "ema", "no weights under model.weights_key = 'ema'; keys: 'state_dict'."),
         ({"net": with_prefix("x.", {**ONE, "more": torch.ones(1)})}, None, "unexpected more (under 'net.x')"),
-        (ONE | {"fc.weight": torch.ones(7, 32), "fc.bias": torch.ones(7)}, None, "model.fresh_head = true for a new classifier"),
+        (
+            ONE | {"fc.weight": torch.ones(7, 32), "fc.bias": torch.ones(7)},
+            None,
+            "model.fresh_head = true for a new classifier",
+        ),
     ],
 )
 def test_what_does_not_fit_is_described(tmp_path: Path, content: object, key: str | None, sentence: str) -> None:
