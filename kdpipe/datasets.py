@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from kdpipe.stages.data.config import DataConfig
 from kdpipe.stages.data.image_set import ImageSet
-from kdpipe.stages.data.labelling import keep_labels
+from kdpipe.stages.data.labeling import keep_labels
 from kdpipe.stages.data.load import load_dataset as load_split
 from kdpipe.stages.data.splits import VALIDATION, Part
 from kdpipe.stages.errors import DataError
@@ -66,7 +66,7 @@ def as_image_set(
 
     Images that take more than `max_bytes` (8 GiB), or are of unequal sizes, are read once for their checksums, and then
     on access; others are kept in memory. All functions do so with what they are given. Call it yourself to convert a
-    large data set once, or to set options. A sample whose label is None or -1 is unlabelled.
+    large data set once, or to set options. A sample whose label is None or -1 is unlabeled.
 
     Args:
         dataset: The data set. Images must be raw: PIL images, uint8 arrays or tensors, or what ToTensor makes of them.

@@ -78,7 +78,7 @@ def evaluate_embeddings(
 ) -> dict[str, Any]:
     """Judge the embeddings in a store by k-NN and a linear probe, without the teacher.
 
-    Both are fitted to the first view of the labelled training images, at most 50,000.
+    Both are fitted to the first view of the labeled training images, at most 50,000.
 
     Args:
         store: The store of the training images, with `features/pre_logits`: of a teacher without a classifier, or with

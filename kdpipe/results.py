@@ -40,7 +40,7 @@ class Result:
 
     @property
     def accuracy(self) -> float:
-        """Accuracy on the labelled test images after the last epoch, in [0, 1].
+        """Accuracy on the labeled test images after the last epoch, in [0, 1].
 
         Raises:
             RunError: No test image has a label: see `agreement`.
@@ -159,7 +159,7 @@ class CompressedResult:
 
     @property
     def accuracy(self) -> float:
-        """Accuracy of the final network on the labelled test images, in [0, 1].
+        """Accuracy of the final network on the labeled test images, in [0, 1].
 
         Raises:
             RunError: No test image has a label: see the `agreement` of `networks`.

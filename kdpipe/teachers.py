@@ -216,7 +216,7 @@ def cache_teacher(
             )
             evaluation = opened.evaluation(bundle.normalize)
             if headless:
-                evaluation, _ = with_probe(bundle.model, opened.labelled(bundle.normalize), evaluation)
+                evaluation, _ = with_probe(bundle.model, opened.labeled(bundle.normalize), evaluation)
             else:
                 evaluation = of_teacher(evaluation, bundle.model)
             report = evaluate_in_depth(bundle.model, evaluation, opened.device)

@@ -22,7 +22,7 @@ from kdpipe.stages.compute.threads import set_up_threads
 from kdpipe.stages.context import StageContext, require_fitting_test_images, test_context, test_image_size
 from kdpipe.stages.data.config import DataConfig
 from kdpipe.stages.data.image_set import ImageSet
-from kdpipe.stages.data.labelling import hide_labels
+from kdpipe.stages.data.labeling import hide_labels
 from kdpipe.stages.data.load import load_dataset
 from kdpipe.stages.data.loader.mix_partners import load_partner_pool, read_partner_pool
 from kdpipe.stages.data.splits import VALIDATION, Part

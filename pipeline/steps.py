@@ -111,7 +111,7 @@ def _train_teacher(config: TeacherConfig, seed: int, teacher: ModelBundle, conte
     test, validation = context.evaluation(teacher.normalize), context.validation(teacher.normalize)
     more: dict[str, Any] = {}
     if config.is_headless:
-        test, more = with_probe(teacher.model.eval(), context.labelled(teacher.normalize), test)
+        test, more = with_probe(teacher.model.eval(), context.labeled(teacher.normalize), test)
         validation = validation and replace(validation, head=test.head)
     else:
         test, validation = of_teacher(test, teacher.model), validation and of_teacher(validation, teacher.model)

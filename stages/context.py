@@ -22,7 +22,7 @@ from kdpipe.stages.data.image_set import (
 from kdpipe.stages.data.loader.image_loader import ImageLoader
 from kdpipe.stages.data.splits import VALIDATION, Part
 from kdpipe.stages.errors import DataError, RecipeError
-from kdpipe.stages.evaluation.embeddings import MAX_LABELLED
+from kdpipe.stages.evaluation.embeddings import MAX_LABELED
 from kdpipe.stages.evaluation.evaluate import Evaluation, LogitsAt
 from kdpipe.stages.models.build import PUBLISHED, ModelConfig, architecture
 from kdpipe.stages.models.classes import build_for_classes
@@ -174,8 +174,8 @@ class StageContext:
         """Return the evaluation on the validation images; None if there are none."""
         return None if self.validation_set is None else self.deciding.evaluation(normalize)
 
-    def labelled(self, normalize: Normalization, limit: int = MAX_LABELLED) -> Evaluation:
-        """Return labelled training images, at most `limit`, for what is fitted to a model's embeddings.
+    def labeled(self, normalize: Normalization, limit: int = MAX_LABELED) -> Evaluation:
+        """Return labeled training images, at most `limit`, for what is fitted to a model's embeddings.
 
         They are as they are if they have the size of the views, else in their first view, without a partner mixed in.
 
@@ -190,7 +190,7 @@ class StageContext:
                 "be told apart from them: give some images labels."
             )
         if len(positions) > limit:
-            generator = torch.Generator().manual_seed(derive_seed(0, "labelled"))
+            generator = torch.Generator().manual_seed(derive_seed(0, "labeled"))
             positions = positions[torch.randperm(len(positions), generator=generator)[:limit].sort().values]
         whole = train_set.image_size == self.renderer.shape[1:]
         context = replace(self, views=replace(self.views, mix=None), mix_partners=None)

@@ -129,7 +129,7 @@ def plan_store(
     else:
         num_classes = context.train_set.num_classes
         logits = top_k.arrays(config.dtype) if top_k else (ArraySpec(LOGITS, (num_classes,), config.dtype),)
-    if needs_labels(layers) and not context.train_set.is_labelled:
+    if needs_labels(layers) and not context.train_set.is_labeled:
         raise RecipeError(
             "the input gradient is that of the cross entropy with the labels, and some training images have none: "
             "leave it out of cache.layers, or give all labels."

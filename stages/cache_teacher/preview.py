@@ -59,7 +59,7 @@ def show_views(context: StageContext, store: TargetStore | None, num_samples: in
 def _partners(context: StageContext, batch: ImageBatch) -> list[tuple[str, float] | None]:
     """Return label and share of the partner mixed into each image of a batch."""
     found: list[tuple[str, float] | None] = [None] * len(batch.indices)
-    names = (*context.train_set.class_names, "unlabelled")  # of the label -1
+    names = (*context.train_set.class_names, "unlabeled")  # of the label -1
     if batch.mixture is not None:
         rows = batch.mixture.mixed.nonzero()[:, 0]
         labels = context.train_loader.partner_labels(batch.mixture.partner_ids[rows]).tolist()

@@ -33,7 +33,7 @@ class DataConfig:
         num_train: Keep a fixed stratified subset of the training split.
         test_share: Fraction split off for testing where the set has no test split.
         labels: Keep the labels of "all" training samples, of "none", or of so many, with every class in proportion; the
-            others are unlabelled images. "none" holds for the validation images, too.
+            others are unlabeled images. "none" holds for the validation images, too.
         validation_share: Fraction of the training images, of every class, that is not trained on or cached but decides
             instead of the test images: accuracy of each epoch, weights of teachers by accuracy, the best of variants.
         cache_bytes: Keep the decoded images of files in memory if they take no more than this.

@@ -27,7 +27,7 @@ FILES_NORMALIZATION = {
 }
 """Mean and std of image files by number of channels: ImageNet's, and the usual values for grayscale photographs."""
 
-UNLABELLED = -1
+UNLABELED = -1
 """The label of a sample without one, as in scikit-learn."""
 
 _CHUNK = 4096
@@ -48,7 +48,7 @@ class ImageSet:
 
     Attributes:
         images: In memory, uint8 [N, C, H, W] with C 1 (grayscale) or 3 (RGB); or files decoded on access.
-        labels: int64 [N], each within [0, num_classes), or -1: unlabelled.
+        labels: int64 [N], each within [0, num_classes), or -1: unlabeled.
         sample_ids: int64 [N], unique within the split, >= 0, the same on every machine.
         dropped: Unreadable images, which are not among the N.
         crop: The share of their centered square that the images were cropped to before they were resized.
@@ -103,17 +103,17 @@ class ImageSet:
     @cached_property
     def has_labels(self) -> bool:
         """Whether any sample has a label."""
-        return bool((self.labels != UNLABELLED).any())
+        return bool((self.labels != UNLABELED).any())
 
     @cached_property
-    def is_labelled(self) -> bool:
+    def is_labeled(self) -> bool:
         """Whether every sample has a label."""
-        return bool((self.labels != UNLABELLED).all())
+        return bool((self.labels != UNLABELED).all())
 
     @cached_property
-    def labelled(self) -> Tensor:
+    def labeled(self) -> Tensor:
         """The positions of the samples with a label, int64 [M]."""
-        return (self.labels != UNLABELLED).nonzero()[:, 0]
+        return (self.labels != UNLABELED).nonzero()[:, 0]
 
     @property
     def listed_labels(self) -> Tensor:
@@ -123,7 +123,7 @@ class ImageSet:
     def label_name(self, position: int) -> str:
         """Return the name of a sample's class."""
         label = int(self.labels[position])
-        return "unlabelled" if label == UNLABELLED else self.class_names[label]
+        return "unlabeled" if label == UNLABELED else self.class_names[label]
 
     @property
     def in_channels(self) -> int:
@@ -248,7 +248,7 @@ def _check_columns(where: str, num_images: int, labels: Tensor, sample_ids: Tens
         raise DataError(f"{where} has no samples: at least one is required.")
     _check_ids(where, sample_ids)
     one_based = int(labels.min()) == 1 and int(labels.max()) == num_classes
-    outside = ((labels < UNLABELLED) | (labels >= num_classes)).nonzero()
+    outside = ((labels < UNLABELED) | (labels >= num_classes)).nonzero()
     if len(outside):
         index = int(outside[0])
         raise DataError(

@@ -14,11 +14,11 @@ from kdpipe.stages.data.config import DataConfig
 from kdpipe.stages.data.decode import DecodeSpec, with_channels, with_size
 from kdpipe.stages.data.image_files import ImageFileList, ImageFiles
 from kdpipe.stages.data.image_set import ImageSet
-from kdpipe.stages.data.labelling import keep_labels
+from kdpipe.stages.data.labeling import keep_labels
 from kdpipe.stages.data.names import FILE_KINDS, KNOWN_NAMES, TORCHVISION_NAMES
 from kdpipe.stages.data.scan import OnImage, ScanResult, scan_images
 from kdpipe.stages.data.sources.image_folder import list_image_folder
-from kdpipe.stages.data.sources.listing import Listing, absent_classes, unlabelled_samples
+from kdpipe.stages.data.sources.listing import Listing, absent_classes, unlabeled_samples
 from kdpipe.stages.data.sources.npz import list_npz
 from kdpipe.stages.data.sources.packed.hf_dataset import list_hf_dataset
 from kdpipe.stages.data.sources.packed.lmdb import list_lmdb
@@ -50,7 +50,7 @@ def load_dataset(
         size: Replaces `config.image_size`.
         only: Ids of the samples to load; None loads all.
         keep: Whether to keep the images of a folder in memory where they fit; otherwise they stay files.
-        name_classes: Names the classes of unlabelled images where neither the data set nor `classes` does.
+        name_classes: Names the classes of unlabeled images where neither the data set nor `classes` does.
         on_image: Called with (done, total) from time to time while files are scanned; may raise to abort, which keeps
             most of the scan.
 
@@ -69,7 +69,7 @@ def load_dataset(
     indices = indices[found.kept]
     labels, names = listing.labels[indices], listing.class_names or _names_of(config, size, name_classes)
     absent = absent_classes(listing.name, split, labels, names, config.classes)
-    absent += unlabelled_samples(listing.name, split, labels)
+    absent += unlabeled_samples(listing.name, split, labels)
     loaded = ImageSet(
         name=listing.name,
         split=split,
@@ -131,15 +131,15 @@ def list_source(config: DataConfig, part: Part, size: int | None, on_image: OnIm
 
 def _list_files(config: DataConfig, kind: str, argument: str, split: Split, spec: DecodeSpec) -> Listing:
     path, columns = _path(argument, config.root), (config.image_column, config.label_column)
-    unlabelled = config.labels == "none"
+    unlabeled = config.labels == "none"
     if kind == "table":
         return list_table(path, split, spec, columns)
     if kind == "hf_dataset":
         return list_hf_dataset(
-            argument, path, split, spec, columns=columns, download=config.download, unlabelled=unlabelled
+            argument, path, split, spec, columns=columns, download=config.download, unlabeled=unlabeled
         )
     if kind == "imagefolder":
-        return list_image_folder(path, split, spec, unlabelled=unlabelled)
+        return list_image_folder(path, split, spec, unlabeled=unlabeled)
     return (list_webdataset if kind == "webdataset" else list_lmdb)(path, split, spec)
 
 

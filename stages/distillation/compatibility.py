@@ -66,9 +66,9 @@ def check_image_size(
 
 def check_labels(losses: Sequence[Loss], teachers: TeachersConfig, train_set: ImageSet, where: str = "distill") -> None:
     """Raise RecipeError for what needs labels that the training images lack."""
-    if train_set.is_labelled:
+    if train_set.is_labeled:
         return
-    num = f"{train_set.num_samples - len(train_set.labelled):,} of {train_set.num_samples:,} training images have none"
+    num = f"{train_set.num_samples - len(train_set.labeled):,} of {train_set.num_samples:,} training images have none"
     for number, loss in enumerate(losses):
         entry = f"{where}.{number} ({loss.loss})"
         if loss.input_gradient:

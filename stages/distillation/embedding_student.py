@@ -1,6 +1,6 @@
 """Students of teachers without a classifier: what their embeddings tell of the classes, and their classifier.
 
-Where no loss trains the classifier, it is the linear probe: fitted to the student's embeddings of labelled training
+Where no loss trains the classifier, it is the linear probe: fitted to the student's embeddings of labeled training
 images after each training, so that the student classifies in every exported file.
 """
 
@@ -26,7 +26,7 @@ from kdpipe.stages.models.hooks import get_module
 from kdpipe.stages.models.tokens import classifier_path
 
 NUM_NEIGHBORS = 5_000
-"""Labelled images, at most, among which neighbors are looked for after each epoch."""
+"""Labeled images, at most, among which neighbors are looked for after each epoch."""
 
 
 def learns_embeddings(spec: DistillationSpec | None) -> bool:
@@ -47,7 +47,7 @@ def examine_student(network: ModelBundle, spec: DistillationSpec | None, context
     """
     if spec is None or not learns_embeddings(spec) or not (context.train_set.labels >= 0).any():
         return {}
-    images = (context.labelled(network.normalize), context.evaluation(network.normalize))
+    images = (context.labeled(network.normalize), context.evaluation(network.normalize))
     fitted, test = (embeddings_of(network.model.eval(), each) for each in images)
     examined = examine(fitted, test, context.train_set.num_classes)
     if not trains_classifier(spec):
@@ -59,10 +59,10 @@ def evaluation_of_epochs(
     network: ModelBundle, spec: DistillationSpec | None, context: StageContext
 ) -> Callable[[nn.Module, Evaluation, torch.device], EvalResult]:
     """Return how a student is evaluated after each epoch: by k-NN if nothing trains its classifier."""
-    is_labelled = bool((context.train_set.labels >= 0).any())
-    if spec is None or not learns_embeddings(spec) or trains_classifier(spec) or not is_labelled:
+    is_labeled = bool((context.train_set.labels >= 0).any())
+    if spec is None or not learns_embeddings(spec) or trains_classifier(spec) or not is_labeled:
         return evaluate
-    return partial(evaluate_neighbors, labelled=context.labelled(network.normalize, NUM_NEIGHBORS))
+    return partial(evaluate_neighbors, labeled=context.labeled(network.normalize, NUM_NEIGHBORS))
 
 
 @torch.no_grad()

@@ -247,7 +247,7 @@ def _labels(hard: HardLabels, num_classes: int) -> Tensor:
     """Return int64 [B], or float32 [B, num_classes] of mixed views."""
     if hard.partner_labels is None or hard.own_share is None:
         return hard.labels
-    shifted = (labels + 1 for labels in (hard.labels, hard.partner_labels))  # the first column is for unlabelled ones
+    shifted = (labels + 1 for labels in (hard.labels, hard.partner_labels))  # the first column is for unlabeled ones
     own, partners = (F.one_hot(labels, num_classes + 1)[:, 1:].float() for labels in shifted)
     return torch.lerp(partners, own, hard.own_share[:, None])
 

@@ -5,13 +5,13 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from kdpipe.stages.evaluation.embeddings import MAX_LABELLED, Embeddings
+from kdpipe.stages.evaluation.embeddings import MAX_LABELED, Embeddings
 from kdpipe.store import StoreError, TargetStore
 from kdpipe.store.format.manifest import EMBEDDINGS
 
 
 def embeddings_in(store: TargetStore) -> Embeddings:
-    """Return the embeddings of labelled samples in the first view of a store, at most MAX_LABELLED of them.
+    """Return the embeddings of labeled samples in the first view of a store, at most MAX_LABELED of them.
 
     Rows are in a pseudo-random order: the first ones are a sample.
 
@@ -23,8 +23,8 @@ def embeddings_in(store: TargetStore) -> Embeddings:
             f"{store.path} has no embeddings ({EMBEDDINGS}): cache a teacher without a classifier (teacher.output = "
             "'embeddings'), or add them with cache.layers = ['pre_logits']."
         )
-    labelled = np.flatnonzero(store.samples.labels >= 0)[:MAX_LABELLED]
-    if not len(labelled):
+    labeled = np.flatnonzero(store.samples.labels >= 0)[:MAX_LABELED]
+    if not len(labeled):
         raise StoreError(f"{store.path} has no label: embeddings are judged by how well classes can be told apart.")
-    vectors = store.gather(EMBEDDINGS, 0, store.samples.ids[labelled])
-    return Embeddings(torch.from_numpy(vectors).float(), torch.from_numpy(store.samples.labels[labelled]))
+    vectors = store.gather(EMBEDDINGS, 0, store.samples.ids[labeled])
+    return Embeddings(torch.from_numpy(vectors).float(), torch.from_numpy(store.samples.labels[labeled]))

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from kdpipe.stages.context import StageContext, test_context
-from kdpipe.stages.data.image_set import UNLABELLED
+from kdpipe.stages.data.image_set import UNLABELED
 from kdpipe.stages.data.splits import VALIDATION, Part
 from kdpipe.stages.errors import RecipeError
 from kdpipe.stages.evaluation.evaluate import BATCH_SIZE
@@ -140,6 +140,6 @@ def _accuracies(sources: Sequence[JoinedStore], context: StageContext) -> list[f
         batch = zip(correct, targets.batch(0, positions), targets.target_masks(positions), strict=True)
         for found, outputs, mask in batch:
             is_correct = outputs.logits_at(1.0).argmax(1) == labels[positions]
-            counts = labels[positions] != UNLABELLED
+            counts = labels[positions] != UNLABELED
             found.append(is_correct[counts if mask is None else counts & mask])
     return [float(torch.cat(found).float().mean()) for found in correct]

@@ -17,13 +17,13 @@ from kdpipe.stages.models.hooks import FeatureExtractor, extract_features
 from kdpipe.stages.models.tokens import PRE_LOGITS
 from kdpipe.stages.targets.statistics import pooled
 
-MAX_LABELLED = 50_000
+MAX_LABELED = 50_000
 """Training images that k-NN and linear probes are fitted to, at most."""
 
 
 @dataclass(frozen=True)
 class Embeddings:
-    """Embeddings of labelled images: vectors float32 [N, D], labels int64 [N]."""
+    """Embeddings of labeled images: vectors float32 [N, D], labels int64 [N]."""
 
     vectors: Tensor
     labels: Tensor
@@ -65,32 +65,32 @@ def examine(fitted: Embeddings, test: Embeddings, num_classes: int) -> Examined:
     return Examined(knn, probe, {name: float(correct.double().mean()) for name, correct in right.items()})
 
 
-def evaluate_neighbors(model: nn.Module, test: Evaluation, device: torch.device, *, labelled: Evaluation) -> EvalResult:
-    """Evaluate the embeddings of a network, whatever its classifier is, by k-NN among those of labelled images."""
-    fitted = embeddings_of(model, replace(labelled, compute=test.compute))
+def evaluate_neighbors(model: nn.Module, test: Evaluation, device: torch.device, *, labeled: Evaluation) -> EvalResult:
+    """Evaluate the embeddings of a network, whatever its classifier is, by k-NN among those of labeled images."""
+    fitted = embeddings_of(model, replace(labeled, compute=test.compute))
     found = embeddings_of(model, test)
     votes = KNN(fitted.vectors, fitted.labels, len(test.class_names))(found.vectors).cpu()
     accuracy = float((votes.argmax(1) == found.labels).double().mean())
     return EvalResult(accuracy, float(F.cross_entropy(votes, found.labels)))
 
 
-def with_probe(model: nn.Module, labelled: Evaluation, test: Evaluation) -> tuple[Evaluation, dict[str, Any]]:
+def with_probe(model: nn.Module, labeled: Evaluation, test: Evaluation) -> tuple[Evaluation, dict[str, Any]]:
     """Return the evaluation of a network without a classifier, by a linear probe, and the entries of its results."""
-    examined = examine(embeddings_of(model, labelled), embeddings_of(model, test), len(test.class_names))
+    examined = examine(embeddings_of(model, labeled), embeddings_of(model, test), len(test.class_names))
     return replace(test, head=examined.probe), examined.to_json()
 
 
 def embeddings_of(model: nn.Module, images: Evaluation) -> Embeddings:
-    """Return the embeddings of the labelled ones of some images, the vectors on the device.
+    """Return the embeddings of the labeled ones of some images, the vectors on the device.
 
     Raises NotFiniteError if they are not finite.
     """
     vectors, labels = [], []
     with extract_features(model, [PRE_LOGITS]) as extractor:
         for found in predict(_Embedder(model, extractor), images, images.device):
-            is_labelled = found.labels >= 0
-            vectors.append(found.logits[is_labelled])
-            labels.append(found.labels[is_labelled].cpu())
+            is_labeled = found.labels >= 0
+            vectors.append(found.logits[is_labeled])
+            labels.append(found.labels[is_labeled].cpu())
     embeddings = Embeddings(torch.cat(vectors), torch.cat(labels))
     if not embeddings.vectors.isfinite().all():
         raise NotFiniteError("the network's embeddings hold NaN or infinity: look at its weights and input scaling.")

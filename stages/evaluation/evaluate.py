@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from kdpipe.stages.compute.settings import EXACT, ComputeSettings
 from kdpipe.stages.compute.threads import CheckedThreads, max_threads
-from kdpipe.stages.data.image_set import UNLABELLED
+from kdpipe.stages.data.image_set import UNLABELED
 from kdpipe.stages.data.loader.image_loader import ImageLoader, ViewRequest
 from kdpipe.stages.errors import DataError, NotFiniteError
 from kdpipe.stages.evaluation.main_metric import ACCURACY, AGREEMENT, MainMetric
@@ -94,7 +94,7 @@ class Evaluation:
                 "teacher on them (kdpipe cache-teacher, in Python test_set=)."
             )
         logits = self.teacher_logits(positions).cpu()
-        return torch.where(logits.isnan().any(1), UNLABELLED, logits.argmax(1))
+        return torch.where(logits.isnan().any(1), UNLABELED, logits.argmax(1))
 
     @property
     def class_names(self) -> tuple[str, ...]:
@@ -126,9 +126,9 @@ class Predictions:
     logits: Tensor
 
     @property
-    def labelled(self) -> Predictions:
+    def labeled(self) -> Predictions:
         """Those with a label."""
-        kept = self.labels != UNLABELLED
+        kept = self.labels != UNLABELED
         return Predictions(self.positions[kept.cpu()], self.labels[kept], self.logits[kept])
 
 
@@ -160,7 +160,7 @@ class EvalAccumulator:
 
     def result(self) -> EvalResult:
         if not self.num_seen:
-            raise DataError("the teacher has no outputs for any of the unlabelled test images: cache it on them.")
+            raise DataError("the teacher has no outputs for any of the unlabeled test images: cache it on them.")
         return EvalResult(int(self.num_correct) / self.num_seen, float(self.total) / self.num_seen, self.metric)
 
 
@@ -215,9 +215,9 @@ def of_teacher(test: Evaluation, model: nn.Module) -> Evaluation:
 
 def evaluate(model: nn.Module, test: Evaluation, device: torch.device) -> EvalResult:
     """Evaluate `model`, restoring its mode; raises NotFiniteError if the cross entropy is not finite."""
-    sums, is_whole = EvalAccumulator(test.metric), test.loader.dataset.is_labelled
+    sums, is_whole = EvalAccumulator(test.metric), test.loader.dataset.is_labeled
     for predictions in predict(model, test, device):
-        sums.add(predictions if is_whole else predictions.labelled)
+        sums.add(predictions if is_whole else predictions.labeled)
     result = sums.result()
     if not math.isfinite(result.cross_entropy):
         raise NotFiniteError(

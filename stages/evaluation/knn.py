@@ -1,4 +1,4 @@
-"""Classify embeddings by their nearest neighbors among labelled ones, as self-supervised networks are evaluated."""
+"""Classify embeddings by their nearest neighbors among labeled ones, as self-supervised networks are evaluated."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class KNN:
     """
 
     def __init__(self, vectors: Tensor, labels: Tensor, num_classes: int) -> None:
-        """Keep labelled embeddings, float32 [N, D], with labels int64 [N]."""
+        """Keep labeled embeddings, float32 [N, D], with labels int64 [N]."""
         self.bank = F.normalize(vectors, dim=1)
         self.labels = labels.to(vectors.device)
         self.num_classes = num_classes

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from kdpipe.stages.data.image_set import UNLABELLED, ImageSet
+from kdpipe.stages.data.image_set import UNLABELED, ImageSet
 from kdpipe.stages.evaluation.correct_images import CorrectImages, pack
 from kdpipe.stages.evaluation.evaluate import EvalAccumulator, Evaluation, Predictions, predict
 from kdpipe.stages.evaluation.main_metric import ACCURACY, MainMetric
@@ -54,7 +54,7 @@ class EvalReport:
     """Metrics over the readable test samples.
 
     Attributes:
-        top1: Share of labelled samples whose label has the largest logit. Where no sample has a label, the teacher's
+        top1: Share of labeled samples whose label has the largest logit. Where no sample has a label, the teacher's
             classes stand for the labels here and below, and what needs true ones is left out.
         top5: Share of samples whose label is among the five largest logits; None below six classes.
         cross_entropy: Mean cross entropy, nats.
@@ -127,7 +127,7 @@ class _MetricAccumulator(EvalAccumulator):
     def __init__(self, test: Evaluation) -> None:
         super().__init__(test.metric)
         num_samples, self.teacher_logits = test.loader.dataset.num_samples, test.teacher_logits
-        self.is_whole = test.loader.dataset.is_labelled
+        self.is_whole = test.loader.dataset.is_labeled
         self.positions, self.labels, self.predicted = torch.zeros(3, num_samples, dtype=torch.int64)
         self.confidences = torch.zeros(num_samples, dtype=torch.float64)
         self.kinds: frozenset[str] | None = None
@@ -141,7 +141,7 @@ class _MetricAccumulator(EvalAccumulator):
         if self.teacher_logits is not None:
             self._compare(predictions.logits.argmax(1).cpu(), log_p, self.teacher_logits(predictions.positions).cpu())
         if not self.is_whole:
-            log_p, predictions = log_p[(predictions.labels != UNLABELLED).cpu()], predictions.labelled
+            log_p, predictions = log_p[(predictions.labels != UNLABELED).cpu()], predictions.labeled
         new = slice(self.num_seen, self.num_seen + len(predictions.labels))
         super().add(predictions)
         logits, labels = predictions.logits.cpu(), predictions.labels.cpu()

@@ -8,7 +8,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from kdpipe.stages.data.image_set import UNLABELLED
+from kdpipe.stages.data.image_set import UNLABELED
 from kdpipe.stages.data.loader.image_loader import ViewRequest
 from kdpipe.stages.errors import first_few
 from kdpipe.stages.evaluation.evaluate import BATCH_SIZE, Evaluation
@@ -141,9 +141,9 @@ def _scalings(channels: int) -> list[tuple[str, Normalization]]:
 
 
 def _sample(test: Evaluation, count: int) -> Tensor:
-    """Return the positions of `count` labelled test images, spread evenly: they may be sorted by class."""
-    labelled = (test.loader.dataset.labels != UNLABELLED).nonzero()[:, 0]
-    return labelled[torch.linspace(0, len(labelled) - 1, min(count, len(labelled))).round().long()]
+    """Return the positions of `count` labeled test images, spread evenly: they may be sorted by class."""
+    labeled = (test.loader.dataset.labels != UNLABELED).nonzero()[:, 0]
+    return labeled[torch.linspace(0, len(labeled) - 1, min(count, len(labeled))).round().long()]
 
 
 def _finding(change: str, advice: str, right: Tensor, before: Tensor) -> Finding | None:

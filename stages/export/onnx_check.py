@@ -22,7 +22,7 @@ class OnnxAgreement:
     Attributes:
         top1_agreement: The share of images with the same top-1 class.
         max_logit_difference: The largest difference of any logit; NaN if either has one.
-        accuracy: The file's accuracy on the labelled images, None without any.
+        accuracy: The file's accuracy on the labeled images, None without any.
         torch_accuracy: The network's.
     """
 

@@ -81,7 +81,7 @@ class LossModule(nn.Module):
         Args:
             student: Logits [B, num_classes], or logits and features.
             teacher: The teacher's, for the same samples.
-            labels: int64 [B], for losses that use them: of labelled samples only.
+            labels: int64 [B], for losses that use them: of labeled samples only.
             progress: The training progress, for schedules and warm-ups; by default all have ended.
             ranks: As in `LossInputs`, for losses with a memory of the samples.
             negatives: As in `LossInputs`, for contrastive losses.
@@ -150,7 +150,7 @@ class LossModule(nn.Module):
             found = f"{str(labels.dtype).removeprefix('torch.')} {list(labels.shape)}"
             raise RecipeError(f"{self._name} got labels that are {found}: give int64 [{size}].")
         if labels is not None and config.needs_labels and labels.device.type == "cpu" and (labels < 0).any():
-            raise RecipeError(f"{self._name} got the label {int(labels.min())}: give it the rows of labelled samples.")
+            raise RecipeError(f"{self._name} got the label {int(labels.min())}: give it the rows of labeled samples.")
 
     def _check_extras(self, *, has_negatives: bool, has_gradient: bool) -> None:
         if self.config.num_negatives and not has_negatives:

@@ -102,7 +102,7 @@ class Loss:
 
     @property
     def needs_labels(self) -> bool:
-        """Return whether the loss is computed on labelled samples only."""
+        """Return whether the loss is computed on labeled samples only."""
         return type(self).one_label or self.samples.needs_single_label
 
     @property

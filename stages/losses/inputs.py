@@ -46,7 +46,7 @@ class LossInputs:
     Attributes:
         student: Logits [B, num_classes], and features [B, ...] by module path.
         teacher: Logits for a temperature, and features [B, ...] by `FeatureSpec`.
-        labels: int64 [B]; -1 for unlabelled samples, which a loss with `one_label` does not get.
+        labels: int64 [B]; -1 for unlabeled samples, which a loss with `one_label` does not get.
         ranks: int64 [B], the position of each sample among all sorted ids, from 0.
         progress: The training progress, which schedules depend on.
         negatives: Negatives, for losses that use them.

@@ -9,7 +9,7 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
-from kdpipe.stages.data.image_set import UNLABELLED
+from kdpipe.stages.data.image_set import UNLABELED
 from kdpipe.stages.data.loader.labels import HardLabels
 from kdpipe.stages.errors import RecipeError
 from kdpipe.stages.losses.inputs import LossInputs, Negatives
@@ -134,8 +134,8 @@ class WeightedLoss(nn.Module):
         )
         rows = samples_with_targets(batch.target_masks if uses_ensemble else [batch.target_masks[number]])
         if self.config.needs_labels and batch.hard is not None and not batch.hard.always:
-            labelled = (batch.labels != UNLABELLED).cpu()
-            rows = labelled.nonzero()[:, 0] if rows is None else rows[labelled[rows]]
+            labeled = (batch.labels != UNLABELED).cpu()
+            rows = labeled.nonzero()[:, 0] if rows is None else rows[labeled[rows]]
         if rows is not None and len(rows) < len(inputs.labels):
             inputs = inputs.rows(rows.to(inputs.labels.device, non_blocking=True))
         return inputs, rows is None

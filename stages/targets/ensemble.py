@@ -121,7 +121,7 @@ def confidence(logits: Tensor, labels: Tensor, has_target: Tensor) -> Tensor:
     (arXiv 2201.00007), equation 3.
 
     Logits are [B, M, num_classes], labels int64 [B]; `has_target`, bool [B, M], is which teachers count. They count
-    equally for unlabelled samples, -1.
+    equally for unlabeled samples, -1.
     """
     index = labels.clamp_min(0)[:, None, None].expand(-1, logits.shape[1], 1)
     cross_entropies = -F.log_softmax(logits, 2).gather(2, index)[..., 0]

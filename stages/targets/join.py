@@ -69,9 +69,9 @@ def join(
     if class_map is not None:
         if not known.any():
             _require_samples(store, ids, len(ids), missing)
-        unlabelled = labels < 0
-        labels = np.where(unlabelled, labels, class_map.to_student(labels))
-        known &= unlabelled | (labels >= 0)
+        unlabeled = labels < 0
+        labels = np.where(unlabeled, labels, class_map.to_student(labels))
+        known &= unlabeled | (labels >= 0)
         if not known.any():
             raise StoreError(
                 f"{store.path} has none of the {len(ids)} samples in a class that student.teachers.classes maps: check "

@@ -27,9 +27,9 @@ def with_class_balance(job: TrainJob) -> TrainJob:
             "train.sampler = 'balanced' reads targets in any order, but they are streamed: raise "
             "student.target_loading.memory_bytes or mapped_bytes, or use train.class_weights."
         )
-    if balanced and task.distillation is not None and not dataset.is_labelled:
+    if balanced and task.distillation is not None and not dataset.is_labeled:
         raise RecipeError(
-            "train.sampler = 'balanced' needs the label of every training sample, and some are unlabelled: use "
+            "train.sampler = 'balanced' needs the label of every training sample, and some are unlabeled: use "
             "train.class_weights."
         )
     losses = task.distillation.configs if task.distillation else {}

@@ -10,7 +10,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from kdpipe.stages.data.image_set import UNLABELLED
+from kdpipe.stages.data.image_set import UNLABELED
 from kdpipe.stages.data.loader.image_loader import ImageBatch, ImageLoader, ViewRequest
 from kdpipe.stages.data.loader.labels import HardLabels, hard_labels_of
 from kdpipe.stages.data.loader.sampling import balanced_order, batch_indices, epoch_order, num_steps, shard_order
@@ -122,10 +122,10 @@ class TrainingTask:
 
     @cached_property
     def learned(self) -> Tensor:
-        """The positions of the samples that are learned from, by ascending id: without a teacher the labelled ones."""
+        """The positions of the samples that are learned from, by ascending id: without a teacher the labeled ones."""
         dataset = self.loader.dataset
         by_id = torch.argsort(dataset.sample_ids)
-        return by_id if self.targets is not None else by_id[dataset.labels[by_id] != UNLABELLED]
+        return by_id if self.targets is not None else by_id[dataset.labels[by_id] != UNLABELED]
 
     @cached_property
     def ranks(self) -> Tensor:

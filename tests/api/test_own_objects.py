@@ -273,5 +273,5 @@ def test_given_weights_need_scaling_and_expected_accuracy(data, network):
 def test_labels_of_a_data_set_may_be_left_out():
     images, labels = torch.zeros(20, 1, 8, 8, dtype=torch.uint8), torch.arange(20) % 2
     few = kd.as_image_set(torch.utils.data.TensorDataset(images, labels), labels=4)
-    assert torch.bincount(few.labels[few.labelled]).tolist() == [2, 2]
+    assert torch.bincount(few.labels[few.labeled]).tolist() == [2, 2]
     assert not kd.as_image_set(few, labels="none").has_labels

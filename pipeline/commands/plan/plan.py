@@ -122,7 +122,7 @@ def _caching_cost(run: Run, plan: dict[str, Any], measured: dict[str, float] | N
 
 def _try_given(run: Run, teacher: ModelBundle, sample: StageContext) -> str:
     """Return what other scalings and class orders would reach with a given teacher, on a sample of the test images."""
-    if run.recipe.teacher.train is not None or teacher.is_headless or not run.context.test_set.is_labelled:
+    if run.recipe.teacher.train is not None or teacher.is_headless or not run.context.test_set.is_labeled:
         return ""
     test, started = sample.evaluation(teacher.normalize), time.monotonic()
     report = evaluate_in_depth(teacher.model, test, sample.device)
@@ -139,11 +139,11 @@ def _image_sets(run: Run) -> list[ImageSet]:
 
 
 def _describe(image_set: ImageSet) -> dict[str, Any]:
-    counts = torch.bincount(image_set.labels[image_set.labelled], minlength=image_set.num_classes).tolist()
+    counts = torch.bincount(image_set.labels[image_set.labeled], minlength=image_set.num_classes).tolist()
     return {
         "name": image_set.name,
         "num_samples": image_set.num_samples,
-        "num_labelled": len(image_set.labelled),
+        "num_labeled": len(image_set.labeled),
         "image_shape": [image_set.in_channels, *(image_set.image_size or ())],
         "classes": dict(zip(image_set.class_names, counts, strict=True)),
     }

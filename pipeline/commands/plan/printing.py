@@ -128,9 +128,9 @@ def _data_lines(data: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
 
 def _labels_text(found: Mapping[str, Any]) -> str:
     """Return how many samples have labels, if not all, and the classes."""
-    if not found["num_labelled"]:
-        return f"unlabelled, {len(found['classes']):,} classes"
-    some = "" if found["num_labelled"] == found["num_samples"] else f"{found['num_labelled']:,} labelled, "
+    if not found["num_labeled"]:
+        return f"unlabeled, {len(found['classes']):,} classes"
+    some = "" if found["num_labeled"] == found["num_samples"] else f"{found['num_labeled']:,} labeled, "
     return f"{some}{_class_text(found['classes'])}"
 
 

@@ -116,7 +116,7 @@ def _sample(image_set: ImageSet, count: int) -> ImageSet:
     """Return some images of each class, in memory if a run would keep them there."""
     rows = stratified_subset(image_set.labels.numpy(), min(count, image_set.num_samples))
     sample = image_set.take(torch.from_numpy(rows))
-    if not sample.is_labelled:  # any labels take the same time
+    if not sample.is_labeled:  # any labels take the same time
         sample = replace(sample, labels=sample.labels.clamp_min(0), listed=None)
     if not isinstance(image_set.images, ImageFiles) or image_set.images.levels is None:
         return sample

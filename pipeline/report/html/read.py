@@ -102,7 +102,7 @@ class PageRun:
         return self.report.row(kind)
 
     @property
-    def is_labelled(self) -> bool:
+    def is_labeled(self) -> bool:
         """Whether networks are judged by labels, not by their agreement with the teacher."""
         return all(row.metric != AGREEMENT.name for row in self.report.rows)
 

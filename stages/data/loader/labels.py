@@ -1,8 +1,8 @@
 """Labels of a batch and their cross-entropy; a mixed sample has two labels, weighted by their shares.
 
-Unlabelled samples have a cross-entropy of 0, so that a batch's term is the sum over its labelled ones divided by the
+Unlabeled samples have a cross-entropy of 0, so that a batch's term is the sum over its labeled ones divided by the
 batch size: Laine and Aila 2017 (arXiv 1610.02242), Tarvainen and Valpola 2017 (arXiv 1703.01780). Of a mixture of both
-kinds the labelled part counts, by its share.
+kinds the labeled part counts, by its share.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch.nn.functional as F
 from torch import Tensor
 
-from kdpipe.stages.data.image_set import UNLABELLED
+from kdpipe.stages.data.image_set import UNLABELED
 from kdpipe.stages.data.loader.image_loader import ImageBatch, ImageLoader
 
 
@@ -21,7 +21,7 @@ class HardLabels:
     """The labels of a batch.
 
     Attributes:
-        labels: int64 [B], -1 for unlabelled samples.
+        labels: int64 [B], -1 for unlabeled samples.
         partner_labels: Labels of the mix partners, int64 [B]; None without mixing.
         own_share: Weight of the own labels, float32 [B]; None without mixing.
         always: Whether every sample of the data set has a label.
@@ -52,7 +52,7 @@ class HardLabels:
 
 def _cross_entropy(logits: Tensor, labels: Tensor, smoothing: float, class_weights: Tensor | None) -> Tensor:
     losses = F.cross_entropy(
-        logits.float(), labels, reduction="none", label_smoothing=smoothing, ignore_index=UNLABELLED
+        logits.float(), labels, reduction="none", label_smoothing=smoothing, ignore_index=UNLABELED
     )
     return losses if class_weights is None else class_weights[labels] * losses  # -1: any weight times 0
 
@@ -60,7 +60,7 @@ def _cross_entropy(logits: Tensor, labels: Tensor, smoothing: float, class_weigh
 def hard_labels_of(loader: ImageLoader, batch: ImageBatch) -> HardLabels:
     """Return the labels of a batch, on its device."""
     device = batch.images.device
-    labels, always = loader.dataset.labels[batch.indices], loader.dataset.is_labelled
+    labels, always = loader.dataset.labels[batch.indices], loader.dataset.is_labeled
     if batch.mixture is None:
         return HardLabels(labels.to(device, non_blocking=True), always=always)
     mixed, partners = batch.mixture.mixed, labels.clone()

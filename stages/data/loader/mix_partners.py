@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from kdpipe.stages.data.image_set import ImageSet, pixel_checksums
-from kdpipe.stages.data.labelling import hide_labels
+from kdpipe.stages.data.labeling import hide_labels
 from kdpipe.stages.errors import DataError
 from kdpipe.store import FingerprintMismatch, Samples, read_samples, read_store_manifest
 

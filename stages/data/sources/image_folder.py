@@ -1,7 +1,7 @@
 """`imagefolder:PATH`: one folder of images for each class, with or without split folders.
 
 PATH/train/<class>/... and PATH/test/<class>/... (or val/, if there is no test/; `split_folders.py` has the other names
-that are known); or PATH/<class>/..., to be split; or ImageNet-1k as it is published (`ilsvrc.py`). Unlabelled images
+that are known); or PATH/<class>/..., to be split; or ImageNet-1k as it is published (`ilsvrc.py`). Unlabeled images
 need no class folders for training.
 """
 
@@ -18,7 +18,7 @@ import numpy as np
 
 from kdpipe.stages.data.decode import DecodeSpec
 from kdpipe.stages.data.image_files import ImageFileList
-from kdpipe.stages.data.image_set import UNLABELLED
+from kdpipe.stages.data.image_set import UNLABELED
 from kdpipe.stages.data.image_source import FilePaths
 from kdpipe.stages.data.sources.ilsvrc import data_folder, flat_val, flat_val_files
 from kdpipe.stages.data.sources.listing import Listing
@@ -30,12 +30,12 @@ from kdpipe.stages.errors import DataError, first_few
 T = TypeVar("T")
 
 
-def list_image_folder(path: Path, split: Split, spec: DecodeSpec, *, unlabelled: bool = False) -> Listing:
+def list_image_folder(path: Path, split: Split, spec: DecodeSpec, *, unlabeled: bool = False) -> Listing:
     """List the images of one split, sorted by path, to be decoded to `spec`.
 
     A sample's id is a hash of its path below the split's folder; its class is that path's first folder. The train
     split defines the classes. Hidden names and files without an image suffix are left out, which the notices count.
-    With `unlabelled` the images of the training split may lie in it without class folders: then a test split that has
+    With `unlabeled` the images of the training split may lie in it without class folders: then a test split that has
     some defines the classes, if there is one.
 
     Raises:
@@ -43,7 +43,7 @@ def list_image_folder(path: Path, split: Split, spec: DecodeSpec, *, unlabelled:
     """
     title, path = f"imagefolder:{path.name}", data_folder(path)
     try:
-        if unlabelled and (found := _list_unlabelled(path, title, split, spec)):
+        if unlabeled and (found := _list_unlabeled(path, title, split, spec)):
             return found
         folders = {name: bool(role_of(name) and _subfolders(below)) for name, below in _subfolders(path).items()}
         chosen = split_folders(path, folders)
@@ -73,7 +73,7 @@ def list_image_folder(path: Path, split: Split, spec: DecodeSpec, *, unlabelled:
     )
 
 
-def _list_unlabelled(path: Path, title: str, split: Split, spec: DecodeSpec) -> Listing | None:
+def _list_unlabeled(path: Path, title: str, split: Split, spec: DecodeSpec) -> Listing | None:
     """List the images of a folder without class folders; None if there are some."""
     below = {role_of(name): folder for name, folder in _subfolders(path).items()}
     train, test = below.get("train", path), below.get("test") or below.get("val")
@@ -92,7 +92,7 @@ def _list_unlabelled(path: Path, title: str, split: Split, spec: DecodeSpec) -> 
     sample_ids = np.fromiter(map(sample_id, files), dtype=np.int64, count=len(files))
     return Listing(
         name=title,
-        labels=np.array([label_of.get(key.partition("/")[0], UNLABELLED) for key in files], dtype=np.int64),
+        labels=np.array([label_of.get(key.partition("/")[0], UNLABELED) for key in files], dtype=np.int64),
         sample_ids=sample_ids,
         class_names=class_names,
         images=ImageFileList(title, folder, FilePaths.pack(files.values()), sample_ids, spec),

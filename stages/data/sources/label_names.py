@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable
 import numpy as np
 import numpy.typing as npt
 
-from kdpipe.stages.data.image_set import UNLABELLED
+from kdpipe.stages.data.image_set import UNLABELED
 from kdpipe.stages.data.image_source import Names, name_at
 from kdpipe.stages.data.sources.listing import numbered_classes
 from kdpipe.stages.errors import DataError, first_few
@@ -18,7 +18,7 @@ LABEL_COLUMNS = ("label", "class", "class_name", "target", "category")
 def class_names_of(title: str, labels: Iterable[str], where: Callable[[str], str]) -> tuple[str, ...]:
     """Return the classes of the different `labels`: "0", "1", ... up to the largest, if all are numbers; else sorted.
 
-    The label "" is none: of unlabelled samples alone, no classes are known.
+    The label "" is none: of unlabeled samples alone, no classes are known.
 
     Args:
         title: The data set's name.
@@ -44,7 +44,7 @@ def classes_of_labels(
 ) -> tuple[tuple[str, ...], npt.NDArray[np.int64]]:
     """Return the class names of the labels `train` [M], packed, and the numbers of the labels `chosen`, int64 [N].
 
-    The number of the label "" is -1: unlabelled.
+    The number of the label "" is -1: unlabeled.
 
     Raises:
         DataError: The labels of `train` cannot be labels, or a chosen one is not among them.
@@ -52,7 +52,7 @@ def classes_of_labels(
     known, first = np.unique(train, return_index=True)
     places = {name_at(known, number): int(index) for number, index in enumerate(first)}
     class_names = class_names_of(title, places, lambda label: where_in_train(places[label]))
-    label_of = {"": UNLABELLED, **{name: number for number, name in enumerate(class_names)}}
+    label_of = {"": UNLABELED, **{name: number for number, name in enumerate(class_names)}}
     found, first, inverse = np.unique(chosen, return_index=True, return_inverse=True)
     texts = [name_at(found, number) for number in range(len(found))]
     if unknown := [number for number, text in enumerate(texts) if text not in label_of]:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from kdpipe.stages.data.decode import Pixels
 from kdpipe.stages.data.image_files import ImageFileList, ImageFiles
-from kdpipe.stages.data.image_set import UNLABELLED
+from kdpipe.stages.data.image_set import UNLABELED
 from kdpipe.stages.data.splits import Indices, Part
 from kdpipe.stages.errors import DataError, first_few
 
@@ -95,7 +95,7 @@ def absent_classes(
     present = np.zeros(len(class_names), dtype=np.bool_)
     present[labels[(labels >= 0) & (labels < len(class_names))]] = True
     absent = [number for number in np.flatnonzero(~present) if wanted is None or class_names[number] in wanted]
-    if not absent or not present.any():  # unlabelled samples are of any class
+    if not absent or not present.any():  # unlabeled samples are of any class
         return ()
     some = first_few([repr(class_names[number]) for number in absent])
     found = f"data set {where} ({split}): {len(absent)} of {len(class_names)} classes have no sample: {some}."
@@ -106,9 +106,9 @@ def absent_classes(
     return (f"{found}{advice or ' A network cannot learn them.'}",)
 
 
-def unlabelled_samples(where: str, split: Part, labels: npt.NDArray[np.int64]) -> tuple[str, ...]:
+def unlabeled_samples(where: str, split: Part, labels: npt.NDArray[np.int64]) -> tuple[str, ...]:
     """Return a notice if some samples, but not all, have no label (-1); none otherwise."""
-    num = int((labels == UNLABELLED).sum())
+    num = int((labels == UNLABELED).sum())
     some = f"data set {where} ({split}): {num:,} of {len(labels):,} samples have no label."
     return (some,) if 0 < num < len(labels) else ()
 

@@ -19,7 +19,7 @@ import numpy as np
 
 from kdpipe.stages.data.decode import DecodeSpec
 from kdpipe.stages.data.image_files import ImageFileList
-from kdpipe.stages.data.image_set import UNLABELLED
+from kdpipe.stages.data.image_set import UNLABELED
 from kdpipe.stages.data.image_source import FilePaths
 from kdpipe.stages.data.sources.image_folder import sample_id
 from kdpipe.stages.data.sources.label_names import LABEL_COLUMNS, class_names_of
@@ -53,7 +53,7 @@ def list_table(path: Path, split: Split, spec: DecodeSpec, columns: Columns = (N
     """List the images of one split, sorted by path, to be decoded to `spec`.
 
     Paths are relative to the table's folder. A sample's id is a hash of its path; the train split defines the classes:
-    labels that are all whole numbers are 0, 1, ... C - 1, others are names, sorted. An empty cell: unlabelled.
+    labels that are all whole numbers are 0, 1, ... C - 1, others are names, sorted. An empty cell: unlabeled.
     `columns` are the names of those of paths and labels; None where they have a usual name.
 
     Raises:
@@ -67,7 +67,7 @@ def list_table(path: Path, split: Split, spec: DecodeSpec, columns: Columns = (N
     keyed = _by_key(chosen, folder)
     class_names = _class_names(title, train)
     label_of = {name: label for label, name in enumerate(class_names)}
-    label_of[""] = UNLABELLED
+    label_of[""] = UNLABELED
     if unknown := [row for row in keyed.values() if str(row.label) not in label_of]:
         raise DataError(
             f"{unknown[0].where}: the class {unknown[0].label!r} is missing from the train split: its classes are "

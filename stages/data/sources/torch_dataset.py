@@ -19,14 +19,14 @@ from torch import Tensor
 
 from kdpipe.stages.data.decode import Pixels, new_pixels, with_channels, with_size
 from kdpipe.stages.data.image_files import ImageFileList, ImageFiles
-from kdpipe.stages.data.image_set import UNLABELLED, ImageSet
+from kdpipe.stages.data.image_set import UNLABELED, ImageSet
 from kdpipe.stages.data.loader.survey import survey
 from kdpipe.stages.data.sources.listing import (
     Listing,
     absent_classes,
     integer_column,
     numbered_classes,
-    unlabelled_samples,
+    unlabeled_samples,
 )
 from kdpipe.stages.data.splits import Indices, Split
 from kdpipe.stages.errors import DataError, cause
@@ -58,7 +58,7 @@ def image_set_from_dataset(dataset: Any, *, name: str, split: Split, **options: 
     images = listing.images
     assert not isinstance(images, ImageFileList)
     notices = absent_classes(name, split, listing.labels, listing.class_names, None)
-    notices += unlabelled_samples(name, split, listing.labels)
+    notices += unlabeled_samples(name, split, listing.labels)
     for notice in () if _was_warned(dataset) else notices:
         warnings.warn(notice, stacklevel=2)
     return ImageSet(
@@ -206,7 +206,7 @@ def _image_and_label(sample: Any, where: str) -> tuple[Any, Any]:
 
 def _label(label: Any, where: str) -> int:
     if label is None:
-        return UNLABELLED
+        return UNLABELED
     column = label.detach().cpu().numpy() if isinstance(label, Tensor) else np.asarray(label)
     if column.dtype.kind not in "iub" or column.size != 1:
         found = f"{column.dtype} {list(column.shape)}" if column.ndim else f"{type(label).__name__} {label!r:.40}"

@@ -110,8 +110,8 @@ class CRDOfLayer(nn.Module):
         student = _embed(self.student, inputs.student.features[layer])
         teacher = _embed(self.teacher, inputs.teacher.features[feature])
         labels = inputs.labels[:, None]
-        is_unlabelled = (labels < 0) | (negatives.labels < 0)  # then only the sample itself is no negative
-        is_negative = torch.where(is_unlabelled, inputs.ranks[:, None] != negatives.ranks, labels != negatives.labels)
+        is_unlabeled = (labels < 0) | (negatives.labels < 0)  # then only the sample itself is no negative
+        is_negative = torch.where(is_unlabeled, inputs.ranks[:, None] != negatives.ranks, labels != negatives.labels)
         if self.teachers is None:
             of_teacher = teacher, _embed(self.teacher, negatives.features[feature])
         else:

@@ -220,8 +220,8 @@ def test_validation_images_lose_their_labels_only_with_all(toy: dict[str, Any]) 
     for labels, num_train, num_validation in (("all", 20, 12), (5, 5, 12), ("none", 0, 0)):
         config = DataConfig(**toy, labels=labels, validation_share=1 / 3)
         train, validation, test = (load_dataset(config, part) for part in ("train", "validation", "test"))
-        assert [len(one.labelled) for one in (train, validation)] == [num_train, num_validation]
-        assert test.is_labelled
+        assert [len(one.labeled) for one in (train, validation)] == [num_train, num_validation]
+        assert test.is_labeled
 
 
 def test_a_set_without_labels_must_be_meant(tmp_path: Path) -> None:

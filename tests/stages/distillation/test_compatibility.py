@@ -3,7 +3,7 @@
 import pytest
 from support.tiny_run import squares
 
-from kdpipe.stages.data.labelling import keep_labels
+from kdpipe.stages.data.labeling import keep_labels
 from kdpipe.stages.distillation.compatibility import check_labels, check_losses, class_warnings, require_no_logits
 from kdpipe.stages.errors import RecipeError
 from kdpipe.stages.losses.features.at import ATGradient

@@ -86,4 +86,4 @@ def test_epochs_are_evaluated_by_neighbors_whatever_the_classifier_is():
     nn.init.zeros_(model[2].weight)
     test = evaluation(9)
     assert evaluate(model, test, CPU).value == pytest.approx(1 / 3)
-    assert evaluate_neighbors(model, test, CPU, labelled=evaluation(30)).value == 1.0
+    assert evaluate_neighbors(model, test, CPU, labeled=evaluation(30)).value == 1.0

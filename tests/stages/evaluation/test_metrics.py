@@ -216,7 +216,7 @@ def test_without_labels_the_teachers_classes_stand_for_them():
     assert evaluate(model, itself, DEVICE).value == 1
 
 
-def test_accuracy_is_that_of_the_labelled_images():
+def test_accuracy_is_that_of_the_labeled_images():
     logits = torch.tensor([[2.0, 1.0, 0.0], [2.0, 1.0, 0.0], [1.0, 2.0, 0.0], [1.0, 2.0, 0.0]])
     found, whole = report_of(logits, [0, -1, 0, -1], logits), report_of(logits[[0, 2]], [0, 0])
     assert (found.top1, found.cross_entropy, found.num_samples) == (0.5, whole.cross_entropy, 2)

@@ -214,12 +214,12 @@ def test_what_is_missing_is_said_in_one_sentence(call, message):
 
 
 def test_labels_that_are_used_but_not_given_are_an_error():
-    class Labelled(Loss):
+    class Labeled(Loss):
         def compute(self, inputs):
             return inputs.student.logits.gather(1, inputs.labels[:, None])[:, 0]
 
     with pytest.raises(RecipeError, match="the loss uses the labels or ranks of the samples, which are not given"):
-        Labelled(loss="labelled")(STUDENT_LOGITS, TEACHER_LOGITS)
+        Labeled(loss="labeled")(STUDENT_LOGITS, TEACHER_LOGITS)
 
 
 MODULES = [one.name for one in pkgutil.walk_packages(kdpipe.stages.losses.__path__, "kdpipe.stages.losses.")]
@@ -238,15 +238,15 @@ def test_every_pure_function_has_an_example():
     assert [name for name in functional.__all__ if ">>>" not in getattr(functional, name).__doc__] == list(parts)
 
 
-def test_unlabelled_samples_are_refused_where_labels_count():
+def test_unlabeled_samples_are_refused_where_labels_count():
     labels = torch.where(torch.arange(8) < 4, LABELS, -1)
-    with pytest.raises(RecipeError, match="DKD got the label -1: give it the rows of labelled samples"):
+    with pytest.raises(RecipeError, match="DKD got the label -1: give it the rows of labeled samples"):
         DKD()(STUDENT_LOGITS, TEACHER_LOGITS, labels)
     assert KD()(STUDENT_LOGITS, TEACHER_LOGITS, labels) == KD()(STUDENT_LOGITS, TEACHER_LOGITS)
 
 
-def test_in_training_a_loss_of_labels_is_on_the_labelled_samples():
-    """As samples without targets do, the others count as 0: half of the batch of 8 is labelled."""
+def test_in_training_a_loss_of_labels_is_on_the_labeled_samples():
+    """As samples without targets do, the others count as 0: half of the batch of 8 is labeled."""
     labels = torch.where(torch.arange(8) < 4, LABELS, -1)
     ensemble = TeacherEnsemble(TeachersConfig(), 1)
     distillation = build_distillation([DKD()], {}, [{}], ensemble=ensemble, dataset=DATASET, seed=0)

@@ -9,7 +9,7 @@ from support.device import DEVICE
 from support.tiny_run import STUDENT, TEACHER, make_tiny_store, open_tiny_spec, squares, tiny_context
 
 from kdpipe.pipeline.steps import train_student, train_teacher
-from kdpipe.stages.data.labelling import keep_labels
+from kdpipe.stages.data.labeling import keep_labels
 from kdpipe.stages.data.loader.image_loader import ImageLoader
 from kdpipe.stages.data.loader.sampling import epoch_order
 from kdpipe.stages.distillation.student_config import student_folder
@@ -22,13 +22,13 @@ def task_of(image_set):
     return TrainingTask(ImageLoader(image_set, DEVICE), 4, Normalization((0.0,), (1.0,)))
 
 
-def test_without_a_teacher_labelled_samples_are_repeated():
+def test_without_a_teacher_labeled_samples_are_repeated():
     few = keep_labels(squares(300, 0), 40)
     task = task_of(few)
     epochs = torch.cat([task.order(7, epoch) for epoch in range(4)])  # 30 passes
     assert len(epochs) == 1200
     for one in epochs.split(40):
-        assert sorted(one.tolist()) == few.labelled.tolist()
+        assert sorted(one.tolist()) == few.labeled.tolist()
     assert not torch.equal(epochs[:40], epochs[40:80])
 
 
@@ -52,7 +52,7 @@ def test_each_pass_over_the_samples_has_its_view(kept, batch_size, views):
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
-    context = tiny_context(tmp_path_factory.mktemp("unlabelled"))
+    context = tiny_context(tmp_path_factory.mktemp("unlabeled"))
     return context, make_tiny_store(context)
 
 
@@ -79,7 +79,7 @@ def test_nothing_is_learned_without_labels_and_teacher(run, tmp_path):
         train_teacher(TEACHER, 0, context)
 
 
-def test_unlabelled_test_images_are_judged_by_agreement(run, tmp_path):
+def test_unlabeled_test_images_are_judged_by_agreement(run, tmp_path):
     labels = run[0].test_set.labels
     teacher = torch.eye(4)[labels]  # which is always right
     test_set = keep_labels(run[0].test_set, "none")

@@ -53,7 +53,7 @@ def reliability(run: PageRun) -> dict[str, object]:
         LeftOutError: If no bins were recorded.
     """
     found = [(network, bins) for network in run.networks if (bins := pooled_bins(network))]
-    if not run.is_labelled:
+    if not run.is_labeled:
         raise LeftOutError("It needs labels, and no test image has one.")
     if not found:
         raise LeftOutError("Confidences are recorded when a network is finished: none of this run has them yet.")

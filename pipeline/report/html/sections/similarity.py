@@ -19,7 +19,7 @@ from kdpipe.pipeline.report.html.heat import MAX_DRAWN, heat_map, legend
 from kdpipe.pipeline.report.html.read import PageRun
 from kdpipe.pipeline.report.html.templating import LeftOutError
 from kdpipe.pipeline.terminal.tables import Table
-from kdpipe.stages.data.image_set import UNLABELLED
+from kdpipe.stages.data.image_set import UNLABELED
 from kdpipe.store import KdpipeError, StoreError, TargetStore, is_url, open_store
 
 TEMPERATURE = 4.0
@@ -125,9 +125,9 @@ def similarity_of(store: TargetStore, source: str) -> Similarity:
     if not store.manifest.has_logits:
         raise StoreError("the teacher has embeddings, no logits.")
     num_classes, labels = store.num_classes, store.samples.labels
-    if (labels == UNLABELLED).all():
+    if (labels == UNLABELED).all():
         raise StoreError("the stored samples have no labels.")
-    if labels.min() < UNLABELLED or labels.max() >= num_classes:
+    if labels.min() < UNLABELED or labels.max() >= num_classes:
         raise StoreError("the labels of the stored samples are not among the teacher's classes.")
     has_names = len(store.classes) == num_classes
     names = store.classes if has_names else tuple(f"class {number}" for number in range(num_classes))
@@ -149,7 +149,7 @@ def similarity_of(store: TargetStore, source: str) -> Similarity:
 def _most_frequent(labels: NDArray[np.int64], num_classes: int) -> NDArray[np.int64]:
     """Return the classes to compare, in order: as many as MAX_SHARES allows, those with the most samples."""
     num_compared = min(num_classes, max(2, MAX_SHARES // num_classes))
-    counts = np.bincount(labels[labels != UNLABELLED], minlength=num_classes)
+    counts = np.bincount(labels[labels != UNLABELED], minlength=num_classes)
     return np.sort(np.argsort(-counts, kind="stable")[:num_compared])
 
 

@@ -16,7 +16,7 @@ import numpy.typing as npt
 
 from kdpipe.stages.data.decode import DecodeSpec
 from kdpipe.stages.data.image_files import ImageFileList
-from kdpipe.stages.data.image_set import UNLABELLED
+from kdpipe.stages.data.image_set import UNLABELED
 from kdpipe.stages.data.image_source import NO_STAMP, EncodedImages, Stamp, pack_names, stamp
 from kdpipe.stages.data.sources.label_names import LABEL_COLUMNS, classes_of_labels
 from kdpipe.stages.data.sources.listing import Listing
@@ -76,7 +76,7 @@ def list_hf_dataset(
     *,
     columns: Columns = (None, None),
     download: bool = True,
-    unlabelled: bool = False,
+    unlabeled: bool = False,
 ) -> Listing:
     """List one split, in its order, to be decoded to `spec`; a sample's id is its position.
 
@@ -87,14 +87,14 @@ def list_hf_dataset(
         spec: What the images are decoded to.
         columns: The names of the columns of images and labels; None where only one can be meant.
         download: Whether the hub may be asked; otherwise the library's cache must have it.
-        unlabelled: Whether there need be no column of labels.
+        unlabeled: Whether there need be no column of labels.
 
     Raises:
         DataError: It cannot be found or read, or its splits or columns are unclear.
     """
     title = f"hf_dataset:{folder.name if folder.is_dir() else text}"
     found = load_hf_dataset(text, folder, title, download=download)
-    image, label = choose_columns(title, next(iter(found.values())).features, columns, unlabelled=unlabelled)
+    image, label = choose_columns(title, next(iter(found.values())).features, columns, unlabeled=unlabeled)
     splits, notices = _splits(title, found, label)
     unsplit, train = "test" not in splits, splits["train"]
     name, chosen = train if unsplit or split == "train" else splits["test"]
@@ -116,7 +116,7 @@ def _splits(
         return {"train": next(iter(found.items()))}, ()
     names: dict[Role, str] = {role: name for name in found if (role := role_of(name))}
     test = names.get("test", names.get("val"))
-    if label and {"test", "val"} <= set(names) and {*_cells(found[names["test"]], label)} <= {None, UNLABELLED}:
+    if label and {"test", "val"} <= set(names) and {*_cells(found[names["test"]], label)} <= {None, UNLABELED}:
         test = names["val"]
     if "train" not in names or test is None:
         raise DataError(f"{title} has the splits {', '.join(found)}: expected train and test (or validation).")
@@ -128,9 +128,9 @@ def _splits(
 
 
 def choose_columns(
-    title: str, features: Mapping[str, Any], wanted: Columns, *, unlabelled: bool = False
+    title: str, features: Mapping[str, Any], wanted: Columns, *, unlabeled: bool = False
 ) -> tuple[str, str | None]:
-    """Return the names of the columns of images and labels; None where `unlabelled` and there is none.
+    """Return the names of the columns of images and labels; None where `unlabeled` and there is none.
 
     Raises:
         DataError: Not one column can be meant.
@@ -161,7 +161,7 @@ def choose_columns(
         if name.lower() in (*LABEL_COLUMNS, "labels") and isinstance(feature, datasets.Value)
     ]
     image = only("images", "image_column", wanted[0], images, encoded)
-    if unlabelled and not classes and not named and wanted[1] is None:
+    if unlabeled and not classes and not named and wanted[1] is None:
         return image, None
     return image, only("labels", "label_column", wanted[1], classes, named)
 
@@ -205,7 +205,7 @@ def _labels(
     import datasets
 
     if column is None:
-        return (), np.full(len(chosen), UNLABELLED, dtype=np.int64)
+        return (), np.full(len(chosen), UNLABELED, dtype=np.int64)
     cells, feature = _cells(chosen, column), chosen.features[column]
     for row, cell in enumerate(cells):
         if isinstance(cell, bool) or not isinstance(cell, int | str | None):
@@ -215,14 +215,14 @@ def _labels(
             raise DataError(f"{where}: the names of the classes of {column!r} are not those of the train split.")
         return tuple(map(str, feature.names)), np.array([_or_none(cell) for cell in cells], dtype=np.int64)
     packed, known = (
-        pack_names("" if _or_none(cell) == UNLABELLED else str(cell) for cell in each)
+        pack_names("" if _or_none(cell) == UNLABELED else str(cell) for cell in each)
         for each in (cells, _cells(train, column))
     )
     return classes_of_labels(title, packed, known, lambda row: f"{where}, row {row}", lambda row: f"{title}, row {row}")
 
 
 def _or_none(cell: Any) -> Any:
-    return UNLABELLED if cell is None else cell
+    return UNLABELED if cell is None else cell
 
 
 def _cells(dataset: Any, column: str) -> list[Any]:

@@ -9,14 +9,14 @@ LOGITS = torch.randn(4, 3, generator=torch.Generator().manual_seed(0))
 WEIGHTS = torch.tensor([1.0, 2.0, 0.5])
 
 
-def test_unlabelled_samples_add_nothing():
+def test_unlabeled_samples_add_nothing():
     found = HardLabels(torch.tensor([0, -1, 2, -1])).cross_entropy(LOGITS, 0.1, WEIGHTS)
     own = F.cross_entropy(LOGITS[::2], torch.tensor([0, 2]), label_smoothing=0.1, reduction="none")
     assert torch.equal(found[::2], own * WEIGHTS[[0, 2]])
     assert found[1::2].tolist() == [0, 0]
 
 
-def test_of_a_mixture_the_labelled_part_counts():
+def test_of_a_mixture_the_labeled_part_counts():
     hard = HardLabels(torch.tensor([0, -1, 2, -1]), torch.tensor([-1, 1, 1, -1]), torch.full((4,), 0.75))
     own = -LOGITS.log_softmax(1)
     wanted = torch.stack([0.75 * own[0, 0], 0.25 * own[1, 1], 0.75 * own[2, 2] + 0.25 * own[2, 1], torch.tensor(0.0)])

@@ -354,7 +354,7 @@ def test_a_folder_that_cannot_be_listed_is_named(pets: Path, monkeypatch: pytest
         _load(pets)
 
 
-def test_unlabelled_images_need_no_class_folders(pets: Path) -> None:
+def test_unlabeled_images_need_no_class_folders(pets: Path) -> None:
     for at in range(3):
         _write(pets.parent / "photos" / "train" / f"{at}.png", at)
     photos = pets.parent / "photos"
@@ -377,4 +377,4 @@ def test_unlabelled_images_need_no_class_folders(pets: Path) -> None:
 def test_labels_none_leaves_class_folders_and_ids_as_they_are(pets: Path) -> None:
     whole, none = _load(pets), _load(pets, labels="none")
     assert (digest(none), none.has_labels, none.class_names) == (digest(whole), False, whole.class_names)
-    assert _load(pets, "test", labels="none").is_labelled
+    assert _load(pets, "test", labels="none").is_labeled

@@ -155,7 +155,7 @@ def test_scans_of_both_splits_are_cached(folder, monkeypatch, tmp_path_factory):
         assert np.array_equal(load(file, split, cache_bytes=0).images.checksums, checksums)
 
 
-def test_an_empty_cell_is_an_unlabelled_image(folder):
+def test_an_empty_cell_is_an_unlabeled_image(folder):
     rows = [("b.png", ""), *ROWS[1:]]
     for file in (write(folder / "list.csv", rows), write(folder / "list.parquet", [("b.png", None), *ROWS[1:]])):
         train = load(file, test_share=0.01)

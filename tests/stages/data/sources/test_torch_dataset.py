@@ -257,7 +257,7 @@ def test_a_stream_is_refused() -> None:
             read(dataset)
 
 
-def test_a_label_of_none_is_an_unlabelled_image() -> None:
+def test_a_label_of_none_is_an_unlabeled_image() -> None:
     dataset = Pairs(label=lambda label: label or None)
     with pytest.warns(UserWarning, match="2 of 6 samples have no label"):
         assert read(dataset, class_names=["a", "b", "c"]).labels.tolist() == [-1, 1, 2, -1, 1, 2]

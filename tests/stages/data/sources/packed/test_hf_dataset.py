@@ -144,7 +144,7 @@ def test_labels_that_are_none_are_refused(tmp_path, label, labels, wanted):
     assert wanted in refusal(save(tmp_path / "x", made(label, labels)))
 
 
-def test_empty_cells_and_missing_columns_are_unlabelled(tmp_path):
+def test_empty_cells_and_missing_columns_are_unlabeled(tmp_path):
     for number, label in enumerate((CLASSES, datasets.Value("int64"), datasets.Value("string"))):
         values = [0, 0, 1, 1, -1, None] if number < 2 else ["0", "0", "1", "1", None, None]
         place = save(tmp_path / str(number), made(label, values))

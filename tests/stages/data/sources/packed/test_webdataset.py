@@ -103,7 +103,7 @@ def test_labels_come_from_json_too(tmp_path):
     assert (found.class_names, sorted(found.labels.tolist())) == (("0", "1"), [0, 1])
 
 
-def test_images_without_labels_are_unlabelled(tmp_path):
+def test_images_without_labels_are_unlabeled(tmp_path):
     file = write_tar(tmp_path / "a.tar", [*members(), *((f"{n}.png", png(n)) for n in range(4))])
     found = load(file, test_share=0.4)
     assert (found.class_names, sorted(found.labels.tolist())) == (("cat", "dog"), [-1, -1, 0, 1])

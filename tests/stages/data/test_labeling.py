@@ -5,18 +5,18 @@ import torch
 from support.tiny_run import squares
 
 from kdpipe.stages.data.image_set import digest, kept_labels
-from kdpipe.stages.data.labelling import hide_labels, keep_labels
+from kdpipe.stages.data.labeling import hide_labels, keep_labels
 from kdpipe.stages.errors import RecipeError
 
 
 def test_few_labels_are_among_many_with_all_classes():
     whole = squares(300, 0)
     few, many = keep_labels(whole, 40), keep_labels(whole, 100)
-    counts, all_counts = (torch.bincount(one.labels[one.labelled]) for one in (few, whole))
-    assert len(few.labelled) == 40 and (counts - 40 * all_counts / 300).abs().max() <= 1
-    assert set(few.labelled.tolist()) < set(many.labelled.tolist())
-    assert torch.equal(few.labels[few.labelled], whole.labels[few.labelled])
-    assert few.label_name(int(few.labelled[0])) in "abcd"
+    counts, all_counts = (torch.bincount(one.labels[one.labeled]) for one in (few, whole))
+    assert len(few.labeled) == 40 and (counts - 40 * all_counts / 300).abs().max() <= 1
+    assert set(few.labeled.tolist()) < set(many.labeled.tolist())
+    assert torch.equal(few.labels[few.labeled], whole.labels[few.labeled])
+    assert few.label_name(int(few.labeled[0])) in "abcd"
     assert not keep_labels(whole, "none").has_labels
     assert keep_labels(whole, "all") is whole
 
@@ -31,7 +31,7 @@ def test_stores_know_the_samples_whatever_labels_are_kept():
 
 def test_more_labels_than_there_are_is_an_error():
     few = keep_labels(squares(300, 0), 40)
-    with pytest.raises(RecipeError, match="data.labels = 41: the train split of squares has 40 labelled samples"):
+    with pytest.raises(RecipeError, match="data.labels = 41: the train split of squares has 40 labeled samples"):
         keep_labels(few, 41)
 
 
@@ -39,5 +39,5 @@ def test_partners_keep_no_other_labels():
     whole = squares(300, 0)
     few = keep_labels(whole, 40).take(torch.arange(200))
     hidden = hide_labels(whole, few)
-    assert hidden.labelled.tolist() == few.labelled.tolist()
+    assert hidden.labeled.tolist() == few.labeled.tolist()
     assert hide_labels(whole, whole) is whole

@@ -39,7 +39,7 @@ latency_rounds = 3
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("unlabelled")
+    folder = tmp_path_factory.mktemp("unlabeled")
     for number, image in enumerate(load_digits().images[:200]):
         split = folder / "photos" / ("train" if number < 140 else "test")
         split.mkdir(parents=True, exist_ok=True)
