@@ -241,8 +241,8 @@ def _with_progress(run: Run, command: str, options: JobOptions) -> Iterator[Run]
 
 def _whole_run(recipe: Recipe, command: str) -> WholeRun | None:
     """Return the jobs that a command does, for its progress; None of a command that does a single one, or others."""
-    from kdpipe.pipeline.planned_jobs import planned_jobs
-    from kdpipe.pipeline.steps import STAGES
+    from kdpipe.pipeline.recipe.planned_jobs import planned_jobs
+    from kdpipe.pipeline.run_stages import STAGES
     from kdpipe.pipeline.terminal.whole_run import WholeRun
 
     stages = list(STAGES) if command == "run" else [command] if command in STAGES else []
@@ -283,7 +283,7 @@ def _work(command: str, count: int, only: Step | None) -> Callable[[Run], dict[s
     from kdpipe.pipeline.commands.generations import run_generations
     from kdpipe.pipeline.commands.variants.compare import run_compare
     from kdpipe.pipeline.commands.variants.sweep import run_sweep
-    from kdpipe.pipeline.steps import STAGES, run_all, run_compress
+    from kdpipe.pipeline.run_stages import STAGES, run_all, run_compress
 
     functions: dict[str, Callable[[Run], dict[str, Any]]] = {
         **STAGES,

@@ -16,7 +16,8 @@ from kdpipe.pipeline.preflight import preflight, require_losses, try_distillatio
 from kdpipe.pipeline.recipe.load import Recipe
 from kdpipe.pipeline.report.formatting import interval_text, mean_std
 from kdpipe.pipeline.run import Run
-from kdpipe.pipeline.steps import run_cache_teacher, run_train_teacher, train_student
+from kdpipe.pipeline.run_stages import run_cache_teacher, run_train_teacher
+from kdpipe.pipeline.steps import train_student
 from kdpipe.pipeline.terminal.output import console
 from kdpipe.pipeline.terminal.tables import Table, print_table
 from kdpipe.stages.distillation.student_config import DISTILLED, student_folder

@@ -12,7 +12,7 @@ import pytest
 from support.made_store import folder_bytes
 from support.tiny_run import CACHE, RECIPE
 
-from kdpipe.pipeline import steps
+from kdpipe.pipeline import run_stages, steps
 from kdpipe.pipeline.recipe.load import Recipe
 from kdpipe.pipeline.run import Run
 from kdpipe.stages.cache_teacher.cache import CacheJob
@@ -54,9 +54,9 @@ def run_here(folder: Path, recipe: Recipe = RECIPE, *, workspace: Workspace | No
         workspace=workspace or Workspace(folder.parent),
     )
     run.begin()
-    steps.run_train_teacher(run)
-    steps.run_cache_teacher(run, in_turn=True)
-    steps.run_train_student(run)
+    run_stages.run_train_teacher(run)
+    run_stages.run_cache_teacher(run, in_turn=True)
+    run_stages.run_train_student(run)
     run.write_recipe()
     return run, said
 
@@ -122,7 +122,7 @@ def test_another_teacher_is_not_taken_for_it(
     run = Run(replace(RECIPE, **{key: value}), tmp_path / "b", RunMonitor(), workspace=Workspace(first.parent))
     run.begin()
     with nullcontext() if key == "name" else pytest.raises(Trained):
-        steps.run_train_teacher(run)
+        run_stages.run_train_teacher(run)
 
 
 @pytest.mark.parametrize("num_views", [1, 2])
@@ -134,7 +134,7 @@ def test_a_named_store_beside_another_training_of_the_teacher_is_refused(
     run = Run(recipe, tmp_path / "b", RunMonitor(), workspace=Workspace(tmp_path))
     run.begin()
     with pytest.raises(FingerprintMismatch, match="seed: stored 0, wanted 1"):
-        steps.run_train_student(run)
+        run_stages.run_train_student(run)
 
 
 def test_the_teacher_beside_a_named_store_is_used(first: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -143,7 +143,7 @@ def test_the_teacher_beside_a_named_store_is_used(first: Path, tmp_path: Path, m
     recipe = replace(RECIPE, cache=replace(CACHE, store=str(first / "store.zarr")))
     run = Run(recipe, tmp_path / "b", RunMonitor(), workspace=Workspace(tmp_path))
     run.begin()
-    steps.run_train_teacher(run)
+    run_stages.run_train_teacher(run)
     assert (run.folder / "teacher" / "model.safetensors").exists()
 
 
@@ -202,11 +202,11 @@ def test_train_student_alone_uses_teacher_and_store_of_another_run(
     warmer = replace(RECIPE, distill=(KD(loss="kd", temperature=2.0),))
     run = Run(warmer, tmp_path / "b", RunMonitor(), workspace=Workspace(tmp_path))
     run.begin()
-    steps.run_train_student(run)
+    run_stages.run_train_student(run)
     assert counted == {"train": 1, "units": 0}
     assert store_of_run(tmp_path / "b") == (tmp_path / "a" / "store.zarr").absolute()
     with pytest.raises(StoreError, match="cache-teacher"):
-        steps.run_train_student(Run(warmer, tmp_path / "c", RunMonitor()))
+        run_stages.run_train_student(Run(warmer, tmp_path / "c", RunMonitor()))
 
 
 def test_cache_teacher_alone_uses_the_teacher_of_another_run(
@@ -216,5 +216,5 @@ def test_cache_teacher_alone_uses_the_teacher_of_another_run(
     more = replace(RECIPE, views=replace(RECIPE.views, num_views=3))
     run = Run(more, tmp_path / "b", RunMonitor(), workspace=Workspace(tmp_path))
     run.begin()
-    steps.run_cache_teacher(run)
+    run_stages.run_cache_teacher(run)
     assert counted["train"] == 0 and counted["units"] > 0

@@ -15,8 +15,8 @@ from kdpipe.pipeline.report.differences import Outcomes, between
 from kdpipe.pipeline.report.printing import full_report
 from kdpipe.pipeline.report.variants import RESULTS, compare_table
 from kdpipe.pipeline.run import Run
+from kdpipe.pipeline.run_stages import run_cache_teacher, run_train_teacher
 from kdpipe.pipeline.shared_store import needs_teacher
-from kdpipe.pipeline.steps import run_cache_teacher, run_train_teacher
 from kdpipe.pipeline.terminal.output import console
 from kdpipe.pipeline.terminal.tables import print_short_table
 from kdpipe.stages.distillation.student_config import ALONE, StudentConfig, view_warning

@@ -10,8 +10,8 @@ from rich.cells import cell_len
 from rich.console import Console
 from support.tiny_run import TEACHER
 
-from kdpipe.pipeline.planned_jobs import planned_jobs
 from kdpipe.pipeline.recipe.load import Recipe
+from kdpipe.pipeline.recipe.planned_jobs import planned_jobs
 from kdpipe.pipeline.terminal import output, progress, rate, reporter, whole_run
 from kdpipe.pipeline.terminal.output import Verbosity
 from kdpipe.pipeline.terminal.progress import MAX_BARS, Bars

@@ -5,8 +5,8 @@ from dataclasses import replace
 import pytest
 from support.tiny_run import CACHE, STUDENT, TEACHER, VIEWS
 
-from kdpipe.pipeline.planned_jobs import planned_jobs
 from kdpipe.pipeline.recipe.load import Recipe
+from kdpipe.pipeline.recipe.planned_jobs import planned_jobs
 from kdpipe.pipeline.terminal import whole_run
 from kdpipe.pipeline.terminal.whole_run import WholeRun
 from kdpipe.stages.runtime.events import ProgressEvent

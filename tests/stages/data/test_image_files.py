@@ -60,7 +60,7 @@ def test_unequal_photographs_are_read_unchanged(pets: Path) -> None:
 
 
 @pytest.mark.parametrize(("channels", "mean", "std"), [(1, (0.449,), (0.226,)), (3, (0.485, 0.456, 0.406), None)])
-def test_photographs_in_files_are_normalised_as_imagenet(
+def test_photographs_in_files_are_normalized_as_imagenet(
     pets: Path, channels: int, mean: tuple[float, ...], std: tuple[float, ...] | None
 ) -> None:
     assert normalization(_load(pets, channels=channels)) == (mean, std or (0.229, 0.224, 0.225))

@@ -13,7 +13,7 @@ import pytest
 from support.paths import ROOT
 from support.tiny_run import STUDENT, tiny_context
 
-from kdpipe.pipeline import steps
+from kdpipe.pipeline import run_stages
 from kdpipe.stages.compress.compress import CompressConfig
 from kdpipe.stages.distillation.spec import DistillationSpec
 from kdpipe.stages.errors import RunError
@@ -65,10 +65,10 @@ def test_nice_of_zero_changes_nothing() -> None:
 
 def test_compress_uses_nice_of_the_recipe(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     nice_calls: list[int] = []
-    monkeypatch.setattr(steps, "lower_priority", nice_calls.append)  # this process has other tests to run
+    monkeypatch.setattr(run_stages, "lower_priority", nice_calls.append)  # this process has other tests to run
     recipe = SimpleNamespace(compress=CompressConfig(steps=(), niceness=13), student=STUDENT, name="tiny")
     spec = DistillationSpec((), {}, (), 1.0)
     run = SimpleNamespace(recipe=recipe, context=tiny_context(tmp_path), distillation=spec)
     with pytest.raises(RunError, match="kdpipe train-student"):  # there is no student yet
-        steps.run_compress(run)
+        run_stages.run_compress(run)
     assert nice_calls == [13]

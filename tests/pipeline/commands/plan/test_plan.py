@@ -12,7 +12,7 @@ from rich.console import Console
 from support.tiny_run import RECIPE as TINY
 from support.tiny_run import TEACHER
 
-from kdpipe.pipeline import steps
+from kdpipe.pipeline import run_stages
 from kdpipe.pipeline.commands.plan import printing
 from kdpipe.pipeline.commands.plan.existing import find_students
 from kdpipe.pipeline.commands.plan.plan import run_plan
@@ -73,7 +73,7 @@ def test_a_plan_finds_what_the_workspace_offers(tmp_path: Path) -> None:
     done = Run(RECIPE, tmp_path / "a", RunMonitor())
     promised = run_plan(done, with_probe=False)["missing_bytes"]
     done.begin()
-    for run_stage in (steps.run_train_teacher, steps.run_cache_teacher, steps.run_train_student):
+    for run_stage in (run_stages.run_train_teacher, run_stages.run_cache_teacher, run_stages.run_train_student):
         run_stage(done)
     outputs = (path for path in tmp_path.glob("a/store*.zarr/logits/c/**/*") if path.is_file())
     assert sum(path.stat().st_size for path in outputs) == promised

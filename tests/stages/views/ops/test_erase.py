@@ -103,7 +103,7 @@ def test_noise_differs_between_pixels_and_samples():
         assert abs((one * other).mean().item()) / 5461 < 0.02
 
 
-def test_a_value_for_each_colour_is_no_good_for_grey_images():
+def test_a_value_for_each_color_is_no_good_for_gray_images():
     with pytest.raises(RecipeError, match="images of 3 channels, and these have 1"):
         erasing(p=1.0, value=(1, 2, 3))(IMAGES[:, :1], CounterRNG(1, 2, IDS))
 
