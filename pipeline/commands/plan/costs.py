@@ -120,7 +120,8 @@ def _compare_costs(probe: Probe) -> Iterator[StageCost]:
             time, note = _measured(partial(_variant_time, probe, losses, student, num_left))
             seconds = seconds + time if seconds and time else None
             notes += [f"{name}: {note}"] if note else []
-    what, count = f"students, {len(variants)} variants", len(variants) * len(recipe.student.seeds)
+    what = f"students, {len(recipe.compare)} variants{', and alone' * recipe.student.baseline}"
+    count = len(variants) * len(recipe.student.seeds)
     yield StageCost("compare", what, count, num_done, seconds, "; ".join(notes[:1]))
 
 
