@@ -273,6 +273,8 @@ def test_unequal_sizes_name_the_argument():
         def __getitem__(self, index):
             return torch.zeros(1, 6 + index // 3, 6, dtype=torch.uint8), 0
 
-    with pytest.raises(kd.KdpipeError, match=r"kdpipe.as_image_set\(dataset, image_size="):
-        kd.as_image_set(Unequal())
+    unequal = kd.as_image_set(Unequal())
+    assert unequal.image_size is None
+    with pytest.raises(kd.KdpipeError, match=r"Unequal have different sizes: give image_size=\(H, W\)"):
+        kd.create_model("cnn", unequal)
     assert kd.as_image_set(Unequal(), image_size=6).image_size == (6, 6)

@@ -193,7 +193,7 @@ def test_an_invalid_external_student_is_refused(recipe, run, tmp_path, record, c
 IMAGES, LABELS = np.zeros((20, 8, 8), np.uint8), np.arange(20) % 10
 
 ARRAYS = {
-    "negative": ({"labels": LABELS - 1}, "has the label -1"),
+    "negative": ({"labels": LABELS - 2}, "has the label -2"),
     "10**9 classes": ({"labels": LABELS + 10**9}, "is too large"),
     "beyond int64": ({"labels": np.full(20, 2**64 - 1, np.uint64)}, "labels must fit int64"),
     "NaN": ({"images": IMAGES * np.nan}, "images must be uint8"),

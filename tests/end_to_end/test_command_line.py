@@ -41,7 +41,7 @@ def test_help_lists_commands_and_imports_nothing_heavy():
         (["run", "RECIPE", "--set", "views.operations.0.padding=8"], 2, "could crop images of 8 x 8 to nothing"),
         (["run", "RECIPE", "--set", "device=cuda:99"], 2, "device"),
         (["run", "RECIPE", "--set", "distill.1.layer=1"], 2, "unknown key 'distill.1.layer'"),
-        (["run", "RECIPE", "--set", "distill.0.loss=kdd"], 2, "choose from kd, dkd, dist"),
+        (["run", "RECIPE", "--set", "distill.0.loss=kdd"], 2, "unknown loss 'kdd'; did you mean 'kd'?"),
         (["train", "RECIPE"], 2, "No such command"),
         (["run"], 2, "Missing argument"),
     ],

@@ -5,11 +5,13 @@ The test runs this file as a script: its processes are forks, of one that has us
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
 import signal
 import sys
 import threading
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +24,8 @@ from kdpipe.stages.errors import DataError, RecipeError
 from kdpipe.stages.runtime.distributed import gradient_group, init_distributed, is_lost_peer
 from kdpipe.stages.runtime.gpu import nccl
 from kdpipe.stages.runtime.gpu.nccl import gpu_backend, words_of
+
+PR_SET_PDEATHSIG = 1
 
 REFUSED = "NCCL error in: /pytorch/torch/NCCLUtils.cpp:77, unhandled system error, NCCL version 2.27\nLast error:\nno"
 
@@ -55,12 +59,12 @@ def main(folder: Path) -> None:
     os.environ |= {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
     child = os.fork()
     os.environ["RANK"] = "0" if child else "1"
-    try:
+    if not child:
+        ctypes.CDLL(None).prctl(
+            PR_SET_PDEATHSIG, signal.SIGKILL
+        )  # ends when the other has: not before, as in a cluster
+    with suppress(DataError):
         fail_while_sending(int(os.environ["RANK"]), folder)
-    except DataError:
-        if child:
-            os.kill(child, signal.SIGKILL)
-            os.waitpid(child, 0)
 
 
 @pytest.fixture(scope="module")
