@@ -38,6 +38,7 @@ class Setting:
         last_is_best: Whether the distilled students of all seeds were best after their last epoch.
         at_chance: The names of networks that are no better than guessing.
         tested: What the accuracy is, such as "test accuracy".
+        num_labels: The number of labeled training images, where it is a setting; else None.
     """
 
     has_baseline: bool = True
@@ -46,6 +47,7 @@ class Setting:
     last_is_best: bool = False
     at_chance: Sequence[str] = ()
     tested: str = "test accuracy"
+    num_labels: int | None = None
 
 
 @dataclass(frozen=True)
@@ -73,7 +75,8 @@ class Verdict:
 
 def setting_of(recipe: Mapping[str, Any], distilled: Sequence[Mapping[str, Any]]) -> Setting:
     """Return the setting of a resolved recipe, which is untrusted, and of the results of its distilled students."""
-    views, losses = recipe.get("views"), recipe.get("distill")
+    data, views, losses = (recipe.get(key) for key in ("data", "views", "distill"))
+    labels = data.get("labels") if isinstance(data, Mapping) else None
     num_views = views.get("num_views") if isinstance(views, Mapping) else None
     listed = losses if isinstance(losses, list) else []
     temperatures = [one.get("temperature") for one in listed if isinstance(one, Mapping)]
@@ -82,6 +85,7 @@ def setting_of(recipe: Mapping[str, Any], distilled: Sequence[Mapping[str, Any]]
         has_baseline=recipe["student"].get("baseline", True) is not False,
         num_views=num_views if isinstance(num_views, int) else None,
         temperatures=[float(one) for one in temperatures if isinstance(one, int | float)],
+        num_labels=0 if labels == "none" else labels if type(labels) is int else None,
         last_is_best=bool(best) and all(type(epoch) is int and epoch + 1 == num for epoch, num in best),
     )
 
@@ -101,10 +105,12 @@ def verdict(
         setting: What the advice depends on.
     """
     found = _verdict(accuracies, gain, gap, setting)
-    if not setting.at_chance:
-        return found
-    note = f"At chance, no better than guessing: {', '.join(setting.at_chance)}."
-    return replace(found, sentence=f"{found.sentence} {note}")
+    notes = []
+    if setting.num_labels is not None:
+        notes.append(f"Labeled training images: {setting.num_labels:,}.")
+    if setting.at_chance:
+        notes.append(f"At chance, no better than guessing: {', '.join(setting.at_chance)}.")
+    return replace(found, sentence=" ".join([found.sentence, *notes]))
 
 
 def _verdict(

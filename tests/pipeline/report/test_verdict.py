@@ -59,6 +59,13 @@ def test_verdict_says_what_is_clear(case, result, wanted):
     assert re.search(wanted, found.sentence), found.sentence
 
 
+@pytest.mark.parametrize(("labels", "number"), [("none", "0"), (1200, "1,200"), ("all", None)])
+def test_few_labels_are_told(labels, number):
+    setting = setting_of({"student": {}, "data": {"labels": labels}}, [])
+    told = verdict_of(**GOOD, setting=setting).sentence.endswith(f" Labeled training images: {number}.")
+    assert told == (number is not None)
+
+
 def test_no_share_of_a_gap_that_is_not_clear():
     """60 test images, a teacher 3 points better, a student 15 points worse: no "-450 % of the gap"."""
     found = verdict_of(**FEW)
