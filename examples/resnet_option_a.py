@@ -47,7 +47,8 @@ class ResNet(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         out = F.relu(self.bn1(self.conv1(images)))
         out = self.layer3(self.layer2(self.layer1(out)))
-        return self.linear(F.adaptive_avg_pool2d(out, 1).flatten(1))
+        logits: Tensor = self.linear(F.adaptive_avg_pool2d(out, 1).flatten(1))
+        return logits
 
 
 def resnet56(num_classes: int = 10) -> ResNet:
