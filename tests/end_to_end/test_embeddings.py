@@ -41,7 +41,7 @@ quantize_train = {{ epochs = 1, batch_size = 50 }}
 """
 
 
-def test_a_vit_without_a_classifier_teaches_a_cnn_on_the_command_line(tmp_path):
+def test_a_vit_without_a_classifier_teaches_a_cnn(tmp_path):
     timm = pytest.importorskip("timm")
     torch.manual_seed(0)
     weights = timm.create_model("test_vit", img_size=8, patch_size=2, num_classes=7).state_dict()

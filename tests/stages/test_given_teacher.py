@@ -244,7 +244,7 @@ def test_a_new_classifier_is_not_taken_as_it_is(tmp_path):
     ("here", "there", "trained", "fits"),
     [
         (None, None, False, True),
-        (None, 10.0, False, False),  # it may have a wrong scaling, which nobody looked for
+        (None, 10.0, False, False),  # it may have a wrong scaling, which was not looked for
         (None, 10.0, True, True),
         (50.0, None, False, True),
         (51.0, None, True, True),  # within the error of the test images

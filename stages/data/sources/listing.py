@@ -109,7 +109,7 @@ def absent_classes(
 def unlabeled_samples(where: str, split: Part, labels: npt.NDArray[np.int64]) -> tuple[str, ...]:
     """Return a notice if some samples, but not all, have no label (-1); none otherwise."""
     num = int((labels == UNLABELED).sum())
-    some = f"data set {where} ({split}): {num:,} of {len(labels):,} samples have no label."
+    some = f"data set {where} ({split}): {num:,} of {len(labels):,} samples have no label (-1)."
     return (some,) if 0 < num < len(labels) else ()
 
 

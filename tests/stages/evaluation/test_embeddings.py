@@ -70,7 +70,7 @@ def evaluation(num_images: int) -> Evaluation:
     return Evaluation(ImageLoader(image_set, CPU), Normalization((0.0,) * 3, (1.0,) * 3))
 
 
-def test_a_network_without_a_classifier_has_the_accuracy_of_its_probe():
+def test_without_a_classifier_accuracy_is_the_probes():
     model = Tower().eval()
     assert embeddings_of(model, evaluation(6)).vectors.shape == (6, 3)
     assert not model.training

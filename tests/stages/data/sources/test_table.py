@@ -161,4 +161,4 @@ def test_an_empty_cell_is_an_unlabeled_image(folder):
         train = load(file, test_share=0.01)
         assert train.class_names == ("cat", "dog")
         assert train.sample_ids[train.labels == -1].tolist() == [sample_id("b.png")]
-        assert train.notices[-1].endswith(f"1 of {train.num_samples} samples have no label.")
+        assert train.notices[-1].endswith(f"1 of {train.num_samples} samples have no label (-1).")

@@ -153,7 +153,7 @@ def test_a_fresh_head_is_drawn_from_the_seed(tmp_path: Path, entries: dict[str, 
     assert notices == [f"{tmp_path / 'w.pt'}: the classifier (fc.weight, fc.bias) is new, drawn from the seed."]
 
 
-def test_a_network_without_a_classifier_leaves_out_that_of_the_file(tmp_path: Path) -> None:
+def test_a_classifier_that_is_not_needed_is_left_out(tmp_path: Path) -> None:
     config = ModelConfig(name="resnet8", weights=str(tmp_path / "whole.safetensors"))
     whole = network(1, "resnet8")
     save_file(whole.state_dict(), config.weights)
