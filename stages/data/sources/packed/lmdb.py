@@ -119,7 +119,7 @@ def _entries(path: Path) -> Iterator[tuple[bytes, int, Callable[[], bytes]]]:
 
 
 def _opened(path: Path) -> Any:
-    """Return the opened database; for reading only and without locks, since it must not be written to while a job reads."""
+    """Return the opened database, for reading only and without locks: no job may write to it meanwhile."""
     try:
         import lmdb
     except ImportError as error:
