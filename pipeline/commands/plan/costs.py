@@ -71,8 +71,6 @@ def student_costs(probe: Probe, students: dict[tuple[str, int], Path]) -> Iterat
         return
     if recipe.compare:
         yield from _compare_costs(probe)
-        if not recipe.distill:
-            return
     compresses = recipe.student.export and recipe.distill and recipe.compress.steps
     compressions = list(unfinished_compressions(run)) if compresses else []
     num_done = {kind: sum(each == kind for each, _ in students) for kind in (ALONE, DISTILLED)}
@@ -108,21 +106,19 @@ def _sweep_costs(probe: Probe) -> Iterator[StageCost]:
 
 
 def _compare_costs(probe: Probe) -> Iterator[StageCost]:
-    """Yield the cost of the students of `kdpipe compare`, each variant timed; those alone are train-student's too."""
-    run, recipe = probe.run, probe.run.recipe
-    seconds: Seconds | None = NOTHING
-    notes, num_done, variants = [], 0, variants_of(run)
+    """Yield the cost of the variants of `kdpipe compare`, each timed; the student alone is train-student's too."""
+    run, seconds, notes, num_done = probe.run, Seconds(0, 0), list[str](), 0
+    variants = {name: own for name, own in variants_of(run).items() if name != ALONE}
     for name, (losses, student) in variants.items():
         runs = [run_of(run.folder, "compare", name, seed) for seed in student.seeds]
         num_left = sum(one.job_dir.result() is None for one in runs)
         num_done += len(runs) - num_left
         if num_left:
             time, note = _measured(partial(_variant_time, probe, losses, student, num_left))
-            seconds = seconds + time if seconds and time else None
-            notes += [f"{name}: {note}"] if note else []
-    what = f"students, {len(recipe.compare)} variants{', and alone' * recipe.student.baseline}"
-    count = len(variants) * len(recipe.student.seeds)
-    yield StageCost("compare", what, count, num_done, seconds, "; ".join(notes[:1]))
+            seconds += time or NOTHING
+            notes += [] if time else [f"{name}: {note}"]
+    what, count = f"students, variants ({len(variants)})", len(variants) * len(run.recipe.student.seeds)
+    yield StageCost("compare", what, count, num_done, None if notes else seconds, "; ".join(notes[:1]))
 
 
 def _variant_time(probe: Probe, losses: Sequence[Loss], student: StudentConfig, count: int) -> Seconds:

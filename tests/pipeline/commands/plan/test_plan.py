@@ -113,7 +113,7 @@ def test_the_plan_of_a_comparison_has_its_variants(tmp_path: Path, monkeypatch: 
     monkeypatch.setattr(JobDir, "result", lambda job_dir: {} if job_dir.path == done else None)
     plan = planned(tmp_path / "a", compared)
     made = {stage["what"]: (stage["count"], stage["num_done"]) for stage in plan["stages"]}
-    assert made == {"teacher": (1, 0), "store": (1, 0), "students, 2 variants, and alone": (6, 1)}
+    assert made == {"teacher": (1, 0), "store": (1, 0), "students, variants (2)": (4, 1), "students, alone": (2, 0)}
     assert all(stage["wall_s"][0] > 0 for stage in plan["stages"])
 
 
