@@ -15,6 +15,12 @@ def _reject_bool(value: object) -> object:
     return value
 
 
+def _require_labels(value: object) -> object:
+    if value in ("all", "none") or (type(value) is int and 1 <= value < 2**63):
+        return value
+    raise ValueError("input should be 'all', 'none' or a positive number")
+
+
 @section
 class DataConfig:
     """Configuration of the data set.
@@ -51,7 +57,9 @@ class DataConfig:
     test_crop: Annotated[float, Field(gt=0, le=1)] = 1.0
     classes: Annotated[tuple[str, ...], Field(min_length=1)] | None = None
     num_train: Annotated[int, Field(ge=1, lt=2**63)] | None = None
-    labels: Literal["all", "none"] | Annotated[int, Field(ge=1, lt=2**63)] = "all"
+    labels: Annotated[
+        Literal["all", "none"] | Annotated[int, Field(ge=1, lt=2**63)], BeforeValidator(_require_labels)
+    ] = "all"
     test_share: Annotated[float, Field(gt=0, lt=1)] = 0.2
     validation_share: Annotated[float, Field(ge=0, lt=1)] = 0.0
     cache_bytes: Bytes = 8 * 2**30
