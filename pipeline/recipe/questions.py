@@ -34,6 +34,7 @@ from kdpipe.pipeline.recipe.template import (
 from kdpipe.stages.config import PathStr
 from kdpipe.stages.data.names import FILE_KINDS, KINDS, KNOWN_NAMES
 from kdpipe.stages.errors import RecipeError
+from kdpipe.stages.faults import fault_sentence
 from kdpipe.store.errors import did_you_mean
 
 FEW_MODULES = 4
@@ -75,8 +76,7 @@ def _typed(kind: Any) -> Parser:
         try:
             return adapter.validate_python(text)
         except ValidationError as error:
-            message = error.errors()[0]["msg"].removeprefix("Value error, ")
-            raise RecipeError(f"invalid value {text[:80]!r}: {message[0].lower()}{message[1:]}.") from error
+            raise RecipeError(f"invalid value {text[:80]!r}: {fault_sentence(error.errors()[0])}.") from error
 
     return parse
 
