@@ -22,6 +22,13 @@ from kdpipe.pipeline.recipe.present import (
     require_weights_file,
     scaling_named,
 )
+from kdpipe.pipeline.recipe.teacher_classes import (
+    classes_named,
+    default_classes,
+    has_other_classes,
+    num_data_classes,
+    num_teacher_classes,
+)
 from kdpipe.pipeline.recipe.template import (
     FEATURE_LOSSES,
     OFFERED_LOSSES,
@@ -175,6 +182,12 @@ def _module_lines(answers: Answers) -> Sequence[str]:
     return [*lines, "(`kdpipe modules RECIPE` lists those inside too)"]
 
 
+def _class_lines(answers: Answers) -> Sequence[str]:
+    return [
+        f"the weights tell {num_teacher_classes(answers):,} classes apart, the data has {num_data_classes(answers):,}"
+    ]
+
+
 def _is_given(answers: Answers) -> bool:
     return answers.teacher_weights not in (TRAINED_HERE, PUBLISHED)
 
@@ -201,6 +214,15 @@ QUESTIONS = (
         "Weights of the teacher (train: train it here; published: torchvision's; or a .safetensors or state dict file)",
         _default_weights,
         _weights,
+    ),
+    Question(
+        "classes",
+        "Names of its weights' classes, of which the data's are kept (published: as its library names them; or a file "
+        "with one a line; none: a new last layer is trained)",
+        default_classes,
+        classes_named,
+        has_other_classes,
+        _class_lines,
     ),
     Question(
         "normalization",
