@@ -11,14 +11,14 @@ from kdpipe.stages.config import Bytes, PathStr, section
 
 def _reject_bool(value: object) -> object:
     if type(value) is bool:  # True == 1 in Python, so pydantic would accept it
-        raise ValueError("input should be 1 or 3")
+        raise ValueError("it must be 1 or 3")
     return value
 
 
 def _require_labels(value: object) -> object:
     if value in ("all", "none") or (type(value) is int and 1 <= value < 2**63):
         return value
-    raise ValueError("input should be 'all', 'none' or a positive number")
+    raise ValueError("it must be 'all', 'none' or a positive number")
 
 
 @section

@@ -9,8 +9,10 @@ from typing import Any
 
 from kdpipe.pipeline.report.formatting import interval_text, kib, mean_std
 from kdpipe.pipeline.report.html.read import PageRun, recommended
+from kdpipe.pipeline.report.networks import num_training_images
 from kdpipe.pipeline.report.rows import Row
-from kdpipe.stages.training.job_dir import JobDir, read_json_file
+from kdpipe.pipeline.report.verdict import setting_of
+from kdpipe.stages.training.job_dir import read_json_file
 
 CODE = """# pip install onnxruntime numpy pillow
 import json
@@ -63,10 +65,9 @@ def _facts(run: PageRun) -> Iterator[tuple[str, str]]:
 
 def _sizes(run: PageRun) -> Iterator[str]:
     """Yield the number of training images, test images and classes, as far as they are recorded."""
-    jobs = (job for network in run.main for job in network.jobs)
-    records = (read_json_file(JobDir(job.folder).path / "job.json") or {} for job in jobs)
-    if number := next((size for record in records if (size := record.get("data", {}).get("num_samples"))), None):
-        yield f"{number:,} training images"
+    if number := num_training_images(job.folder for network in run.main for job in network.jobs):
+        labels = setting_of(recipe=run.recipe, distilled=()).num_labels
+        yield f"{number:,} training images" + ("" if labels is None else f" ({labels:,} labeled)")
     if classes := next((row.per_class for row in run.report.rows if row.per_class), None):
         yield f"{sum(one.num_samples for one in classes):,} test images"
         yield f"{len(classes):,} classes"
