@@ -49,7 +49,7 @@ def hub_or_cache(refused: str = "", *, local: bool = False) -> Iterator[str]:
 
 def _unreachable(endpoint: str) -> str:
     """Return why the hub cannot be reached, "" if it can."""
-    from huggingface_hub.utils import get_session
+    from huggingface_hub.utils import get_session  # type: ignore[attr-defined]
 
     asked, why = _answers.get(endpoint, (-VALID_S, ""))
     if time.monotonic() - asked < VALID_S:

@@ -228,8 +228,8 @@ def _pretrained(loader: Any, name: str, config: Any) -> nn.Module:
             )
     except OSError as error:
         raise ModelError(
-            f"the published weights of {name} cannot be loaded ({hub_cause(error, why)}): fetch {CONFIG}, {PROCESSOR} and "
-            f"{WEIGHTS} elsewhere into one folder, and name it as hf:FOLDER."
+            f"the published weights of {name} cannot be loaded ({hub_cause(error, why)}): fetch {CONFIG}, {PROCESSOR} "
+            f"and {WEIGHTS} elsewhere into one folder, and name it as hf:FOLDER."
         ) from error
     if wrong := sorted(key if isinstance(key, str) else key[0] for key in found["mismatched_keys"]):
         raise ModelError(
