@@ -28,12 +28,20 @@ from kdpipe.stages.models.normalization import Normalization
 from kdpipe.stages.runtime.memory import run_in_chunks
 
 BATCH_SIZE = 500
+MAX_PIXELS = BATCH_SIZE * 96**2
+"""Pixels of a batch: 500 images of 224 x 224 took 9 GB with EfficientNet-Lite0, the 91 that these are take 1.5 GB."""
 
 _threads: WeakKeyDictionary[nn.Module, CheckedThreads] = WeakKeyDictionary()
 """Where the logits do not depend on the number of CPU threads, a network runs on the one that is faster at present."""
 
 LogitsAt = Callable[[Tensor], Tensor]
 """Returns a teacher's logits, float32 [B, C], of the samples at positions int64 [B] of a test set."""
+
+
+def in_batches(indices: Tensor, loader: ImageLoader) -> tuple[Tensor, ...]:
+    """Split the indices of images, int64 [N], into batches that a network is evaluated on: fewer of large images."""
+    height, width = loader.image_size or (1, 1)
+    return torch.split(indices, max(1, min(BATCH_SIZE, MAX_PIXELS // (height * width))))
 
 
 @dataclass(frozen=True)
@@ -109,7 +117,7 @@ class Evaluation:
         """Yield the first images, or all, normalized: float32 [B, C, H, W], with their labels int64 [B], on the CPU."""
         image_set = self.loader.dataset
         indices = torch.arange(image_set.num_samples)[:limit]
-        for image_batch in self.loader.stream(ViewRequest(some) for some in torch.split(indices, BATCH_SIZE)):
+        for image_batch in self.loader.stream(ViewRequest(some) for some in in_batches(indices, self.loader)):
             self.before_batch()
             yield self.normalize(image_batch.images.cpu()), image_set.labels[image_batch.indices]
 
@@ -172,7 +180,7 @@ def predict(model: nn.Module, test: Evaluation, device: torch.device) -> Iterato
     that does not fit into memory is halved until it does: its logits then differ by rounding.
     """
     image_set = test.loader.dataset
-    every = torch.split(torch.arange(image_set.num_samples), BATCH_SIZE)
+    every = in_batches(torch.arange(image_set.num_samples), test.loader)
     requests = (ViewRequest(indices, test.view) for indices in every)
     with preserve_modes(model):
         model.eval()
