@@ -124,9 +124,10 @@ def list_source(config: DataConfig, part: Part, size: int | None, on_image: OnIm
     if colon and argument and kind == "npz":
         return list_npz(_path(argument, config.root), split, config.task)
     if is_user_dataset(config.name):
-        options = {"max_bytes": config.cache_bytes, "num_workers": config.num_workers, "on_image": on_image}
-        shape = {"size": size, "channels": config.channels}
-        return list_user_dataset(config.name, split, root=root, task=config.task, **shape, **options)
+        limits = {"max_bytes": config.cache_bytes, "num_workers": config.num_workers, "on_image": on_image}
+        return list_user_dataset(
+            config.name, split, root=root, size=size, channels=config.channels, task=config.task, **limits
+        )
     known = [*KNOWN_NAMES, *DATASETS.registered()]
     near = did_you_mean(config.name, known, limit=2, otherwise="")
     raise UnknownDataError(

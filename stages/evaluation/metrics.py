@@ -81,7 +81,7 @@ class EvalReport:
         correct: Which images were classified correctly; None where they have no classes.
         metric: What top1 is.
         task: What the images are labeled with. Of labels and numbers, `agreement` and `teacher_kl` compare with the
-            teacher's as `kdpipe.stages.data.tasks` says, and what needs classes is left out.
+            teacher's as `kdpipe.stages.data.tasks` says (of numbers R², and no KL); what needs classes is left out.
         average_precision: That of each label, None if no test sample has it; of labels only.
     """
 
@@ -157,7 +157,7 @@ def _evaluate_targets(model: nn.Module, test: Evaluation, device: torch.device) 
         loss=result.loss,
         ece=None,
         agreement=agreement(test.task, *with_teacher) if with_teacher else None,
-        teacher_kl=float(divergences(test.task, *with_teacher).mean()) if with_teacher else None,
+        teacher_kl=float(divergences(MULTILABEL, *with_teacher).mean()) if precision and with_teacher else None,
         per_class=[],
         bins=None,
         confusions=[],

@@ -197,7 +197,7 @@ def onnx_metadata(network: ModelBundle, test: Evaluation) -> dict[str, str]:
         "image_shape": canonical_json(list(test.image_shape)),
         "test_crop": canonical_json(test.crop),
         "class_names": canonical_json(list(test.class_names)),
-        **({} if test.task == CLASSIFICATION else {"task": test.task}),
+        **({} if test.task == CLASSIFICATION else {"task": canonical_json(test.task)}),
     }
 
 
