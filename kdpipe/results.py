@@ -205,7 +205,7 @@ class CompressedResult:
 def _accuracy(figures: Mapping[str, Any], key: str = "accuracy") -> float:
     if key not in figures:
         raise RunError(
-            f"there is no accuracy, as the images have no classes: see `value`, the {metric_of(figures).title}."
+            f"there is no accuracy without classes of test images: see `value`, the {metric_of(figures).title}."
         )
     return float(figures[key])
 

@@ -63,7 +63,7 @@ def card_text(card: Mapping[str, Any]) -> str:
         network=card["network"],
         kdpipe=card["kdpipe"],
         size=" x ".join(map(str, shape[1:])),
-        outputs=OUTPUTS.get(card.get("task"), "one of {} classes").format(num_classes),
+        outputs=OUTPUTS.get(str(card.get("task")), "one of {} classes").format(num_classes),
         classes=_shortened(card["class_names"]),
         origin="\n".join(_origin(card)),
         table="\n".join(_table(card, card["networks"])),
