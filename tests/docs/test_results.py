@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import itertools
 import re
 import runpy
 import subprocess
@@ -58,7 +59,7 @@ def test_benchmarks_take_their_options(script, options, monkeypatch, capsys):
 @pytest.mark.parametrize("line", sorted(filter(RECIPE.search, commands())))
 def test_recipes_take_their_settings(line):
     words = expanded(line)
-    settings = [value for option, value in zip(words, words[1:], strict=False) if option == "--set"]
+    settings = [value for option, value in itertools.pairwise(words) if option == "--set"]
     settings += [word.removeprefix("--set=") for word in words if word.startswith("--set=")]
     recipes = RECIPE.findall(line)
     assert all((ROOT / recipe).exists() for recipe in recipes)
