@@ -26,6 +26,7 @@ from kdpipe.stages.data.sources.listing import (
     absent_classes,
     integer_column,
     numbered_classes,
+    refuse_shifted,
     unlabeled_samples,
 )
 from kdpipe.stages.data.splits import Indices, Split
@@ -57,6 +58,8 @@ def image_set_from_dataset(dataset: Any, *, name: str, split: Split, **options: 
     listing = list_torch_dataset(dataset, name, **options)
     images = listing.images
     assert not isinstance(images, ImageFileList)
+    if split == "train" and options.get("class_names") is None:
+        refuse_shifted(name, listing.labels, listing.class_names)
     notices = absent_classes(name, split, listing.labels, listing.class_names, None)
     notices += unlabeled_samples(name, split, listing.labels)
     for notice in () if _was_warned(dataset) else notices:
