@@ -42,9 +42,19 @@ LATE_IMPORTS = (
     "onnxscript.function_libs.torch_lib.ops",
     "kdpipe.pipeline.commands.variants.compare",
     "kdpipe.pipeline.commands.generations",
-    "kdpipe.pipeline.report.pareto_svg",
-    "matplotlib.backends.backend_agg",
+    "kdpipe.pipeline.commands.variants.sweep",
+    "kdpipe.pipeline.recipe.planned_jobs",
+    "kdpipe.pipeline.report.html.write",
+    "kdpipe.pipeline.report.pareto",
+    "kdpipe.pipeline.session.event_log",
+    "kdpipe.pipeline.session.run_record",
+    "kdpipe.pipeline.terminal.reporter",
+    "kdpipe.pipeline.terminal.whole_run",
+    "kdpipe.stages.compress.artifacts.load",
     "matplotlib.backends.backend_svg",
+    "matplotlib.figure",
+    "matplotlib.style",
+    "onnxruntime",
     "rich.progress",
     "rich.table",
     "sklearn.datasets",
@@ -54,6 +64,7 @@ LATE_IMPORTS = (
     "torch.export._trace",
     "torch.onnx._internal.exporter._core",
     "torch.onnx._internal.exporter._torchlib.ops",
+    "torch_pruning",
     "torchvision.transforms.v2",
     "typer._adapters",
 )
@@ -62,6 +73,7 @@ LATE_IMPORTS = (
 
 def warm_up() -> None:
     os.environ["ORT_DISABLE_TELEMETRY"] = "1"  # telemetry would start a thread
+    os.environ["JE_ARROW_MALLOC_CONF"] = "background_thread:false"  # pyarrow's allocator, which sklearn imports, too
     gc.disable()
     for name in EARLY_IMPORTS:
         importlib.import_module(name)

@@ -27,6 +27,7 @@ from kdpipe.stages.data.image_files import ImageFileList
 from kdpipe.stages.data.load import list_source
 from kdpipe.stages.data.loader.image_loader import ViewRequest
 from kdpipe.stages.data.names import FILE_KINDS
+from kdpipe.stages.data.tasks import CLASSIFICATION
 from kdpipe.stages.evaluation.evaluate import in_batches
 from kdpipe.stages.export.onnx_session import INPUT, OUTPUT, open_session
 from kdpipe.stages.models.normalization import Normalization
@@ -87,6 +88,8 @@ def samples(page: PageRun) -> dict[str, object]:
     """
     try:
         run = _open(page)
+        if run.recipe.data.task != CLASSIFICATION:
+            raise LeftOutError("They are shown with their predicted classes, and these networks predict others.")
         finished = [network for network in page.main if network.kind != "teacher" and network.done]
         if not finished:
             raise LeftOutError("No student is finished yet.")
