@@ -213,8 +213,11 @@ def test_top_has_data_networks_losses_and_what_to_ship(tmp_path):
     run = made_run(tmp_path / "run")
     (run / "teacher/job.json").write_text(json.dumps({"data": {"num_samples": 1437}}))
     (run / "students/distilled-seed0/model.onnx").write_bytes(b"")
+    recipe = json.loads((run / "recipe.json").read_text())
+    (run / "recipe.json").write_text(json.dumps(recipe | {"data": {**recipe["data"], "labels": 40}}))
     _, read, _ = page_of(run)
-    assert "data digits, 1,437 training images, 3,000 test images, 3 classes" in read.text
+    assert "Labeled training images: 40 of 1,437." in read.text
+    assert "data digits, 1,437 training images (40 labeled), 3,000 test images, 3 classes" in read.text
     assert "teacher cnn (width 24), 10 parameters student cnn (width 6), 10 parameters" in read.text
     assert "views 4 of each image: RandomCrop" in read.text
     assert "loss 0.1 × hard labels + 0.9 × kd (temperature 4) + 1 × hint (layers a/b)" in read.text
