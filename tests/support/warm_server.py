@@ -26,6 +26,7 @@ import traceback
 from pathlib import Path
 from typing import Any, NoReturn
 
+from support.empty_charts import save_empty
 from support.export_cache import keep_exports
 from support.onnx_registry import cache_onnx_registry
 
@@ -82,6 +83,7 @@ def warm_up() -> None:
             importlib.import_module(name)
     cache_onnx_registry(compiled=True)
     keep_exports()
+    sys.modules["matplotlib.figure"].Figure.savefig = save_empty  # type: ignore[attr-defined]
     gc.freeze()  # keep the garbage collector of forks from scanning it
     gc.enable()
 
