@@ -39,6 +39,10 @@ def recipe_new(
     image_size: Annotated[str | None, typer.Option(help="Size to resize photos to, in pixels.")] = None,
     teacher: Annotated[str | None, typer.Option(help="Model of the teacher.")] = None,
     teacher_weights: Annotated[str | None, typer.Option(help="train, published, or the path of a file.")] = None,
+    classes: Annotated[
+        str | None,
+        typer.Option(help="published, a file with names, or none: classes of a teacher that has more than the data."),
+    ] = None,
     normalization: Annotated[
         str | None, typer.Option(help="imagenet, cifar10, cifar100, mnist, or MEAN/STD: of a teacher from a file.")
     ] = None,

@@ -15,8 +15,8 @@ from pydantic import AfterValidator, ConfigDict, Field, ValidationError
 from pydantic.dataclasses import dataclass as pydantic_dataclass
 
 from kdpipe.stages.errors import RecipeError
+from kdpipe.stages.faults import fault_sentence, value_text
 from kdpipe.store.errors import did_you_mean
-from kdpipe.store.redact import redacted
 
 T = TypeVar("T")
 N = TypeVar("N", int, float)
@@ -82,7 +82,7 @@ def _plain(value: Any) -> Any:
 def with_words(fault: Mapping[str, Any], *others: Mapping[str, Any]) -> Mapping[str, Any]:
     """Return a fault whose message also names the words that the key takes instead, by the `others` of that key."""
     words = [other["ctx"]["expected"] for other in others if other["type"] == "literal_error"]
-    return {**fault, "msg": ", or ".join([fault["msg"], *words])}
+    return {**fault, "type": "", "msg": ", or ".join([fault_sentence(fault), *words])} if words else fault
 
 
 def _first_fault(kind: type[Any], error: ValidationError) -> str:
@@ -106,9 +106,8 @@ def _first_fault(kind: type[Any], error: ValidationError) -> str:
         return f"{kind.__name__} takes its settings by name ({', '.join(names)}): found a positional {found}{call}."
     if fault["type"] in ("missing", "missing_argument", "missing_keyword_only_argument"):
         return f"{kind.__name__} lacks {key!r}: give it a value."
-    message = fault["msg"].removeprefix("Value error, ")
-    setting = f": {key} = {redacted(repr(fault['input']))[:80]}" if key else ""
-    return f"{kind.__name__}{setting}: {message[:1].lower()}{message[1:]}."
+    setting = f": {key} = {value_text(repr(fault['input']))}" if key else ""
+    return f"{kind.__name__}{setting}: {fault_sentence(fault)}."
 
 
 def _section_of(kind: Any, key: str) -> type[Any] | None:

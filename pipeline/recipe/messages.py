@@ -12,10 +12,10 @@ from typing import Annotated, Any, Union, get_args, get_origin
 from pydantic import ValidationError
 
 from kdpipe.stages.config import with_words
+from kdpipe.stages.faults import fault_sentence, value_text
 from kdpipe.stages.losses.base import Loss
 from kdpipe.stages.losses.registry import LOSSES, loss_class
 from kdpipe.store.errors import did_you_mean
-from kdpipe.store.redact import redacted
 
 Keys = tuple[str, ...]
 """The path of a value in a recipe; entries of a list have numbers for keys."""
@@ -34,10 +34,11 @@ def fault_messages(recipe: type, error: ValidationError, origin_of: Callable[[Ke
         error: What pydantic raised.
         origin_of: Returns the file or override that set some keys.
     """
-    faults = [fault for fault in error.errors() if not _is_other_alternative(fault)] or error.errors()
+    faults = error.errors()
     by_key: dict[str, list[Any]] = {}
     for fault in faults:
-        by_key.setdefault(_shown(_keys(fault)), []).append(fault)
+        if not (_is_secondary(fault) and any(_is_told_by(fault, other) for other in faults)):
+            by_key.setdefault(_shown(_keys(fault)), []).append(fault)
     return [one_line(_message(recipe, with_words(*found), origin_of)) for found in by_key.values()]
 
 
@@ -86,9 +87,8 @@ def _message(recipe: type, error: Mapping[str, Any], origin_of: Callable[[Keys],
         return f"{origin}: {key}: {_unknown_loss(error['input'])}"
     if kind == "loss_reference":
         return f"{origin}: {key}.{error['msg'].removeprefix('distill.')}"
-    found, message = redacted(str(error["input"])), error["msg"].removeprefix("Value error, ")
-    named = f"{key} = {found[:80]}" if key else "the recipe"
-    return f"{origin}: {named}: {message[0].lower()}{message[1:]}."
+    named = f"{key} = {value_text(error['input'])}" if key else "the recipe"
+    return f"{origin}: {named}: {fault_sentence(error)}."
 
 
 def _unknown_loss(entry: Any) -> str:
@@ -97,7 +97,7 @@ def _unknown_loss(entry: Any) -> str:
     name = entry.get("loss") if isinstance(entry, Mapping) else None
     if not isinstance(name, str):
         return f"the loss is missing: {choice}"
-    return f"unknown loss {redacted(name)[:80]!r}; {did_you_mean(name, names, otherwise=choice)}"
+    return f"unknown loss {value_text(name)!r}; {did_you_mean(name, names, otherwise=choice)}"
 
 
 def _hint(known: list[str], key: str, origin: str) -> str:
@@ -105,13 +105,18 @@ def _hint(known: list[str], key: str, origin: str) -> str:
     return f"{hint} In variables, `__` separates keys." if origin.startswith("KDPIPE_") else hint
 
 
-def _is_other_alternative(error: Mapping[str, Any]) -> bool:
-    """Return whether a table was tried as a number, or a number as a table, where a key takes either."""
-    return error["type"] == "dataclass_type" or (
-        isinstance(error["input"], dict)
-        and error["type"] != "extra_forbidden"
-        and error["type"] in ("float_type", "string_type", "literal_error", "tuple_type")
+def _is_secondary(error: Mapping[str, Any]) -> bool:
+    """Return whether a table was tried as a number, or a number as a table, or a list lacks entries with faults."""
+    is_table = isinstance(error["input"], dict)
+    return error["type"] in ("dataclass_type", "too_short") or (
+        is_table and error["type"] in ("float_type", "string_type", "literal_error", "tuple_type")
     )
+
+
+def _is_told_by(error: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
+    """Return whether another fault of the same key, or of one inside it, says what is wrong."""
+    keys = _keys(error)
+    return not _is_secondary(other) and _keys(other)[: len(keys)] == keys
 
 
 def _keys(error: Mapping[str, Any]) -> list[str]:

@@ -22,6 +22,13 @@ from kdpipe.pipeline.recipe.present import (
     require_weights_file,
     scaling_named,
 )
+from kdpipe.pipeline.recipe.teacher_classes import (
+    classes_named,
+    default_classes,
+    has_other_classes,
+    num_data_classes,
+    num_teacher_classes,
+)
 from kdpipe.pipeline.recipe.template import (
     FEATURE_LOSSES,
     OFFERED_LOSSES,
@@ -34,6 +41,7 @@ from kdpipe.pipeline.recipe.template import (
 from kdpipe.stages.config import PathStr
 from kdpipe.stages.data.names import FILE_KINDS, KINDS, KNOWN_NAMES
 from kdpipe.stages.errors import RecipeError
+from kdpipe.stages.faults import fault_sentence
 from kdpipe.store.errors import did_you_mean
 
 FEW_MODULES = 4
@@ -75,8 +83,7 @@ def _typed(kind: Any) -> Parser:
         try:
             return adapter.validate_python(text)
         except ValidationError as error:
-            message = error.errors()[0]["msg"].removeprefix("Value error, ")
-            raise RecipeError(f"invalid value {text[:80]!r}: {message[0].lower()}{message[1:]}.") from error
+            raise RecipeError(f"invalid value {text[:80]!r}: {fault_sentence(error.errors()[0])}.") from error
 
     return parse
 
@@ -175,6 +182,12 @@ def _module_lines(answers: Answers) -> Sequence[str]:
     return [*lines, "(`kdpipe modules RECIPE` lists those inside too)"]
 
 
+def _class_lines(answers: Answers) -> Sequence[str]:
+    return [
+        f"the weights tell {num_teacher_classes(answers):,} classes apart, the data has {num_data_classes(answers):,}"
+    ]
+
+
 def _is_given(answers: Answers) -> bool:
     return answers.teacher_weights not in (TRAINED_HERE, PUBLISHED)
 
@@ -201,6 +214,15 @@ QUESTIONS = (
         "Weights of the teacher (train: train it here; published: torchvision's; or a .safetensors or state dict file)",
         _default_weights,
         _weights,
+    ),
+    Question(
+        "classes",
+        "Names of its weights' classes, of which the data's are kept (published: as its library names them; or a file "
+        "with one a line; none: a new last layer is trained)",
+        default_classes,
+        classes_named,
+        has_other_classes,
+        _class_lines,
     ),
     Question(
         "normalization",

@@ -16,6 +16,9 @@ TRAINED_HERE, PUBLISHED = "train", "published"
 STATED = "stated"
 """The answer for a teacher whose weights state their input scaling."""
 
+NEW_CLASSIFIER = "none"
+"""The answer for a teacher whose weights are of other classes than the data, and whose last layer is new."""
+
 FEATURE_LOSSES = ("hint", "at", "rkd")
 OFFERED_LOSSES = ("kd", "dkd", "dist", "nkd", *FEATURE_LOSSES)
 
@@ -73,6 +76,7 @@ class Answers:
     Attributes:
         file: Path of the recipe.
         teacher_weights: "train", "published" or a file.
+        classes: "published", a file with the names of the weights' classes, or "none".
         normalization: Mean and std of the input of a teacher whose weights are a file; None if they state it.
         layers: The student's and the teacher's module, for losses on features.
         prune_ratio: 0 for no pruning.
@@ -85,6 +89,7 @@ class Answers:
     image_size: int | None = None
     teacher: str = "cnn"
     teacher_weights: str = TRAINED_HERE
+    classes: str | None = None
     normalization: tuple[Sequence[float], Sequence[float]] | None = None
     student: str = "cnn"
     losses: tuple[str, ...] = ()
@@ -179,14 +184,19 @@ def _networks(answers: Answers) -> Iterator[str]:
     defaults, weights = answers.defaults, answers.teacher_weights
     teacher, student = _model(answers.teacher, defaults.widths[0]), _model(answers.student, defaults.widths[1])
     yield "[teacher]"
+    keeps_rows = answers.classes not in (None, NEW_CLASSIFIER)
     if weights != TRAINED_HERE:
         teacher["weights"] = weights
+    if keeps_rows:
+        teacher["classes"] = answers.classes
+    elif answers.classes == NEW_CLASSIFIER:
+        teacher["fresh_head"] = True
     yield _line("model", teacher, "runs once; its outputs are cached")
     if weights == TRAINED_HERE:
         yield _line("train", _training(defaults, defaults.epochs[0]), "a longer training gives a better teacher")
-    elif weights == PUBLISHED:
-        yield _line("train", _tuning(defaults, 5, 0.005), "published weights are for other classes: new last layer")
-    elif answers.normalization is not None:
+    elif answers.classes == NEW_CLASSIFIER or (weights == PUBLISHED and not keeps_rows):
+        yield _line("train", _tuning(defaults, 5, 0.005), "the weights are for other classes: new last layer")
+    if answers.normalization is not None:
         mean, std = answers.normalization
         yield _line("mean", list(mean), "of the teacher's training, for pixels in [0, 1]")
         yield _line("std", list(std), "a wrong scaling lowers the accuracy")

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from kdpipe.stages.compress.names import network_name
+from kdpipe.stages.training.job_dir import read_json_file
 from kdpipe.store.format.schema import ATTRIBUTE
 from kdpipe.store.fs.checksums import read_intact_json
 
@@ -95,6 +96,15 @@ def teacher_job(recipe: Mapping[str, Any], run: Path) -> Path | None:
     result = read_intact_json(store.parent / "teacher" / "result.json") or {}
     weights = result.get("identity", {}).get("weights_sha256")
     return store.parent / "teacher" if weights and weights == stored.get("teacher", {}).get("weights_sha256") else None
+
+
+def num_training_images(jobs: Iterable[Path]) -> int | None:
+    """Return the number of training images that the first of these jobs with such a record has; None if none has."""
+    for job in jobs:
+        data = (read_json_file(job / "job.json") or {}).get("data")
+        if isinstance(data, dict) and type(size := data.get("num_samples")) is int:
+            return size
+    return None
 
 
 def _seeds(recipe: Mapping[str, Any]) -> list[int]:

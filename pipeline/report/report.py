@@ -9,7 +9,13 @@ from statistics import mean
 from typing import Any
 
 from kdpipe.pipeline.report.differences import Outcomes, between, differences_of, read_outcomes
-from kdpipe.pipeline.report.networks import MADE_IN_PYTHON, NetworkEntry, compressed_folder, network_entries
+from kdpipe.pipeline.report.networks import (
+    MADE_IN_PYTHON,
+    NetworkEntry,
+    compressed_folder,
+    network_entries,
+    num_training_images,
+)
 from kdpipe.pipeline.report.rows import Report, Row, mean_and_std, read_quality, recovered_accuracy
 from kdpipe.pipeline.report.verdict import Accuracy, Setting, Verdict, setting_of, verdict
 from kdpipe.pipeline.terminal.output import printable
@@ -84,7 +90,8 @@ def _setting(
 ) -> Setting:
     finished = {entry.kind: list(_finished(found[entry.kind]).values()) for entry in entries}
     at_chance = [entry.name for entry in entries if any(one.get("at_chance") for one in finished[entry.kind])]
-    setting = replace(setting_of(recipe, finished["student"]), at_chance=at_chance)
+    num_images = num_training_images(job for entry in entries for job in entry.jobs)
+    setting = replace(setting_of(recipe, finished["student"]), at_chance=at_chance, num_images=num_images)
     return replace(setting, tested=rows[0].tested) if rows else setting
 
 

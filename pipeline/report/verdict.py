@@ -39,6 +39,7 @@ class Setting:
         at_chance: The names of networks that are no better than guessing.
         tested: What the accuracy is, such as "test accuracy".
         num_labels: The number of labeled training images, where it is a setting; else None.
+        num_images: The number of training images, where it is recorded.
     """
 
     has_baseline: bool = True
@@ -48,6 +49,7 @@ class Setting:
     at_chance: Sequence[str] = ()
     tested: str = "test accuracy"
     num_labels: int | None = None
+    num_images: int | None = None
 
 
 @dataclass(frozen=True)
@@ -107,7 +109,8 @@ def verdict(
     found = _verdict(accuracies, gain, gap, setting)
     notes = []
     if setting.num_labels is not None:
-        notes.append(f"Labeled training images: {setting.num_labels:,}.")
+        of_all = f" of {setting.num_images:,}" if setting.num_images else ""
+        notes.append(f"Labeled training images: {setting.num_labels:,}{of_all}.")
     if setting.at_chance:
         notes.append(f"At chance, no better than guessing: {', '.join(setting.at_chance)}.")
     return replace(found, sentence=" ".join([found.sentence, *notes]))

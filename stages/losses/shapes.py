@@ -9,6 +9,7 @@ from pydantic import Field, GetPydanticSchema, Strict
 from torch import Tensor
 
 from kdpipe.stages.errors import RecipeError
+from kdpipe.stages.faults import with_message
 from kdpipe.stages.models.tokens import PRE_LOGITS
 from kdpipe.stages.targets.feature_spec import Shape
 
@@ -17,7 +18,8 @@ Size = tuple[int, int]
 Pair = tuple[str, str]
 """(Student module path, teacher module path)."""
 
-_PAIRS = Annotated[tuple[Annotated[Pair, Strict(False)], ...], Strict(False), Field(min_length=1)]
+_PAIR = Annotated[Pair, Strict(False), with_message('["STUDENT MODULE", "TEACHER MODULE"]')]
+_PAIRS = Annotated[tuple[_PAIR, ...], Strict(False), Field(min_length=1)]
 
 Layers = Annotated[Sequence[Pair], GetPydanticSchema(lambda _, handler: handler(_PAIRS))]
 """Pairs of layers, one or more: a tuple, for which lists are accepted."""

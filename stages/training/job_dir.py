@@ -22,6 +22,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from kdpipe.stages.errors import ANOTHER_RUN, RunError
 from kdpipe.stages.evaluation.main_metric import best_value, main_value
+from kdpipe.stages.faults import fault_sentence
 from kdpipe.store import FingerprintMismatch, differences, make_folders, sweep_partial
 from kdpipe.store.errors import KdpipeError
 from kdpipe.store.fs import safe_read
@@ -154,7 +155,9 @@ def _faults(record: Mapping[str, Any]) -> list[str]:
         _Result.model_validate(record)
         main_value(record), best_value(record)
     except ValidationError as error:
-        faults = [(str(fault["loc"][0]), fault["msg"]) for fault in error.errors(include_url=False)[:MAX_FAULTS]]
+        faults = [
+            (str(fault["loc"][0]), fault_sentence(fault)) for fault in error.errors(include_url=False)[:MAX_FAULTS]
+        ]
         return [f"{name} = {str(record.get(name))[:40]!r}: {message}" for name, message in faults]
     except (ValueError, AttributeError) as error:
         return [str(error)]

@@ -14,14 +14,17 @@ from typing import Any
 from kdpipe.stages.context import StageContext
 from kdpipe.stages.runtime.events import ProgressEvent
 from kdpipe.stages.training.job_dir import JobDir, read_json_file
-from kdpipe.stages.workspace import shown
+from kdpipe.stages.workspace import RECIPE, shown
 from kdpipe.store import KdpipeError, differences, make_folders
-from kdpipe.store.fs.atomic_write import PARTIAL_SUFFIX
+from kdpipe.store.fs.atomic_write import PARTIAL_SUFFIX, write_atomically
 from kdpipe.store.fs.checksums import SUMS, damages, move_with_sums, read_sums
 from kdpipe.store.redact import redacted_json
 
 STUDENTS = ("students/*", "sweep/*/*", "compare/*/*")
 """Where the students of a run are."""
+
+ORIGIN = "origin.json"
+"""The file in the folder of a job that was taken over: the folder that made it, relative to this one. It has no sum."""
 
 Accept = Callable[[Path, Mapping[str, Any]], bool]
 """Whether the results of a job in another run folder do for this run."""
@@ -86,7 +89,7 @@ def offered(
 def _finished(
     job_dir: JobDir, wanted: Mapping[str, Any] | None, context: StageContext, accept: Accept
 ) -> Iterator[tuple[Path, Path]]:
-    """Yield the run folders where a job with the same inputs is finished, and its folder there."""
+    """Yield the runs that made a job with the same inputs, as far as they still have it, and a folder that has it."""
     try:
         place = job_dir.path.absolute().relative_to(context.run_dir.absolute())
     except ValueError:
@@ -97,7 +100,7 @@ def _finished(
             with suppress(KdpipeError, OSError):  # damaged, or being removed
                 is_one = _same(folder, wanted) and accept(run, JobDir(folder).result() or {})
             if is_one:
-                yield run, folder
+                yield _maker(run, folder, wanted), folder
 
 
 def _jobs_like(run: Path, place: Path) -> Iterator[Path]:
@@ -105,6 +108,15 @@ def _jobs_like(run: Path, place: Path) -> Iterator[Path]:
     yield run / place
     for pattern in STUDENTS if len(place.parts) > 1 else ():
         yield from sorted(run.glob(pattern))
+
+
+def _maker(run: Path, folder: Path, wanted: Mapping[str, Any] | None) -> Path:
+    """Return the run that made the job in a folder: where it was taken from if that is still there, else `run`."""
+    with suppress(KdpipeError, OSError):
+        named = (read_json_file(folder / ORIGIN) or {}).get("folder")
+        if isinstance(named, str) and _same(made := Path(os.path.normpath(folder / named)), wanted):
+            return next((path for path in made.parents if (path / RECIPE).exists()), run)
+    return run
 
 
 def _same(folder: Path, wanted: Mapping[str, Any] | None) -> bool:
@@ -115,6 +127,8 @@ def _same(folder: Path, wanted: Mapping[str, Any] | None) -> bool:
 
 def _link(source: Path, target: Path) -> None:
     """Add hard links to the files of a finished job to the folder of a begun one, or copies; their sums are checked.
+
+    It is recorded where they are from: the folder that made them, as far as that is known.
 
     Raises:
         DamagedFileError: A file is not as it was written.
@@ -129,12 +143,19 @@ def _link(source: Path, target: Path) -> None:
                 _link_or_copy(folder / name, own / name)
             for damage in damages(own):
                 raise damage
+        write_atomically(target / ORIGIN, json.dumps({"folder": _origin(source, target)}).encode())
         for folder in (*folders, source):
             own = target / folder.relative_to(source)
             make_folders([own])
             move_with_sums(temporary / folder.relative_to(source), own, "result.json")
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _origin(source: Path, target: Path) -> str:
+    """Return the folder that made the job in `source`, relative to `target`."""
+    before = (read_json_file(source / ORIGIN) or {}).get("folder", "")
+    return os.path.relpath(source.absolute() / str(before), target.absolute())
 
 
 def _link_or_copy(source: Path, target: Path) -> None:

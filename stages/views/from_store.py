@@ -7,6 +7,7 @@ from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
 
+from kdpipe.stages.faults import fault_sentence
 from kdpipe.stages.views.config import Views
 from kdpipe.stages.views.mix import MixConfig
 from kdpipe.store import StoreError, TargetStore, canonical_json
@@ -31,6 +32,6 @@ def views_of_store(store: TargetStore) -> Views:
         first = error.errors()[0]
         raise StoreError(
             f"{store.path} records views that this version of kdpipe cannot rebuild "
-            f"({'.'.join(map(str, first['loc']))}: {first['msg']}): cache again."
+            f"({'.'.join(map(str, first['loc']))}: {fault_sentence(first)}): cache again."
         ) from error
     return rebuilt

@@ -15,6 +15,7 @@ from pydantic import TypeAdapter, ValidationError
 from torch import Tensor
 
 from kdpipe.stages.errors import RecipeError
+from kdpipe.stages.faults import fault_sentence, value_text
 from kdpipe.stages.views.ops.affine import RandomAffine
 from kdpipe.stages.views.ops.color import ColorJitter, RandomGrayscale
 from kdpipe.stages.views.ops.crop import RandomCrop, RandomHorizontalFlip, RandomResizedCrop, RandomVerticalFlip
@@ -139,5 +140,4 @@ def _error_message(where: str, kind: Any, error: ValidationError) -> str:
         return f"{where}: {kind.__name__} has no argument {key!r}; {hint}"
     if first["type"] in ("missing", "missing_argument"):
         return f"{where}: {kind.__name__} requires {key!r}."
-    message = first["msg"].removeprefix("Value error, ")
-    return f"{where}: {kind.__name__}: {key} = {str(first['input'])[:80]}: {message[0].lower()}{message[1:]}."
+    return f"{where}: {kind.__name__}: {key} = {value_text(first['input'])}: {fault_sentence(first)}."

@@ -76,7 +76,7 @@ def test_check_says_fine_of_valid_recipes():
 
 def test_check_lists_every_fault_of_every_file():
     shown = called("check", written(BAD), written('name = "x', "broken.toml"), "none.toml", code=2).stdout
-    assert "r.toml: seed = -1: input should be greater than or equal to 0." in shown
+    assert "r.toml: seed = -1: it must be at least 0." in shown
     assert "r.toml: unknown key 'nmae'; did you mean 'name'?" in shown
     assert "r.toml: unknown key 'student.train.epoch'; did you mean 'epochs'?" in shown
     assert "broken.toml is not valid TOML" in shown
@@ -189,7 +189,7 @@ def test_check_prints_one_json_document(monkeypatch):
     monkeypatch.setenv("KDPIPE_SEED", "x")
     document = json.loads(called("check", RECIPES / "digits.toml", written(BAD), "--json", code=2).stdout)
     first, second = document["recipes"]
-    assert first["faults"] == ["KDPIPE_SEED: seed = x: input should be a valid integer."]
+    assert first["faults"] == ["KDPIPE_SEED: seed = x: it must be a whole number."]
     assert [first["fine"], second["fine"]] == [False, False]
     assert len(second["faults"]) == 3
 
@@ -264,7 +264,7 @@ def test_new_takes_every_answer_as_an_option(here):
     ("options", "expected"),
     [
         ([], "pass --yes"),
-        (["--yes", "--name", "../x"], "--name: invalid value '../x': string should match pattern"),
+        (["--yes", "--name", "../x"], "--name: invalid value '../x': it does not match the pattern"),
         (["--yes", "--data", "cifar"], "--data: unknown data set 'cifar'; choose from digits"),
         (["--yes", "--data", "imagefolder:"], "unknown data set"),
         (["--yes", "--data", "npz:a\x1bb"], "control character"),
@@ -280,11 +280,11 @@ def test_new_takes_every_answer_as_an_option(here):
         (["--yes", "--teacher", "python:absent_module:net"], "--teacher: model.name='python:absent_module:net'"),
         (["--yes", "--teacher-weights", "absent.pt"], "--teacher-weights: there is no file "),
         (["--yes", "--normalization", "imagenet"], "--normalization does not apply"),
-        (["--yes", "--seeds", "0"], "--seeds: invalid value '0': input should be greater than or equal to 1"),
-        (["--yes", "--seeds", "²"], "should be a valid integer"),
-        (["--yes", "--compress", "maybe"], "should be a valid boolean"),
-        (["--yes", "--prune-ratio", "nan"], "should be a finite number"),
-        (["--yes", "--prune-ratio", "1"], "should be less than 1"),
+        (["--yes", "--seeds", "0"], "--seeds: invalid value '0': it must be at least 1"),
+        (["--yes", "--seeds", "²"], "it must be a whole number"),
+        (["--yes", "--compress", "maybe"], "it must be true or false"),
+        (["--yes", "--prune-ratio", "nan"], "it must be a finite number"),
+        (["--yes", "--prune-ratio", "1"], "it must be less than 1"),
         (["--yes", "--student", "mobilenet_v2"], "do not fit together"),
     ],
 )
@@ -318,7 +318,7 @@ def test_new_asks_again_after_an_invalid_answer(terminal):
     assert "unknown model 'cnnn'; did you mean 'cnn'" in ended.stderr
     assert "not magic; others: later" in ended.stderr
     assert "invalid value '99999'" in ended.stderr
-    assert "invalid value '2': input should be less than 1" in ended.stderr
+    assert "invalid value '2': it must be less than 1" in ended.stderr
     assert "modules of the teacher: stage1 (" in ended.stdout
     assert "[stage2,stage2]" in ended.stdout
     recipe = load_recipe(Path("asked.toml"))

@@ -97,6 +97,23 @@ def test_a_second_recipe_trains_its_student_only(
         }
 
 
+def test_the_run_that_made_a_network_is_named(
+    first: Path, tmp_path: Path, without_onnx: None, counted: dict[str, int]
+) -> None:
+    here, moved = tmp_path / "here", tmp_path / "moved"
+    shutil.copytree(first, here / "z")
+    run_here(here / "a")  # is looked at before z
+    shutil.copytree(here, moved)
+    for folder, maker in ((here, "z"), (moved, "z"), (here, "a")):
+        if maker != "z":
+            shutil.rmtree(folder / "z")
+        _, said = run_here(folder / "b")
+        assert f"uses the teacher of {folder / maker}" in said
+        assert f"uses the student distilled, seed 0 of {folder / maker}" in said
+        shutil.rmtree(folder / "b")
+    assert counted["train"] == 0
+
+
 class Trained(Exception):
     """A teacher is trained."""
 

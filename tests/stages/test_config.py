@@ -22,7 +22,7 @@ def test_settings_may_be_what_a_recipe_writes():
         (lambda: RKD([("a", "b")], 2.0), "found a positional float"),
         (lambda: TrainConfig(3), "found a positional int"),
         (lambda: KD(temperatur=2.0), "did you mean 'temperature'"),
-        (lambda: TrainConfig(epochs="3"), "epochs = '3': input should be a valid integer"),
+        (lambda: TrainConfig(epochs="3"), "epochs = '3': it must be a whole number"),
         (lambda: TrainConfig(milestones=[0]), "milestones"),
         (lambda: TrainConfig(lr=np.array([1.0])), "lr"),
     ],

@@ -9,6 +9,7 @@ from pydantic import Field, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
 
 from kdpipe.stages.errors import RunError
+from kdpipe.stages.faults import fault_sentence
 from kdpipe.stages.training.job_dir import read_json_file
 
 LatencyByBatch = dict[str, dict[str, Annotated[float, Field(gt=0, allow_inf_nan=False)]]]
@@ -44,5 +45,5 @@ def read_latencies(path: Path) -> Latencies | None:
         first = error.errors()[0]
         place = ".".join(map(str, first["loc"])) or "the record"
         raise RunError(
-            f"{path} is damaged ({place}: {first['msg']}): delete it, and run `kdpipe compress` again."
+            f"{path} is damaged ({place}: {fault_sentence(first)}): delete it, and run `kdpipe compress` again."
         ) from error

@@ -73,6 +73,13 @@ def list_image_folder(path: Path, split: Split, spec: DecodeSpec, *, unlabeled: 
     )
 
 
+def class_folders(path: Path) -> tuple[str, ...]:
+    """Return the names of the classes, without looking for images. Raises DataError as `list_image_folder`."""
+    path = data_folder(path)
+    folders = {name: bool(role_of(name) and _subfolders(below)) for name, below in _subfolders(path).items()}
+    return _class_names(path / split_folders(path, folders).get("train", ""))
+
+
 def _list_unlabeled(path: Path, title: str, split: Split, spec: DecodeSpec) -> Listing | None:
     """List the images of a folder without class folders; None if there are some."""
     below = {role_of(name): folder for name, folder in _subfolders(path).items()}

@@ -10,8 +10,9 @@ from torch import Tensor
 
 from kdpipe.stages.config import section
 from kdpipe.stages.errors import RecipeError
+from kdpipe.stages.faults import with_message
 from kdpipe.stages.views.ops.boxes import NUM_BOX_PARAMETERS, boxes_around, paste, random_boxes
-from kdpipe.stages.views.ops.fields import AreaRange, KeepsSize, Level, Probability, RatioRange, with_message
+from kdpipe.stages.views.ops.fields import AreaRange, KeepsSize, Level, Probability, RatioRange
 from kdpipe.stages.views.ops.rows import replace_rows
 from kdpipe.stages.views.rng import GOLDEN, CounterRNG, splitmix64
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import Annotated
 
-from pydantic import AfterValidator, Field, ValidationError, ValidatorFunctionWrapHandler, WrapValidator
+from pydantic import AfterValidator, Field
+
+from kdpipe.stages.faults import with_message
 
 
 def _ascending(bounds: tuple[float, ...]) -> tuple[float, ...]:
@@ -12,18 +14,6 @@ def _ascending(bounds: tuple[float, ...]) -> tuple[float, ...]:
         if low > high:
             raise ValueError(f"the low end comes first: [{high}, {low}], not [{low}, {high}]")
     return bounds
-
-
-def with_message(expected: str) -> WrapValidator:
-    """Return a validator that rejects values outside a union in one message: pydantic has one for each member."""
-
-    def validated(value: Any, inner: ValidatorFunctionWrapHandler) -> Any:
-        try:
-            return inner(tuple(value) if isinstance(value, list) else value)  # TOML has lists, not tuples
-        except ValidationError as error:
-            raise ValueError(f"expected {expected}") from error
-
-    return WrapValidator(validated)
 
 
 Ascending = AfterValidator(_ascending)

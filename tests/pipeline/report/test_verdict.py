@@ -59,9 +59,9 @@ def test_verdict_says_what_is_clear(case, result, wanted):
     assert re.search(wanted, found.sentence), found.sentence
 
 
-@pytest.mark.parametrize(("labels", "number"), [("none", "0"), (1200, "1,200"), ("all", None)])
+@pytest.mark.parametrize(("labels", "number"), [("none", "0 of 5,000"), (1200, "1,200 of 5,000"), ("all", None)])
 def test_few_labels_are_told(labels, number):
-    setting = setting_of({"student": {}, "data": {"labels": labels}}, [])
+    setting = replace(setting_of({"student": {}, "data": {"labels": labels}}, []), num_images=5000)
     told = verdict_of(**GOOD, setting=setting).sentence.endswith(f" Labeled training images: {number}.")
     assert told == (number is not None)
 

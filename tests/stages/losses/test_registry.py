@@ -78,7 +78,7 @@ def test_compare_variants_take_losses_of_users():
     ("entry", "message"),
     [
         ({"loss": REFERENCE + "logit_mae", "margn": 1}, "unknown key 'distill.0.margn'; did you mean 'margin'?"),
-        ({"loss": REFERENCE + "logit_mae", "margin": "x"}, "distill.0.margin = x: input should be a valid number."),
+        ({"loss": REFERENCE + "logit_mae", "margin": "x"}, "distill.0.margin = x: it must be a number."),
         ({"loss": REFERENCE + "ChannelMeans"}, "the key 'distill.0.layers' is missing: give it a value."),
         ({"loss": REFERENCE + "logit_mea"}, "support.user_losses has no function logit_mea; did you mean 'logit_mae'"),
         ({"loss": REFERENCE + "no_loss"}, "takes (images): it must take (student_logits, teacher_logits)"),

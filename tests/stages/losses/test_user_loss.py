@@ -85,7 +85,7 @@ def test_keys_are_described_by_the_docstring():
 def test_wrong_setting_is_one_sentence():
     with pytest.raises(RecipeError, match=r"^logit_mae has no setting 'margn'; did you mean 'margin'\?$"):
         MAE(margn=1.0)
-    with pytest.raises(RecipeError, match=r"^logit_mae: margin = 'wide': input should be a valid number\.$"):
+    with pytest.raises(RecipeError, match=r"^logit_mae: margin = 'wide': it must be a number\.$"):
         MAE(margin="wide")
 
 

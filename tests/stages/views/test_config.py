@@ -29,7 +29,7 @@ def test_arguments_become_those_of_the_recipes_json():
     ("operations", "sentence"),
     [
         ("RandomCrop", r"operations are a list, as in \['RandomCrop'\]"),
-        ([3], "valid dictionary"),
+        ([3], "a table"),
         ([{"name": "Resize", "interpolation": object()}], "a name, or a table of a name and plain arguments"),
     ],
 )
@@ -56,5 +56,5 @@ def test_a_named_operation_survives_the_runs_recipe():
     record = json.loads(json.dumps(recipe_json(recipe)))
     assert record["views"]["operations"] == [{"name": "RandomHorizontalFlip"}]
     assert parse_recipe(record, "there") == recipe
-    with pytest.raises(RecipeError, match=r"^here: views.operations.0 = 3: input should be an object"):
+    with pytest.raises(RecipeError, match=r"^here: views.operations.0 = 3: it must be a table"):
         parse_recipe(table | {"views": {"operations": [3]}}, "here")

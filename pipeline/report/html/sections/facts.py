@@ -9,8 +9,10 @@ from typing import Any
 
 from kdpipe.pipeline.report.formatting import interval_text, kib, mean_std
 from kdpipe.pipeline.report.html.read import PageRun, recommended
+from kdpipe.pipeline.report.networks import num_training_images
 from kdpipe.pipeline.report.rows import Row
-from kdpipe.stages.training.job_dir import JobDir, read_json_file
+from kdpipe.pipeline.report.verdict import setting_of
+from kdpipe.stages.training.job_dir import read_json_file
 
 CODE = """# pip install onnxruntime numpy pillow
 import json
@@ -28,7 +30,13 @@ border = (1 - facts["test_crop"]) / 2
 image = ImageOps.fit(image, (width, height), Image.Resampling.BILINEAR, bleed=border)
 pixels = np.asarray(image).reshape(height, width, channels).transpose(2, 0, 1) / np.float32(255)
 logits = session.run(["logits"], {{"images": ((pixels - mean) / std)[None]}})[0]
-print(facts["class_names"][logits[0].argmax()])"""
+{show}"""
+
+SHOW = {
+    "multilabel": 'print([name for name, logit in zip(facts["class_names"], logits[0]) if logit > 0])',
+    "regression": 'print(dict(zip(facts["class_names"], logits[0].tolist())))',
+}
+"""What a task's outputs mean; those of others are of classes."""
 
 
 def facts(run: PageRun) -> dict[str, object]:
@@ -42,7 +50,13 @@ def facts(run: PageRun) -> dict[str, object]:
     costs += [kib(row.file_bytes)] if row.file_bytes else []
     rows += [("to ship", f"{row.name} ({'; '.join(costs)}): {inside}")]
     rows += [("why", why)] if why else []
-    return {"facts": rows, "code_lines": CODE.format(path=json.dumps(inside, ensure_ascii=False)).splitlines()}
+    return {"facts": rows, "code_lines": _code(run, inside).splitlines()}
+
+
+def _code(run: PageRun, path: str) -> str:
+    """Return the lines that run the network at `path`."""
+    show = SHOW.get(str(run.recipe.get("data", {}).get("task")), 'print(facts["class_names"][logits[0].argmax()])')
+    return CODE.format(path=json.dumps(path, ensure_ascii=False), show=show)
 
 
 def _facts(run: PageRun) -> Iterator[tuple[str, str]]:
@@ -63,10 +77,9 @@ def _facts(run: PageRun) -> Iterator[tuple[str, str]]:
 
 def _sizes(run: PageRun) -> Iterator[str]:
     """Yield the number of training images, test images and classes, as far as they are recorded."""
-    jobs = (job for network in run.main for job in network.jobs)
-    records = (read_json_file(JobDir(job.folder).path / "job.json") or {} for job in jobs)
-    if number := next((size for record in records if (size := record.get("data", {}).get("num_samples"))), None):
-        yield f"{number:,} training images"
+    if number := num_training_images(job.folder for network in run.main for job in network.jobs):
+        labels = setting_of(recipe=run.recipe, distilled=()).num_labels
+        yield f"{number:,} training images" + ("" if labels is None else f" ({labels:,} labeled)")
     if classes := next((row.per_class for row in run.report.rows if row.per_class), None):
         yield f"{sum(one.num_samples for one in classes):,} test images"
         yield f"{len(classes):,} classes"
