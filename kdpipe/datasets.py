@@ -24,8 +24,8 @@ def load_dataset(name: str = "digits", **options: Any) -> tuple[ImageSet, ...]:
         **options: Keys of a recipe's `data` section, such as `root`, `image_size`, `classes`, `num_train` or `labels`.
 
     Returns:
-        Two map-style datasets of (uint8 image [C, H, W], label); with `validation_share` three: training, validation
-        and test images.
+        Two map-style datasets of (uint8 image [C, H, W], label or [K] of them); with `validation_share` three:
+        training, validation and test images.
 
     Raises:
         DataError: There is no such data set, or it is damaged.
@@ -74,7 +74,8 @@ def as_image_set(
         like: The training images, whose class names test images get if their data set has no `classes`.
         labels: Whose labels are used: those of all samples, of none, or of so many, with every class in proportion.
         **options: `name`, `class_names`, `sample_ids`, `image_size`, `channels`, `max_bytes` and `num_workers`, the
-            processes that read it once.
+            processes that read it once; and `task`, "multilabel" or "regression", if the label of an image is no class
+            but several labels (0 or 1) or numbers.
 
     Raises:
         DataError: It is neither, or its images or labels are ambiguous: normalized, augmented, of several sizes, ...
@@ -95,6 +96,8 @@ def as_image_set(
         )
     from kdpipe.stages.data.sources.torch_dataset import image_set_from_dataset
 
+    if like is not None:
+        options.setdefault("task", like.task)
     if like is not None and not hasattr(dataset, "classes"):
         options.setdefault("class_names", like.class_names)
     found = image_set_from_dataset(dataset, **{"name": type(dataset).__name__, "split": split, **options})

@@ -14,7 +14,7 @@ from torch import nn
 from kdpipe.arguments import as_file
 from kdpipe.models import remembering
 from kdpipe.stages.errors import RunError
-from kdpipe.stages.evaluation.main_metric import main_percent, metric_of
+from kdpipe.stages.evaluation.main_metric import main_percent, main_value, metric_of
 from kdpipe.stages.models.bundle import ModelBundle
 from kdpipe.store import write_atomically
 from kdpipe.store.fs.checksums import require_intact
@@ -35,15 +35,23 @@ class Result:
 
     @property
     def metric(self) -> str:
-        """The main metric: "accuracy", or where no test image has a label "agreement" with the teacher."""
+        """The main metric: "accuracy", or where no test image has a label "agreement" with the teacher.
+
+        Of several labels it is "mAP", or "decisions", those made as by the teacher; of numbers "r2", or "teacher_r2".
+        """
         return metric_of(self.figures).name
+
+    @property
+    def value(self) -> float:
+        """The value of `metric` on the test images after the last epoch, 1 at most."""
+        return main_value(self.figures)
 
     @property
     def accuracy(self) -> float:
         """Accuracy on the labeled test images after the last epoch, in [0, 1].
 
         Raises:
-            RunError: No test image has a label: see `agreement`.
+            RunError: No test image has a class: see `value`.
         """
         return _accuracy(self.figures)
 
@@ -196,7 +204,9 @@ class CompressedResult:
 
 def _accuracy(figures: Mapping[str, Any], key: str = "accuracy") -> float:
     if key not in figures:
-        raise RunError("there is no accuracy, as the images have no labels: see `agreement`, with the teacher.")
+        raise RunError(
+            f"there is no accuracy without classes of test images: see `value`, the {metric_of(figures).title}."
+        )
     return float(figures[key])
 
 

@@ -21,6 +21,7 @@ from kdpipe.stages.data.image_set import (
 )
 from kdpipe.stages.data.loader.image_loader import ImageLoader
 from kdpipe.stages.data.splits import VALIDATION, Part
+from kdpipe.stages.data.tasks import CLASSIFICATION
 from kdpipe.stages.errors import DataError, RecipeError
 from kdpipe.stages.evaluation.embeddings import MAX_LABELED
 from kdpipe.stages.evaluation.evaluate import Evaluation, LogitsAt
@@ -285,7 +286,7 @@ def require_fitting_test_images(context: StageContext) -> None:
     size, found = context.image_shape[1:], context.test_set.image_size
     which = "validation" if context.test_set.split == VALIDATION else "test"
     classes, others = context.train_set.class_names, context.test_set.class_names
-    if len(classes) < 2:
+    if len(classes) < 2 and context.train_set.task == CLASSIFICATION:
         raise DataError(
             f"the images of {context.train_set.name} are all of one class, {classes[0]!r}: there is nothing to tell "
             "apart. If the classes are folders below that one, name it as the folder of the data."

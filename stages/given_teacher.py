@@ -13,7 +13,7 @@ from kdpipe.stages.data.image_files import ImageFiles
 from kdpipe.stages.errors import NotLogitsError, RecipeError
 from kdpipe.stages.evaluation.correct_images import outcome_of
 from kdpipe.stages.evaluation.evaluate import Evaluation
-from kdpipe.stages.evaluation.main_metric import ACCURACY, main_value, metric_of
+from kdpipe.stages.evaluation.main_metric import ACCURACY, MAP, R2, main_value, metric_of
 from kdpipe.stages.evaluation.metrics import EvalReport
 from kdpipe.stages.evaluation.trials import try_class_order, try_scalings
 from kdpipe.stages.models.build import PUBLISHED, ModelConfig
@@ -128,6 +128,9 @@ def require_accuracy(config: TeacherConfig, teacher: ModelBundle, report: EvalRe
             "the teacher's outputs are probabilities (each row adds up to 1), and stores hold logits: return what goes "
             "into its softmax."
         )
+    if report.metric in (MAP, R2):
+        _require_metric(config, report)
+        return
     if report.metric != ACCURACY:
         if test.warn is not None:
             test.warn(
@@ -155,6 +158,22 @@ def require_accuracy(config: TeacherConfig, teacher: ModelBundle, report: EvalRe
         f"{reached}{chance}. {advice} If it has no more than that, set teacher.expected_accuracy = "
         f"{100 * report.top1:.2f}."
     )
+
+
+def _require_metric(config: TeacherConfig, report: EvalReport) -> None:
+    """Raise RecipeError for a teacher of labels or numbers that is worse than expected, or no better than chance."""
+    reached = (
+        f"the teacher reaches {report.metric.title} {100 * report.top1:.2f} % of {report.num_samples:,} test images"
+    )
+    if config.expected_accuracy is not None:
+        if report.top1 < config.expected_accuracy / 100 - ROUNDING:
+            raise RecipeError(f"{reached}, {config.expected_accuracy:g} % were expected (teacher.expected_accuracy).")
+    elif config.train is None and report.is_at_chance():
+        raise RecipeError(
+            f"{reached}, no more than guessing ({100 * report.chance:.2f} %): look at the weights, the order of its "
+            "outputs, teacher.mean and teacher.std. If it has no more than that, set teacher.expected_accuracy = "
+            f"{100 * report.top1:.2f}."
+        )
 
 
 def is_as_expected(config: TeacherConfig, run: Path, result: Mapping[str, Any]) -> bool:

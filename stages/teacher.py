@@ -12,6 +12,7 @@ from torch import nn
 
 from kdpipe.stages.config import PathStr, config_fingerprint, max_value, section
 from kdpipe.stages.context import StageContext, model_normalization
+from kdpipe.stages.data.image_set import require_classes
 from kdpipe.stages.errors import ANOTHER_RUN, RecipeError
 from kdpipe.stages.models.build import PUBLISHED, ModelConfig, weights_path
 from kdpipe.stages.models.bundle import ModelBundle
@@ -179,6 +180,10 @@ def teacher_identity(config: TeacherConfig, context: StageContext) -> dict[str, 
 
 def build_teacher(config: TeacherConfig, seed: int, context: StageContext) -> ModelBundle:
     """Build the untrained teacher, or the one with the weights that are taken as they are."""
+    chooses = {"output = 'embeddings'": config.is_headless, "class_embeddings": config.class_embeddings is not None}
+    chooses["model.classes"] = config.model.classes is not None
+    for key in (key for key, is_set in chooses.items() if is_set):
+        require_classes(context.train_set, f"teacher.{key}")
     model = context.build_model(config.model, seed, headless=not config.has_own_head)
     normalize = model_normalization(context.train_set, config.model, config.mean, config.std)
     if config.train is None and config.mean is None:

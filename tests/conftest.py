@@ -18,6 +18,7 @@ from collections.abc import Callable, Generator
 from pathlib import Path
 
 import pytest
+from support.empty_charts import save_empty
 from support.export_cache import FOLDER, keep_exports
 from support.made_store import MadeStore, make_store
 from support.onnx_registry import cache_onnx_registry
@@ -77,6 +78,12 @@ def without_onnx(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(preflight, "try_export", lambda model, image_shape: None)
     monkeypatch.setattr(finalize, "export_onnx", lambda model, example, path, metadata: path.write_bytes(b"no file"))
     monkeypatch.setattr(finalize, "require_agreement", lambda path, network, test: 1.0)
+
+
+@pytest.fixture
+def without_charts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Draw nothing in the charts of pages, for tests of something else."""
+    monkeypatch.setattr("matplotlib.figure.Figure.savefig", save_empty)
 
 
 @pytest.fixture

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from kdpipe.stages.losses.features.simkd import SimKD
     from kdpipe.stages.losses.features.vid import VID
     from kdpipe.stages.losses.inputs import LossInputs, Negatives
+    from kdpipe.stages.losses.logits.binary_kd import BinaryKD
     from kdpipe.stages.losses.logits.dist import DIST
     from kdpipe.stages.losses.logits.dkd import DKD
     from kdpipe.stages.losses.logits.kd import KD, LogitMSE
@@ -54,6 +55,7 @@ _MODULES = {
     "losses.features.simkd": "SimKD",
     "losses.features.vid": "VID",
     "losses.inputs": "LossInputs Negatives",
+    "losses.logits.binary_kd": "BinaryKD",
     "losses.logits.dist": "DIST",
     "losses.logits.dkd": "DKD",
     "losses.logits.kd": "KD LogitMSE",
@@ -75,7 +77,7 @@ _MODULE_OF = {name: module for module, names in _MODULES.items() for name in nam
 
 # fmt: off
 __all__ = [  # literal, so that linters and type checkers see it; a test compares it with _MODULES
-    "AT", "CC", "CRD", "DIST", "DKD", "KD", "MLLD", "NKD", "NST", "PKT", "RKD", "SP", "VID", "ATGradient",
+    "AT", "CC", "CRD", "DIST", "DKD", "KD", "MLLD", "NKD", "NST", "PKT", "RKD", "SP", "VID", "ATGradient", "BinaryKD",
     "Cosine", "FeatureLoss", "FeatureSpec", "FitNet", "Hint", "LogitLoss", "LogitMSE", "Loss", "LossInputs", "MapLoss",
     "ModelOutput", "Negatives", "RelationLoss", "ReviewKD", "SampleSelection", "Schedule", "Scheduled", "SimKD",
     "SoftLogitLoss", "TrainProgress", "all_gather_with_grad", "functional",

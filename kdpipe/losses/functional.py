@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from kdpipe.stages.losses.features.nst import nst_loss
     from kdpipe.stages.losses.features.review_kd import hcl_loss
     from kdpipe.stages.losses.features.vid import vid_loss
+    from kdpipe.stages.losses.logits.binary_kd import binary_kd_loss
     from kdpipe.stages.losses.logits.dist import dist_loss
     from kdpipe.stages.losses.logits.dkd import dkd_loss, nckd_loss, tckd_loss
     from kdpipe.stages.losses.logits.kd import kd_loss, logit_mse_loss
@@ -34,6 +35,7 @@ _MODULES = {
     "features.nst": "nst_loss",
     "features.review_kd": "hcl_loss",
     "features.vid": "vid_loss",
+    "logits.binary_kd": "binary_kd_loss",
     "logits.dist": "dist_loss",
     "logits.dkd": "dkd_loss nckd_loss tckd_loss",
     "logits.kd": "kd_loss logit_mse_loss",
@@ -52,6 +54,7 @@ _MODULE_OF = {name: module for module, names in _MODULES.items() for name in nam
 __all__ = [  # literal, so that linters and type checkers see it; a test compares it with _MODULES
     "angle_loss",
     "at_loss",
+    "binary_kd_loss",
     "cc_loss",
     "correlation_loss",
     "cosine_loss",

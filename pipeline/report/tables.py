@@ -9,7 +9,7 @@ from kdpipe.pipeline.report.formatting import integer, interval_text, kib, mean_
 from kdpipe.pipeline.report.rows import Report, Row
 from kdpipe.pipeline.terminal.output import printable
 from kdpipe.pipeline.terminal.tables import Table
-from kdpipe.stages.evaluation.main_metric import METRICS
+from kdpipe.stages.evaluation.main_metric import DECISIONS, MAP, METRICS, R2, TEACHER_R2
 
 MAX_CLASS_NAME = 20
 """Letters of a class name in a table; --json has the whole name."""
@@ -105,6 +105,19 @@ def _costs(report: Report) -> Table:
 
 
 def _agreement(rows: Sequence[Row]) -> Table:
+    title = "Agreement with the teacher"
+    if METRICS[rows[0].metric] in (MAP, DECISIONS, R2, TEACHER_R2):
+        is_r2 = METRICS[rows[0].metric] in (R2, TEACHER_R2)
+        headers = ["network", "R² of its outputs %"] if is_r2 else ["network", "same labels %", "KL (nats)"]
+        cells = [
+            [
+                row.name,
+                mean_std(row.agreement_mean, row.agreement_std),
+                *([] if is_r2 else [mean_std(row.teacher_kl_mean, row.teacher_kl_std, digits=3)]),
+            ]
+            for row in rows
+        ]
+        return Table(title, headers, cells)
     headers = ["network", "top-1 %", "top-5 %", "same top-1 %", "KL (nats)", "ECE %", "worst class %"]
     cells = [
         [
@@ -118,7 +131,7 @@ def _agreement(rows: Sequence[Row]) -> Table:
         ]
         for row in rows
     ]
-    return Table("Agreement with the teacher", headers, cells)
+    return Table(title, headers, cells)
 
 
 def _embeddings(rows: Sequence[Row]) -> Table:
@@ -137,7 +150,7 @@ def _recovered(report: Report) -> Table:
         for row in report.recovered
     ]
     what = METRICS[report.rows[0].metric].title
-    return Table(f"{what.capitalize()} lost by compression, in percentage points", headers, cells)
+    return Table(f"{what[:1].upper()}{what[1:]} lost by compression, in percentage points", headers, cells)
 
 
 def worst_class(row: Row) -> str:

@@ -11,6 +11,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from kdpipe.stages.data.tasks import CLASSIFICATION
 from kdpipe.stages.errors import NotFiniteError
 from kdpipe.stages.models.hooks import ModelOutput
 from kdpipe.stages.runtime.gpu.transfers import Download, download, empty_on_host
@@ -77,7 +78,8 @@ class UnitOutputs:
         exact = self.logits.numpy()
         if manifest.top_k is None:
             stored = self.logits.to(_dtype(manifest, "logits")).numpy()
-            return {**rows, "logits": stored}, {**fidelity, "logits": measure_dense(exact, stored)}
+            measure = measure_dense if manifest.task == CLASSIFICATION else measure_features
+            return {**rows, "logits": stored}, {**fidelity, "logits": measure(exact, stored)}
         packed = encode_topk(exact, manifest.top_k, manifest.spec(VALUES).dtype)
         fidelity["logits"] = measure_topk(exact, packed, manifest.top_k)
         return {**rows, **{name: packed[name] for name in logits_arrays}}, fidelity

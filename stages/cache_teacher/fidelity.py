@@ -9,17 +9,21 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from kdpipe.stages.data.tasks import CLASSIFICATION, Task
 from kdpipe.stages.models.hooks import ModelOutput
 from kdpipe.stages.targets.feature_spec import FeatureSpec, compute_statistic
 from kdpipe.store.format.encoding_error import row_kl
 
 
 def compare(
-    pairs: Iterable[tuple[ModelOutput, ModelOutput]], layers: Sequence[FeatureSpec], temperatures: Sequence[float]
+    pairs: Iterable[tuple[ModelOutput, ModelOutput]],
+    layers: Sequence[FeatureSpec],
+    temperatures: Sequence[float],
+    task: Task = CLASSIFICATION,
 ) -> dict[str, Any] | None:
     """Return the errors of outputs over all batches, as pairs (in float32, to compare); None if they are not finite.
 
-    Without `temperatures` they have no logits.
+    Without `temperatures` they have no logits. Of other tasks than classification the logits are compared as features.
 
     Returns:
         num_images, kl (by temperature, the mean of KL(float32 || other) in nats), top1_flips, largest_error of a logit,
@@ -36,6 +40,9 @@ def compare(
     exact, found = np.concatenate(logits[0]), np.concatenate(logits[1])
     if not np.isfinite(found).all() or not all(np.isfinite(one).all() for one in squares.values()):
         return None
+    if task != CLASSIFICATION:
+        squares["logits"] = np.array([np.square(found - exact).sum(), np.square(exact - exact.mean(0)).sum()])
+        temperatures = ()
     return {
         "num_images": len(exact),
         "kl": {f"{one:g}": _rounded(row_kl(exact, found, one).mean()) for one in dict.fromkeys(temperatures)},

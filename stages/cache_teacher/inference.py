@@ -93,7 +93,7 @@ def forward(extractor: FeatureExtractor, teacher: ModelBundle, images: Tensor, h
     with torch.enable_grad(), exact.active(images.device):
         normalized.requires_grad_()
         outputs = extractor(normalized)
-        (gradient,) = torch.autograd.grad(hard.cross_entropy(outputs.logits).sum(), normalized)
+        (gradient,) = torch.autograd.grad(hard.losses(outputs.logits).sum(), normalized)
         captured = {layer: feature.detach() for layer, feature in outputs.features.items()}
         captured[INPUT_GRADIENT] = teacher.normalize.to_pixel_gradient(gradient)
         return ModelOutput(outputs.logits.detach(), captured)

@@ -17,6 +17,7 @@ from kdpipe.stages.cache_teacher.inference import hooked_layers, needs_labels
 from kdpipe.stages.compute.settings import ComputeSettings, MemoryFormat, Precision
 from kdpipe.stages.config import Count, PathStr, section
 from kdpipe.stages.context import StageContext
+from kdpipe.stages.data.image_set import require_classes
 from kdpipe.stages.errors import RecipeError, RunError
 from kdpipe.stages.models.bundle import ModelBundle
 from kdpipe.stages.models.hooks import overwritten_layers
@@ -189,6 +190,7 @@ def top_k_of(config: CacheConfig, context: StageContext, teacher: ModelBundle) -
     """
     if config.top_k is None:
         return None
+    require_classes(context.train_set, "cache.top_k")
     if teacher.is_headless:
         raise RecipeError("cache.top_k keeps the largest logits, and the teacher has embeddings: leave it out.")
     num_classes = context.train_set.num_classes

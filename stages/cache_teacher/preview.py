@@ -10,6 +10,7 @@ from torch import Tensor
 
 from kdpipe.stages.context import StageContext
 from kdpipe.stages.data.loader.image_loader import ImageBatch, ViewRequest
+from kdpipe.stages.data.tasks import CLASSIFICATION
 from kdpipe.stages.targets.join import join
 from kdpipe.stages.targets.reader import TargetLoadingConfig, Targets
 from kdpipe.store import TargetStore, row_order
@@ -49,7 +50,7 @@ def show_views(context: StageContext, store: TargetStore | None, num_samples: in
     views = range(min(num_views, context.views.num_views if store is None else store.num_views))
     batches = [context.train_loader.get(ViewRequest(indices, view)) for view in views]
     images = torch.stack([batch.images.cpu() for batch in batches], dim=1)
-    has_logits = store is not None and store.manifest.has_logits
+    has_logits = store is not None and store.manifest.has_logits and train_set.task == CLASSIFICATION
     top = _top(context, store, indices, views) if store and has_logits else [[[] for _ in views] for _ in indices]
     partners = [list(row) for row in zip(*[_partners(context, batch) for batch in batches], strict=True)]
     labels = [train_set.label_name(index) for index in indices.tolist()]
@@ -59,12 +60,13 @@ def show_views(context: StageContext, store: TargetStore | None, num_samples: in
 def _partners(context: StageContext, batch: ImageBatch) -> list[tuple[str, float] | None]:
     """Return label and share of the partner mixed into each image of a batch."""
     found: list[tuple[str, float] | None] = [None] * len(batch.indices)
-    names = (*context.train_set.class_names, "unlabeled")  # of the label -1
+    pool = context.train_loader.mix_partners or context.train_set
     if batch.mixture is not None:
         rows = batch.mixture.mixed.nonzero()[:, 0]
-        labels = context.train_loader.partner_labels(batch.mixture.partner_ids[rows]).tolist()
-        for row, label, share in zip(rows.tolist(), labels, batch.mixture.own_share[rows].tolist(), strict=True):
-            found[row] = (names[label], 1 - share)
+        ids = pool.sample_ids.tolist()
+        partners = batch.mixture.partner_ids[rows].tolist()
+        for row, partner, share in zip(rows.tolist(), partners, batch.mixture.own_share[rows].tolist(), strict=True):
+            found[row] = (pool.label_name(ids.index(partner)), 1 - share)
     return found
 
 

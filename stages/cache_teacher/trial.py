@@ -158,7 +158,7 @@ class Trial:
             if chosen == EXACT:
                 return chosen, record if dropped else {}
             temperatures = () if self.teacher.is_headless else self.config.temperatures
-            errors = compare(self._pairs(chosen, size), self.layers, temperatures)
+            errors = compare(self._pairs(chosen, size), self.layers, temperatures, self.context.train_set.task)
             fault = self._fault(errors)
             if errors is not None and fault is None:
                 return chosen, {**errors, **(record if dropped else {})}

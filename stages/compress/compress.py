@@ -270,4 +270,11 @@ def student_sensitivity(
     images = [batch.images.cpu() for batch in islice(batches, num_batches)]
     counter = fine_tuning.monitor.counter("sensitivity", "layer by layer", "layer")
     example = torch.zeros(2, *fine_tuning.evaluation(network.normalize).image_shape)
-    return sensitivity(network.model.cpu(), example, images, exclude=config.quantize.exclude, on_progress=counter)
+    return sensitivity(
+        network.model.cpu(),
+        example,
+        images,
+        exclude=config.quantize.exclude,
+        task=fine_tuning.evaluation(network.normalize).task,
+        on_progress=counter,
+    )

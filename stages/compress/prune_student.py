@@ -47,6 +47,8 @@ def prune_json(config: PruneConfig) -> dict[str, Any]:
         del record["importance_batches"]
     if config.steps == 1:
         del record["epochs_per_step"]
+    if not config.heads:  # later than the first runs
+        del record["heads"]
     return record
 
 

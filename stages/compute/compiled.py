@@ -25,7 +25,7 @@ def compiled(
     runs as a CUDA graph: its results are overwritten by the next step, which `begin_step` announces.
 
     Args:
-        function: The function, of tensors.
+        function: The function, of tensors, and of objects whose own tensors have the same shapes each time.
         device: The device of the tensors.
         key: The recipe key that asks for it, for messages.
         backend: torch.compile's backend.
@@ -38,7 +38,7 @@ def compiled(
     by_shape: dict[Any, Any] = {}  # torch limits how many shapes a function may have
 
     def run(*arguments: Any) -> T:
-        shapes = tuple(one.shape for one in arguments)
+        shapes = tuple(one.shape for one in arguments if isinstance(one, Tensor))
         try:
             if shapes not in by_shape:
                 own_options = options if backend == "inductor" else None

@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 from pydantic import BeforeValidator, Field
 
 from kdpipe.stages.config import Bytes, PathStr, section
+from kdpipe.stages.data.tasks import CLASSIFICATION, Task
 
 
 def _reject_bool(value: object) -> object:
@@ -28,10 +29,13 @@ class DataConfig:
     Attributes:
         name: digits, MNIST, FashionMNIST, CIFAR10, CIFAR100, imagefolder:PATH, table:PATH, webdataset:PATH, lmdb:PATH,
             hf_dataset:OWNER/NAME, npz:PATH, python:MODULE:FUNCTION, or a registered name.
+        task: What the images are labeled with: "classification", one class each; "multilabel", any of several labels;
+            "regression", one or several numbers.
         root: Folder of the named sets, and base of a relative PATH.
         download: Whether torchvision may download a named set, and hf_dataset may ask the hub.
         image_column: Column of the images of table and hf_dataset; found by its name or type if None.
-        label_column: Column of their labels; found by its name or type if None.
+        label_column: Column of their labels; found by its name or type if None. With a task of several labels or
+            numbers also a list of columns.
         channels: Convert to grayscale (1) or RGB (3).
         image_size: Crop the largest centered square and resize it to this many pixels.
         test_crop: Fraction of that square kept for the test images of files.
@@ -48,10 +52,11 @@ class DataConfig:
     """
 
     name: PathStr = "digits"
+    task: Task = CLASSIFICATION
     root: PathStr = "data"
     download: bool = True
     image_column: PathStr | None = None
-    label_column: PathStr | None = None
+    label_column: PathStr | Annotated[tuple[PathStr, ...], Field(min_length=1)] | None = None
     channels: Annotated[Literal[1, 3], BeforeValidator(_reject_bool)] | None = None
     image_size: Annotated[int, Field(ge=1, le=2**14)] | None = None
     test_crop: Annotated[float, Field(gt=0, le=1)] = 1.0

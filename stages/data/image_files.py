@@ -6,6 +6,7 @@ import dataclasses
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import google_crc32c
 import numpy as np
@@ -95,7 +96,7 @@ class ImageFiles:
         )
 
 
-def pixel_checksum(pixels: Pixels) -> int:
-    """Return the crc32c of one image's pixels, [C, H, W], row by row."""
+def pixel_checksum(pixels: npt.NDArray[Any]) -> int:
+    """Return the crc32c of one image's pixels, [C, H, W], row by row; or of other numbers."""
     checksum: int = google_crc32c.value(np.ascontiguousarray(pixels))
     return checksum

@@ -15,7 +15,8 @@ from torch import Tensor
 
 from kdpipe.stages.data.decode import Pixels
 from kdpipe.stages.data.image_files import ImageFiles, pixel_checksum
-from kdpipe.stages.errors import DataError
+from kdpipe.stages.data.tasks import CLASSIFICATION, MULTILABEL, Task
+from kdpipe.stages.errors import DataError, RecipeError
 from kdpipe.store import ids_and_labels_sha256
 
 STD_FLOOR = 1 / 255
@@ -54,6 +55,9 @@ class ImageSet:
         crop: The share of their centered square that the images were cropped to before they were resized.
         notices: Sentences on what was left out, or was not plain, when the set was loaded.
         listed: The labels of the source, int64 [N], where some of them are not used; they identify the samples.
+        task: What the samples are labeled with. If not with classes, `class_names` are the names of the K labels or
+            numbers, and `labels` are 0 of labeled samples.
+        targets: float32 [N, K], the labels (0 or 1) or numbers of each sample, NaN where not known; None of classes.
 
     Raises:
         DataError: There are no samples, a label is out of range, or an id is negative or not unique.
@@ -69,6 +73,8 @@ class ImageSet:
     crop: float = 1.0
     notices: tuple[str, ...] = ()
     listed: Tensor | None = None
+    task: Task = CLASSIFICATION
+    targets: Tensor | None = None
 
     def __post_init__(self) -> None:
         where = f"data set {self.name} ({self.split})"
@@ -77,10 +83,17 @@ class ImageSet:
     def __len__(self) -> int:
         return self.num_samples
 
-    def __getitem__(self, index: int) -> tuple[Tensor, int]:
-        """Return the image, uint8 [C, H, W], and the label of a sample."""
+    def __getitem__(self, index: int) -> tuple[Tensor, int | Tensor]:
+        """Return the image, uint8 [C, H, W], and the label of a sample, or its targets float32 [K]."""
         position = range(self.num_samples)[index]  # IndexError beyond the end, as a loop over the samples needs
-        return torch.from_numpy(self.read(position)), int(self.labels[position])
+        label = self.labels_at(torch.tensor([position]))[0]
+        return torch.from_numpy(self.read(position)), int(label) if self.targets is None else label
+
+    def labels_at(self, positions: Tensor) -> Tensor:
+        """Return what is learned of some samples: classes int64 [n], -1 if unlabeled; or targets float32 [n, K]."""
+        if self.targets is None:
+            return self.labels[positions]
+        return torch.where(self.labels[positions, None] == UNLABELED, torch.nan, self.targets[positions])
 
     @property
     def classes(self) -> tuple[str, ...]:
@@ -117,13 +130,30 @@ class ImageSet:
 
     @property
     def listed_labels(self) -> Tensor:
-        """The labels of the source, int64 [N], by which stores know the samples."""
+        """The labels of the source, int64 [N], by which stores identify the samples; of targets, their checksums."""
+        if self.targets is not None:
+            return self._checksums
         return self.labels if self.listed is None else self.listed
+
+    @cached_property
+    def _checksums(self) -> Tensor:
+        """The crc32c of the targets of each sample, int64 [N]; -1 of samples without any."""
+        assert self.targets is not None
+        rows = self.targets.numpy()
+        sums = torch.tensor([pixel_checksum(row) for row in rows], dtype=torch.int64)
+        return torch.where(self.targets.isnan().all(1), UNLABELED, sums)
 
     def label_name(self, position: int) -> str:
         """Return the name of a sample's class."""
         label = int(self.labels[position])
-        return "unlabeled" if label == UNLABELED else self.class_names[label]
+        if label == UNLABELED:
+            return "unlabeled"
+        if self.targets is None:
+            return self.class_names[label]
+        pairs = list(zip(self.class_names, self.targets[position].tolist(), strict=True))
+        if self.task == MULTILABEL:
+            return ", ".join(name for name, value in pairs if value == 1) or "no label"
+        return ", ".join(f"{name} {value:g}" for name, value in pairs)
 
     @property
     def in_channels(self) -> int:
@@ -154,6 +184,7 @@ class ImageSet:
             images=images.index_select(0, indices) if isinstance(images, Tensor) else images.take(indices),
             labels=self.labels[indices],
             listed=None if self.listed is None else self.listed[indices],
+            targets=None if self.targets is None else self.targets[indices],
             sample_ids=self.sample_ids[indices],
         )
 
@@ -167,6 +198,12 @@ def require_labels(image_set: ImageSet) -> None:
         )
 
 
+def require_classes(image_set: ImageSet, key: str) -> None:
+    """Raise RecipeError if images are not labeled with classes, which the recipe's `key` is for."""
+    if image_set.task != CLASSIFICATION:
+        raise RecipeError(f"{key} is for classes, and data.task is {image_set.task!r}: leave it out.")
+
+
 def digest(image_set: ImageSet) -> dict[str, Any]:
     """Identify the samples as JSON: name, split, counts, and a sha256 over ids and labels.
 
@@ -178,6 +215,7 @@ def digest(image_set: ImageSet) -> dict[str, Any]:
         "num_samples": image_set.num_samples,
         "num_classes": image_set.num_classes,
         "ids_and_labels_sha256": ids_and_labels_sha256(image_set.sample_ids.numpy(), image_set.listed_labels.numpy()),
+        **({} if image_set.task == CLASSIFICATION else {"task": image_set.task}),
     }
 
 

@@ -18,7 +18,13 @@ from kdpipe.stages.data.labeling import keep_labels
 from kdpipe.stages.data.names import FILE_KINDS, KNOWN_NAMES, TORCHVISION_NAMES
 from kdpipe.stages.data.scan import OnImage, ScanResult, scan_images
 from kdpipe.stages.data.sources.image_folder import list_image_folder
-from kdpipe.stages.data.sources.listing import Listing, absent_classes, unlabeled_samples
+from kdpipe.stages.data.sources.listing import (
+    Listing,
+    absent_classes,
+    other_tasks,
+    refuse_shifted,
+    unlabeled_samples,
+)
 from kdpipe.stages.data.sources.npz import list_npz
 from kdpipe.stages.data.sources.packed.hf_dataset import list_hf_dataset
 from kdpipe.stages.data.sources.packed.lmdb import list_lmdb
@@ -27,6 +33,7 @@ from kdpipe.stages.data.sources.table import list_table
 from kdpipe.stages.data.sources.torchvision import list_digits, list_torchvision
 from kdpipe.stages.data.sources.user_function import DATASETS, is_user_dataset, list_user_dataset
 from kdpipe.stages.data.splits import Indices, Part, Split, stratified_split, stratified_subset, validation_split
+from kdpipe.stages.data.tasks import CLASSIFICATION
 from kdpipe.stages.errors import DataError, RecipeError, UnknownDataError, first_few
 from kdpipe.store.errors import did_you_mean
 
@@ -68,7 +75,8 @@ def load_dataset(
     found = _load_images(listing, indices, config, size, on_image, keep=keep)
     indices = indices[found.kept]
     labels, names = listing.labels[indices], listing.class_names or _names_of(config, size, name_classes)
-    absent = absent_classes(listing.name, split, labels, names, config.classes)
+    targets = None if listing.targets is None else listing.targets[indices]
+    absent = absent_classes(listing.name, split, labels, names, config.classes, targets=targets)
     absent += unlabeled_samples(listing.name, split, labels)
     loaded = ImageSet(
         name=listing.name,
@@ -80,7 +88,11 @@ def load_dataset(
         dropped=found.dropped,
         crop=1.0 if split == "train" else config.test_crop,
         notices=(*listing.notices, *absent) if only is None else (),
+        task=config.task,
+        targets=None if targets is None else torch.from_numpy(targets),
     )
+    if split == "train" and config.labels == "all":
+        refuse_shifted(listing.name, labels, names)
     if split == "train" and config.labels != "none" and not loaded.has_labels:
         raise DataError(f"no training sample of {listing.name} has a label: set data.labels = 'none'.")
     keeps_all = split == "test" or (split == "validation" and config.labels != "none")
@@ -118,10 +130,12 @@ def list_source(config: DataConfig, part: Part, size: int | None, on_image: OnIm
     if config.name in TORCHVISION_NAMES:
         return list_torchvision(config.name, split, root=root, download=config.download)
     if colon and argument and kind == "npz":
-        return list_npz(_path(argument, config.root), split)
+        return list_npz(_path(argument, config.root), split, config.task)
     if is_user_dataset(config.name):
-        options = {"max_bytes": config.cache_bytes, "num_workers": config.num_workers, "on_image": on_image}
-        return list_user_dataset(config.name, split, root=root, size=size, channels=config.channels, **options)
+        limits = {"max_bytes": config.cache_bytes, "num_workers": config.num_workers, "on_image": on_image}
+        return list_user_dataset(
+            config.name, split, root=root, size=size, channels=config.channels, task=config.task, **limits
+        )
     known = [*KNOWN_NAMES, *DATASETS.registered()]
     near = did_you_mean(config.name, known, limit=2, otherwise="")
     raise UnknownDataError(
@@ -133,10 +147,17 @@ def _list_files(config: DataConfig, kind: str, argument: str, split: Split, spec
     path, columns = _path(argument, config.root), (config.image_column, config.label_column)
     unlabeled = config.labels == "none"
     if kind == "table":
-        return list_table(path, split, spec, columns)
+        return list_table(path, split, spec, columns, config.task)
     if kind == "hf_dataset":
         return list_hf_dataset(
-            argument, path, split, spec, columns=columns, download=config.download, unlabeled=unlabeled
+            argument,
+            path,
+            split,
+            spec,
+            columns=columns,
+            download=config.download,
+            unlabeled=unlabeled,
+            task=config.task,
         )
     if kind == "imagefolder":
         return list_image_folder(path, split, spec, unlabeled=unlabeled)
@@ -144,7 +165,7 @@ def _list_files(config: DataConfig, kind: str, argument: str, split: Split, spec
 
 
 def require_applicable(config: DataConfig) -> None:
-    """Raise RecipeError if a key is set that does not apply to data sets of this kind."""
+    """Raise RecipeError if a key is set that does not apply to data sets of this kind, or to this task."""
     columns = ("table", "hf_dataset")
     for key, kinds in {"test_crop": FILE_KINDS, "image_column": columns, "label_column": columns}.items():
         is_set = getattr(config, key) != DataConfig.__dataclass_fields__[key].default
@@ -152,6 +173,21 @@ def require_applicable(config: DataConfig) -> None:
             raise RecipeError(
                 f"data.{key} applies only to {', '.join(kinds)}, and data.name is {config.name!r}: remove it."
             )
+    if config.task == CLASSIFICATION:
+        if isinstance(config.label_column, tuple):
+            raise RecipeError(f"data.label_column names several columns: one holds the class.{other_tasks()}")
+        return
+    kind = config.name.partition(":")[0]
+    if kind not in ("table", "hf_dataset", "npz") and not is_user_dataset(config.name):
+        raise RecipeError(
+            f"data.task = {config.task!r}: {config.name} has classes only; npz:PATH, table:PATH, "
+            "hf_dataset:OWNER/NAME and python:MODULE:FUNCTION may have other labels."
+        )
+    if config.classes is not None:
+        raise RecipeError(
+            f"data.classes selects samples of some classes, and with data.task = {config.task!r} they "
+            "have none: remove it."
+        )
 
 
 def _decode_spec(config: DataConfig, part: Part, size: int | None) -> DecodeSpec:

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 from kdpipe.stages.context import StageContext
-from kdpipe.stages.data.image_set import ImageSet
+from kdpipe.stages.data.image_set import ImageSet, require_classes
+from kdpipe.stages.data.tasks import CLASSIFICATION, MULTILABEL
 from kdpipe.stages.distillation.spec import DistillationSpec
 from kdpipe.stages.distillation.student_config import StudentConfig
 from kdpipe.stages.errors import RecipeError
@@ -65,7 +66,9 @@ def check_image_size(
 
 
 def check_labels(losses: Sequence[Loss], teachers: TeachersConfig, train_set: ImageSet, where: str = "distill") -> None:
-    """Raise RecipeError for what needs labels that the training images lack."""
+    """Raise RecipeError for what needs labels that the training images lack, or other outputs than these have."""
+    if train_set.task != CLASSIFICATION:
+        _check_task(losses, teachers, train_set, where)
     if train_set.is_labeled:
         return
     num = f"{train_set.num_samples - len(train_set.labeled):,} of {train_set.num_samples:,} training images have none"
@@ -83,6 +86,27 @@ def check_labels(losses: Sequence[Loss], teachers: TeachersConfig, train_set: Im
             f"student.teachers.weights = {teachers.weights!r} needs labels, and the training images have none: use "
             "'equal', or give the weights as numbers."
         )
+
+
+def _check_task(losses: Sequence[Loss], teachers: TeachersConfig, train_set: ImageSet, where: str) -> None:
+    """Raise RecipeError for what is for classes, where the outputs are labels or numbers."""
+    fitting = "binary_kd or logit_mse" if train_set.task == MULTILABEL else "logit_mse"
+    for number, loss in enumerate(losses):
+        entry = f"{where}.{number} ({loss.loss})"
+        if train_set.task not in loss.tasks:
+            fits = f"is for {' and '.join(loss.tasks)}, and data.task is {train_set.task!r}"
+            raise RecipeError(f"{entry} {fits}: use {fitting}, or a loss on features.")
+        if loss.samples.needs_probabilities:
+            require_classes(train_set, f"{entry} with samples selected or weighted by probabilities")
+        if vars(loss).get("standardize"):
+            require_classes(train_set, f"{entry} with standardize")
+    chosen = {"weights": isinstance(teachers.weights, str) and teachers.weights != "equal"}
+    chosen |= {"temperatures": bool(teachers.temperatures), "classes": teachers.classes != TeachersConfig().classes}
+    for key in (key for key, is_set in chosen.items() if is_set):
+        value = getattr(teachers, key)
+        require_classes(train_set, f"student.teachers.{key}" + f" = {value!r}" * isinstance(value, str))
+    if teachers.ensemble == "probabilities":
+        require_classes(train_set, "student.teachers.ensemble = 'probabilities'")
 
 
 def temperatures_of(

@@ -20,6 +20,7 @@ from kdpipe.stages.data.loader.labels import HardLabels
 from kdpipe.stages.data.loader.mix_partners import find_partners
 from kdpipe.stages.data.loader.sampling import num_steps
 from kdpipe.stages.data.sources.torch_dataset import image_set_from_dataset
+from kdpipe.stages.data.tasks import CLASSIFICATION
 from kdpipe.stages.errors import RecipeError
 from kdpipe.stages.models.normalization import Normalization, Numbers, as_normalization
 from kdpipe.stages.runtime.distributed import ProcessGroup
@@ -244,9 +245,11 @@ class DistillationLoader:
 
 
 def _labels(hard: HardLabels, num_classes: int) -> Tensor:
-    """Return int64 [B], or float32 [B, num_classes] of mixed views."""
+    """Return int64 [B], or float32 [B, num_classes] of mixed views, several labels or numbers."""
     if hard.partner_labels is None or hard.own_share is None:
         return hard.labels
+    if hard.task != CLASSIFICATION:
+        return torch.lerp(hard.partner_labels, hard.labels, hard.own_share[:, None])
     shifted = (labels + 1 for labels in (hard.labels, hard.partner_labels))  # the first column is for unlabeled ones
     own, partners = (F.one_hot(labels, num_classes + 1)[:, 1:].float() for labels in shifted)
     return torch.lerp(partners, own, hard.own_share[:, None])

@@ -11,7 +11,7 @@ import numpy as np
 from torch import Tensor
 
 from kdpipe.stages.evaluation.intervals import Outcome
-from kdpipe.stages.evaluation.main_metric import main_value
+from kdpipe.stages.evaluation.main_metric import main_value, metric_of
 from kdpipe.store import ids_and_labels_sha256
 
 
@@ -48,6 +48,8 @@ def outcome_of(result: Mapping[str, Any]) -> Outcome:
     if examined is None:
         return Outcome(accuracy)
     kept = examined.get("correct")
+    if not metric_of(result).is_share:
+        return Outcome(accuracy)
     if kept is None:
         return Outcome(accuracy, sum(int(one["num_samples"]) for one in examined["per_class"]) or None)
     num, packed = int(kept["num_images"]), base64.b64decode(kept["bits"], validate=True)

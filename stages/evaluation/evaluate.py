@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -20,20 +20,38 @@ from kdpipe.stages.compute.settings import EXACT, ComputeSettings
 from kdpipe.stages.compute.threads import CheckedThreads, max_threads
 from kdpipe.stages.data.image_set import UNLABELED
 from kdpipe.stages.data.loader.image_loader import ImageLoader, ViewRequest
+from kdpipe.stages.data.tasks import (
+    CLASSIFICATION,
+    LOSS_NAMES,
+    MULTILABEL,
+    REGRESSION,
+    Task,
+    mean_average_precision,
+    r2,
+    target_losses,
+)
 from kdpipe.stages.errors import DataError, NotFiniteError
-from kdpipe.stages.evaluation.main_metric import ACCURACY, AGREEMENT, MainMetric
+from kdpipe.stages.evaluation.main_metric import ACCURACY, DECISIONS, MAP, MainMetric, metric_for
 from kdpipe.stages.models.clone import preserve_modes
 from kdpipe.stages.models.main_logits import main_logits
 from kdpipe.stages.models.normalization import Normalization
 from kdpipe.stages.runtime.memory import run_in_chunks
 
 BATCH_SIZE = 500
+MAX_PIXELS = BATCH_SIZE * 96**2
+"""Pixels of a batch: 500 images of 224 x 224 took 9 GB with EfficientNet-Lite0, the 91 that these are take 1.5 GB."""
 
 _threads: WeakKeyDictionary[nn.Module, CheckedThreads] = WeakKeyDictionary()
 """Where the logits do not depend on the number of CPU threads, a network runs on the one that is faster at present."""
 
 LogitsAt = Callable[[Tensor], Tensor]
 """Returns a teacher's logits, float32 [B, C], of the samples at positions int64 [B] of a test set."""
+
+
+def in_batches(indices: Tensor, loader: ImageLoader) -> tuple[Tensor, ...]:
+    """Split the indices of images, int64 [N], into batches that a network is evaluated on: fewer of large images."""
+    height, width = loader.image_size or (1, 1)
+    return torch.split(indices, max(1, min(BATCH_SIZE, MAX_PIXELS // (height * width))))
 
 
 @dataclass(frozen=True)
@@ -77,16 +95,23 @@ class Evaluation:
     @cached_property
     def metric(self) -> MainMetric:
         """What a network is judged by: without a single label, its agreement with the teacher."""
-        return ACCURACY if self.loader.dataset.has_labels else AGREEMENT
+        return metric_for(self.task, has_labels=self.loader.dataset.has_labels)
+
+    @property
+    def task(self) -> Task:
+        """What the images are labeled with."""
+        return self.loader.dataset.task
 
     def expected(self, positions: Tensor) -> Tensor:
         """Return the class that each sample should have, int64 [B], -1 where that is not known.
 
+        Of other tasks than classification they are labels or numbers, float32 [B, K], NaN where not known.
+
         Raises:
             DataError: The test images have no labels, and no teacher's outputs on them are known.
         """
-        if self.metric is ACCURACY:
-            return self.loader.dataset.labels[positions]
+        if self.loader.dataset.has_labels:
+            return self.loader.dataset.labels_at(positions)
         if self.teacher_logits is None:
             raise DataError(
                 f"the {self.loader.dataset.split} images of {self.loader.dataset.name} have no labels, and there are "
@@ -94,6 +119,10 @@ class Evaluation:
                 "teacher on them (kdpipe cache-teacher, in Python test_set=)."
             )
         logits = self.teacher_logits(positions).cpu()
+        if self.task == MULTILABEL:
+            return torch.where(logits.isnan(), logits, (logits > 0).float())
+        if self.task == REGRESSION:
+            return logits
         return torch.where(logits.isnan().any(1), UNLABELED, logits.argmax(1))
 
     @property
@@ -106,10 +135,10 @@ class Evaluation:
         return self.normalize(self.loader.get(ViewRequest(indices)).images)
 
     def batches(self, limit: int | None = None) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yield the first images, or all, normalized: float32 [B, C, H, W], with their labels int64 [B], on the CPU."""
+        """Yield the first images, or all, normalized: float32 [B, C, H, W], with their classes int64 [B], on CPU."""
         image_set = self.loader.dataset
         indices = torch.arange(image_set.num_samples)[:limit]
-        for image_batch in self.loader.stream(ViewRequest(some) for some in torch.split(indices, BATCH_SIZE)):
+        for image_batch in self.loader.stream(ViewRequest(some) for some in in_batches(indices, self.loader)):
             self.before_batch()
             yield self.normalize(image_batch.images.cpu()), image_set.labels[image_batch.indices]
 
@@ -118,7 +147,7 @@ class Evaluation:
 class Predictions:
     """A model's logits float32 [B, C] of a batch and the labels int64 [B], on the device; positions int64 [B].
 
-    The labels are the classes that were expected, -1 where that is not known.
+    The labels are the classes that were expected, -1 where that is not known; or labels or numbers, float32 [B, K].
     """
 
     positions: Tensor
@@ -128,20 +157,21 @@ class Predictions:
     @property
     def labeled(self) -> Predictions:
         """Those with a label."""
-        kept = self.labels != UNLABELED
+        kept = ~self.labels.isnan().all(1) if self.labels.is_floating_point() else self.labels != UNLABELED
         return Predictions(self.positions[kept.cpu()], self.labels[kept], self.logits[kept])
 
 
 @dataclass(frozen=True)
 class EvalResult:
-    """Top-1 accuracy, or what takes its place, and mean cross entropy in nats."""
+    """Top-1 accuracy, or what takes its place, and the mean loss: cross entropy in nats, or squared error."""
 
     value: float
-    cross_entropy: float
+    loss: float
     metric: MainMetric = ACCURACY
+    task: Task = CLASSIFICATION
 
     def to_json(self) -> dict[str, Any]:
-        return {**self.metric.record(self.value), "cross_entropy": self.cross_entropy}
+        return {**self.metric.record(self.value), LOSS_NAMES[self.task]: self.loss}
 
 
 @dataclass
@@ -164,6 +194,31 @@ class EvalAccumulator:
         return EvalResult(int(self.num_correct) / self.num_seen, float(self.total) / self.num_seen, self.metric)
 
 
+@dataclass
+class OutputAccumulator:
+    """The outputs of a pass over a test set that has labels or numbers, on the CPU."""
+
+    task: Task
+    metric: MainMetric
+    outputs: list[Tensor] = field(default_factory=list)
+    targets: list[Tensor] = field(default_factory=list)
+
+    def add(self, predictions: Predictions) -> None:
+        self.outputs.append(predictions.logits.cpu())
+        self.targets.append(predictions.labels.cpu())
+
+    def result(self) -> EvalResult:
+        outputs, targets = torch.cat(self.outputs), torch.cat(self.targets)
+        if self.metric is MAP:
+            value = mean_average_precision(targets, outputs)[0]
+        elif self.metric is DECISIONS:
+            value = float(((outputs > 0) == (targets == 1)).double().mean())
+        else:
+            value = r2(targets, outputs)
+        loss = float(target_losses(self.task, outputs, targets).double().mean())
+        return EvalResult(value, loss, self.metric, self.task)
+
+
 @torch.no_grad()
 def predict(model: nn.Module, test: Evaluation, device: torch.device) -> Iterator[Predictions]:
     """Yield the model's predictions on the test set, batch by batch; the modes of its modules are restored.
@@ -172,7 +227,7 @@ def predict(model: nn.Module, test: Evaluation, device: torch.device) -> Iterato
     that does not fit into memory is halved until it does: its logits then differ by rounding.
     """
     image_set = test.loader.dataset
-    every = torch.split(torch.arange(image_set.num_samples), BATCH_SIZE)
+    every = in_batches(torch.arange(image_set.num_samples), test.loader)
     requests = (ViewRequest(indices, test.view) for indices in every)
     with preserve_modes(model):
         model.eval()
@@ -203,7 +258,7 @@ def _logits(model: nn.Module, test: Evaluation, images: Tensor) -> Tensor:
 
 def of_teacher(test: Evaluation, model: nn.Module) -> Evaluation:
     """Return the evaluation of a teacher: it is compared with itself where no test image has a label."""
-    if test.metric is ACCURACY:
+    if test.loader.dataset.has_labels:
         return test
 
     @torch.no_grad()
@@ -214,14 +269,21 @@ def of_teacher(test: Evaluation, model: nn.Module) -> Evaluation:
 
 
 def evaluate(model: nn.Module, test: Evaluation, device: torch.device) -> EvalResult:
-    """Evaluate `model`, restoring its mode; raises NotFiniteError if the cross entropy is not finite."""
-    sums, is_whole = EvalAccumulator(test.metric), test.loader.dataset.is_labeled
+    """Evaluate `model`, restoring its mode; raises NotFiniteError if the loss is not finite."""
+    is_whole = test.loader.dataset.is_labeled
+    sums = EvalAccumulator(test.metric) if test.task == CLASSIFICATION else OutputAccumulator(test.task, test.metric)
     for predictions in predict(model, test, device):
+        if not predictions.logits.isfinite().all() and test.task != CLASSIFICATION:
+            raise _not_finite("outputs are NaN or infinite")
         sums.add(predictions if is_whole else predictions.labeled)
     result = sums.result()
-    if not math.isfinite(result.cross_entropy):
-        raise NotFiniteError(
-            f"the network's cross entropy over the test set is {result.cross_entropy}: its weights or "
-            "batch-norm statistics are not finite, or too large. Lower lr, or give weights of a trained network."
-        )
+    if not math.isfinite(result.loss):
+        raise _not_finite(f"cross entropy over the test set is {result.loss}")
     return result
+
+
+def _not_finite(what: str) -> NotFiniteError:
+    return NotFiniteError(
+        f"the network's {what}: its weights or batch-norm statistics are not finite, or too large. Lower lr, or give "
+        "weights of a trained network."
+    )

@@ -1,4 +1,4 @@
-"""The main metric of a network: accuracy, or what takes its place where the images have no labels.
+"""The main metric of a network: accuracy, or what takes its place where the images have no classes.
 
 Results, lines of metrics.jsonl and cards name it by `metric`, and have its value under that name; those without
 `metric` have an accuracy. Whatever compares, ranks or prints networks reads it by these functions.
@@ -6,9 +6,12 @@ Results, lines of metrics.jsonl and cards name it by `metric`, and have its valu
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
+
+from kdpipe.stages.data.tasks import CLASSIFICATION, MULTILABEL, REGRESSION, Task
 
 
 @dataclass(frozen=True)
@@ -19,11 +22,13 @@ class MainMetric:
         name: Its key in results.
         title: Its name in tables and sentences.
         least: The lowest value.
+        is_share: Whether it is a share of the images, so that it varies over images as one of coins does.
     """
 
     name: str
     title: str
     least: float = 0.0
+    is_share: bool = True
 
     def record(self, value: float) -> dict[str, Any]:
         """Return the keys of a result with this value."""
@@ -39,7 +44,19 @@ class MainMetric:
 ACCURACY = MainMetric("accuracy", "accuracy")
 AGREEMENT = MainMetric("agreement", "agreement with the teacher")
 
-METRICS = {metric.name: metric for metric in (ACCURACY, AGREEMENT)}
+MAP = MainMetric("mAP", "mean average precision", is_share=False)
+DECISIONS = MainMetric("decisions", "labels decided as the teacher does", is_share=False)
+R2 = MainMetric("r2", "variance explained (R²)", least=-math.inf, is_share=False)
+TEACHER_R2 = MainMetric("teacher_r2", "variance of the teacher's outputs explained (R²)", -math.inf, is_share=False)
+
+METRICS = {metric.name: metric for metric in (ACCURACY, AGREEMENT, MAP, DECISIONS, R2, TEACHER_R2)}
+
+_OF_TASK = {CLASSIFICATION: (ACCURACY, AGREEMENT), MULTILABEL: (MAP, DECISIONS), REGRESSION: (R2, TEACHER_R2)}
+
+
+def metric_for(task: Task, *, has_labels: bool) -> MainMetric:
+    """Return what networks are judged by on images with labels, or without a single one."""
+    return _OF_TASK[task][0 if has_labels else 1]
 
 
 def metric_of(record: Mapping[str, Any]) -> MainMetric:

@@ -7,7 +7,7 @@ are reproducible.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -16,8 +16,17 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kdpipe.stages.data.image_set import UNLABELED, ImageSet
+from kdpipe.stages.data.tasks import (
+    CLASSIFICATION,
+    LOSS_NAMES,
+    MULTILABEL,
+    Task,
+    agreement,
+    divergences,
+    mean_average_precision,
+)
 from kdpipe.stages.evaluation.correct_images import CorrectImages, pack
-from kdpipe.stages.evaluation.evaluate import EvalAccumulator, Evaluation, Predictions, predict
+from kdpipe.stages.evaluation.evaluate import EvalAccumulator, Evaluation, OutputAccumulator, Predictions, predict
 from kdpipe.stages.evaluation.main_metric import ACCURACY, MainMetric
 from kdpipe.stages.numerics import kinds_of_outputs
 
@@ -57,7 +66,7 @@ class EvalReport:
         top1: Share of labeled samples whose label has the largest logit. Where no sample has a label, the teacher's
             classes stand for the labels here and below, and what needs true ones is left out.
         top5: Share of samples whose label is among the five largest logits; None below six classes.
-        cross_entropy: Mean cross entropy, nats.
+        loss: Mean cross entropy, nats; of numbers the squared error.
         ece: Expected calibration error, the sum over bins of share * |accuracy - confidence|; the confidence is the
             largest softmax (arXiv 1706.04599, equation 3). None without labels.
         agreement: Share of samples with teacher logits on which network and teacher agree; None without any.
@@ -69,13 +78,16 @@ class EvalReport:
         chance: The accuracy of guessing with the frequencies of these predictions; that of a network which returns the
             same class for every image is its accuracy.
         outputs: "logits", or what else the network's outputs are: "probabilities" or "log-probabilities".
-        correct: Which images were classified correctly.
+        correct: Which images were classified correctly; None where they have no classes.
         metric: What top1 is.
+        task: What the images are labeled with. Of labels and numbers, `agreement` and `teacher_kl` compare with the
+            teacher's as `kdpipe.stages.data.tasks` says (of numbers R², and no KL); what needs classes is left out.
+        average_precision: That of each label, None if no test sample has it; of labels only.
     """
 
     top1: float
     top5: float | None
-    cross_entropy: float
+    loss: float
     ece: float | None
     agreement: float | None
     teacher_kl: float | None
@@ -84,38 +96,79 @@ class EvalReport:
     confusions: list[list[int]]
     chance: float
     outputs: str
-    correct: CorrectImages
+    correct: CorrectImages | None
     metric: MainMetric = ACCURACY
-
-    @property
-    def num_samples(self) -> int:
-        """The number of readable test samples that count for top1."""
-        return self.correct.num_images
+    task: Task = CLASSIFICATION
+    num_samples: int = 0
+    average_precision: Mapping[str, float | None] | None = None
 
     def is_at_chance(self, num_errors: float = 2.0) -> bool:
         """Return whether the accuracy is not above chance by more than `num_errors` standard errors.
 
         It is not if there are too few samples to tell: if an accuracy half-way between chance and 1 could be missed.
         """
+        if not self.metric.is_share:
+            return self.top1 <= self.chance
         error = math.sqrt(self.chance * (1 - self.chance) / self.num_samples)
         if 2 * num_errors * error >= (1 - self.chance) / 2:
             return False
         return self.top1 <= self.chance + num_errors * error
 
     def to_json(self) -> dict[str, Any]:
-        return {key: value for key, value in asdict(self).items() if key != "metric"}
+        figures = {LOSS_NAMES[self.task] if key == "loss" else key: value for key, value in asdict(self).items()}
+        left_out = ["metric", "num_samples", "task", "average_precision"]
+        if self.task != CLASSIFICATION:
+            left_out = ["metric"] if self.task == MULTILABEL else ["metric", "average_precision"]
+        return {key: value for key, value in figures.items() if key not in left_out}
 
 
 def evaluate_in_depth(model: nn.Module, test: Evaluation, device: torch.device) -> EvalReport:
     """Evaluate `model` on the test set, restoring its mode.
 
-    top1 and cross_entropy equal those of `evaluate` bit for bit.
+    top1 and loss equal those of `evaluate` bit for bit.
     """
     image_set = test.loader.dataset
+    if test.task != CLASSIFICATION:
+        return _evaluate_targets(model, test, device)
     metrics = _MetricAccumulator(test)
     for predictions in predict(model, test, device):
         metrics.add(predictions)
     return metrics.report(image_set)
+
+
+def _evaluate_targets(model: nn.Module, test: Evaluation, device: torch.device) -> EvalReport:
+    """Evaluate a network whose outputs are labels or numbers."""
+    sums, is_whole = OutputAccumulator(test.task, test.metric), test.loader.dataset.is_labeled
+    outputs, teacher = [], []
+    for predictions in predict(model, test, device):
+        sums.add(predictions if is_whole else predictions.labeled)
+        if test.teacher_logits is not None:
+            outputs.append(predictions.logits.cpu())
+            teacher.append(test.teacher_logits(predictions.positions).cpu())
+    result, targets = sums.result(), torch.cat(sums.targets)
+    precision = mean_average_precision(targets, torch.cat(sums.outputs))[1] if test.task == MULTILABEL else []
+    with_teacher = None
+    if teacher:
+        rows = ~torch.cat(teacher).isnan().any(1)
+        with_teacher = torch.cat(teacher)[rows], torch.cat(outputs)[rows]
+    return EvalReport(
+        top1=result.value,
+        top5=None,
+        loss=result.loss,
+        ece=None,
+        agreement=agreement(test.task, *with_teacher) if with_teacher else None,
+        teacher_kl=float(divergences(MULTILABEL, *with_teacher).mean()) if precision and with_teacher else None,
+        per_class=[],
+        bins=None,
+        confusions=[],
+        chance=float((targets == 1).double().mean()) if test.task == MULTILABEL else 0.0,
+        outputs="logits" if test.task == MULTILABEL else "numbers",
+        correct=None,
+        metric=test.metric,
+        task=test.task,
+        num_samples=len(targets),
+        average_precision=dict(zip(test.class_names, precision, strict=True)) if precision else None,
+    )
 
 
 class _MetricAccumulator(EvalAccumulator):
@@ -172,7 +225,7 @@ class _MetricAccumulator(EvalAccumulator):
         return EvalReport(
             top1=result.value,
             top5=self.num_in_top5 / self.num_seen if num_classes >= MIN_CLASSES_FOR_TOP5 else None,
-            cross_entropy=result.cross_entropy,
+            loss=result.loss,
             ece=_calibration_error(bins) if is_true else None,
             agreement=self.num_agreed / self.num_compared if self.num_compared else None,
             teacher_kl=self.kl_sum / self.num_compared if self.num_compared else None,
@@ -187,6 +240,7 @@ class _MetricAccumulator(EvalAccumulator):
             outputs=next(iter(self.kinds or ()), "logits"),
             correct=pack(correct, image_set.sample_ids[self.positions[seen]], labels),
             metric=self.metric,
+            num_samples=self.num_seen,
         )
 
 

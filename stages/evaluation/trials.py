@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from kdpipe.stages.data.image_set import UNLABELED
 from kdpipe.stages.data.loader.image_loader import ViewRequest
 from kdpipe.stages.errors import first_few
-from kdpipe.stages.evaluation.evaluate import BATCH_SIZE, Evaluation
+from kdpipe.stages.evaluation.evaluate import Evaluation, in_batches
 from kdpipe.stages.models.normalization import Normalization
 from kdpipe.stages.runtime.memory import run_in_chunks
 
@@ -168,7 +168,7 @@ def _predictions(
     """Return labels and predictions, int64 [n], of the test images at `indices`. The model is in eval mode."""
     labels: list[Tensor] = []
     predicted: list[Tensor] = []
-    for image_batch in test.loader.stream(ViewRequest(some) for some in torch.split(indices, BATCH_SIZE)):
+    for image_batch in test.loader.stream(ViewRequest(some) for some in in_batches(indices, test.loader)):
         test.before_batch()
         classes = partial(_classes, model, image_batch.images, scaling, flip)
         predicted += run_in_chunks(model, len(image_batch.images), classes, test.warn)

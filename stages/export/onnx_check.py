@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from kdpipe.stages.compute.tf32 import tf32
+from kdpipe.stages.data.tasks import CLASSIFICATION, Task, agreement
 from kdpipe.stages.export.onnx_session import INPUT, OUTPUT, open_session
 from kdpipe.stages.models.clone import clone_without_hooks
 from kdpipe.stages.runtime.memory import run_in_chunks
@@ -20,14 +21,14 @@ class OnnxAgreement:
     """How closely a file and its network agree on `num_samples` images.
 
     Attributes:
-        top1_agreement: The share of images with the same top-1 class.
+        agreement: The share of images with the same top-1 class, or as `kdpipe.stages.data.tasks.agreement` says.
         max_logit_difference: The largest difference of any logit; NaN if either has one.
         accuracy: The file's accuracy on the labeled images, None without any.
         torch_accuracy: The network's.
     """
 
     num_samples: int
-    top1_agreement: float
+    agreement: float
     max_logit_difference: float
     accuracy: float | None
     torch_accuracy: float | None
@@ -38,6 +39,7 @@ def check_onnx(
     model: nn.Module,
     batches: Iterable[tuple[Tensor, Tensor]],
     warn: Callable[[str], None] | None = None,
+    task: Task = CLASSIFICATION,
 ) -> OnnxAgreement:
     """Run a file on the CPU and `model`, in eval mode on its own device, over the same images.
 
@@ -49,6 +51,7 @@ def check_onnx(
         batches: Normalized images [B, C, H, W] with labels [B], on any device, consumed one batch at a time. One that
             does not fit into memory is halved until it does.
         warn: Receives a sentence about such batches.
+        task: What the outputs are.
 
     Raises:
         ModelError: If there is no ONNX network at `path`.
@@ -57,6 +60,7 @@ def check_onnx(
     reference = clone_without_hooks(model).eval()
     device = next((tensor.device for tensor in (*model.parameters(), *model.buffers())), torch.device("cpu"))
     rows, differences = [], []  # the file's class, the network's and the label of each image
+    outputs: tuple[list[Tensor], list[Tensor]] = ([], [])
     # An INT8 grid does not survive TF32, the default of CUDA's convolutions.
     with torch.no_grad(), tf32(enabled=False):
         for images, labels in batches:
@@ -69,11 +73,18 @@ def check_onnx(
             found, expected = (torch.cat(chunks) for chunks in zip(*pairs, strict=True))
             rows.append(torch.stack([found.argmax(1), expected.argmax(1), labels.cpu()]))
             differences.append((found - expected).abs().max())
+            if task != CLASSIFICATION:
+                outputs[0].append(expected)
+                outputs[1].append(found)
     predicted, torch_predicted, labels = torch.cat(rows, dim=1)
-    known = labels >= 0
+    known = (labels >= 0) & (task == CLASSIFICATION)
     return OnnxAgreement(
         num_samples=len(labels),
-        top1_agreement=_share(predicted == torch_predicted),
+        agreement=(
+            _share(predicted == torch_predicted)
+            if task == CLASSIFICATION
+            else agreement(task, torch.cat(outputs[0]), torch.cat(outputs[1]))
+        ),
         max_logit_difference=float(torch.stack(differences).max()),  # torch's max, unlike Python's, propagates NaN
         accuracy=_share((predicted == labels)[known]) if known.any() else None,
         torch_accuracy=_share((torch_predicted == labels)[known]) if known.any() else None,

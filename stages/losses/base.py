@@ -51,6 +51,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from kdpipe.stages.config import max_value, section
+from kdpipe.stages.data.tasks import CLASSIFICATION, MULTILABEL, REGRESSION, Task
 from kdpipe.stages.errors import RecipeError
 from kdpipe.stages.losses.alone import LossModule, StudentOutput, TeacherOutput
 from kdpipe.stages.losses.inputs import DatasetInfo, LossInputs, Negatives, Shapes, TeacherShapes
@@ -84,6 +85,7 @@ class Loss:
     min_classes: ClassVar[int] = 1  # with fewer it is constant, or not defined
     two_classes: ClassVar[str] = ""  # which part of it is constant with two classes, for a warning
     input_gradient: ClassVar[bool] = False  # uses the gradient of the student's cross entropy by the images
+    tasks: ClassVar[tuple[Task, ...]] = (CLASSIFICATION, MULTILABEL, REGRESSION)  # what the outputs may be
 
     loss: str = ""  # its name, which registration sets
     weight: Scheduled = 1.0
@@ -248,6 +250,7 @@ class SoftLogitLoss(LogitLoss):
     """
 
     min_classes: ClassVar[int] = 2
+    tasks: ClassVar[tuple[Task, ...]] = (CLASSIFICATION,)
 
     temperature: Temperature = 4.0
 

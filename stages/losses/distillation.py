@@ -63,7 +63,7 @@ def _label_loss(combined: TeacherTargets, batch: DistillationBatch) -> Tensor:
     The teachers' weights are learned by it alone: by a distillation loss they would grow for the teacher that is the
     easiest to imitate, such as one that gives all classes the same probability.
     """
-    cross_entropy = (batch.hard or HardLabels(batch.labels)).cross_entropy(combined.logits_at(1.0))
+    cross_entropy = (batch.hard or HardLabels(batch.labels)).losses(combined.logits_at(1.0))
     rows = samples_with_targets(batch.target_masks)
     if rows is None:
         return local_share_of_mean(cross_entropy, batch.num_samples)

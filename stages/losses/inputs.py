@@ -46,12 +46,13 @@ class LossInputs:
     Attributes:
         student: Logits [B, num_classes], and features [B, ...] by module path.
         teacher: Logits for a temperature, and features [B, ...] by `FeatureSpec`.
-        labels: int64 [B]; -1 for unlabeled samples, which a loss with `one_label` does not get.
+        labels: int64 [B]; -1 for samples without a class, which a loss with `one_label` does not get.
         ranks: int64 [B], the position of each sample among all sorted ids, from 0.
         progress: The training progress, which schedules depend on.
         negatives: Negatives, for losses that use them.
         input_gradient: Gradient of the student's cross entropy with respect to the images, [B, C, H, W], part of the
             autograd graph, for losses that use it.
+        targets: The labels (0 or 1) or numbers of the samples, float32 [B, K], NaN where not known; None of classes.
     """
 
     student: ModelOutput
@@ -61,6 +62,7 @@ class LossInputs:
     progress: TrainProgress
     negatives: Negatives | None = None
     input_gradient: Tensor | None = None
+    targets: Tensor | None = None
 
     def rows(self, index: Tensor) -> LossInputs:
         """Return the inputs of some of the samples, index int64 [n]."""
@@ -71,4 +73,5 @@ class LossInputs:
             labels=self.labels[index],
             ranks=self.ranks[index],
             input_gradient=None if self.input_gradient is None else self.input_gradient[index],
+            targets=None if self.targets is None else self.targets[index],
         )

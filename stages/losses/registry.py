@@ -21,6 +21,7 @@ from kdpipe.stages.losses.features.nst import NST
 from kdpipe.stages.losses.features.review_kd import ReviewKD
 from kdpipe.stages.losses.features.simkd import SimKD
 from kdpipe.stages.losses.features.vid import VID
+from kdpipe.stages.losses.logits.binary_kd import BinaryKD
 from kdpipe.stages.losses.logits.dist import DIST
 from kdpipe.stages.losses.logits.dkd import DKD
 from kdpipe.stages.losses.logits.kd import KD, LogitMSE
@@ -39,7 +40,7 @@ L = TypeVar("L", bound=type[Loss])
 
 # In the order in which `kdpipe losses` lists them.
 _BUILTIN: tuple[type[Loss], ...] = (
-    *(KD, DKD, DIST, NKD, MLLD, LogitMSE),
+    *(KD, DKD, DIST, NKD, MLLD, LogitMSE, BinaryKD),
     *(Hint, Cosine, FitNet, AT, ATGradient, NST, VID, ReviewKD, SimKD),
     *(RKD, SP, PKT, CC, CRD),
 )

@@ -131,6 +131,7 @@ class WeightedLoss(nn.Module):
             batch.progress,
             batch.negatives.get(self.name),
             batch.input_gradient,
+            None if batch.hard is None else batch.hard.targets,
         )
         rows = samples_with_targets(batch.target_masks if uses_ensemble else [batch.target_masks[number]])
         if self.config.needs_labels and batch.hard is not None and not batch.hard.always:

@@ -117,6 +117,8 @@ class FeatureExtractor:
         self._model, self.layers, self._no_further = model, layers, no_further
         self._compile_key = compile_key
         self._compiled: Callable[[Tensor], tuple[Tensor, list[Tensor]]] | None = None
+        self._joined: Callable[..., Any] | None = None  # the pass and a function of its outputs
+        self.joins = compile_key is not None  # whether both may be compiled as one
         self._captured: dict[str, Tensor] | None = None  # in a call that is compiled
         self._record: _Record | None = None  # outside of a call the model runs as without hooks
         self._num_calls: dict[bool, Counter[str]] = {}  # of each layer in a forward pass, by training mode
@@ -154,7 +156,25 @@ class FeatureExtractor:
 
     def stop_compiling(self) -> None:
         """Run without torch.compile from now on; frees CUDA's graphs with their memory, once nothing else has them."""
-        self._compile_key = self._compiled = None
+        self._compile_key = self._compiled = self._joined = None
+        self.joins = False
+
+    def joined(self, function: Callable[..., T], images: Tensor, *arguments: Any) -> T:
+        """Return a function of the outputs and of more, the same in every call, compiled with the network as one graph.
+
+        Raises RecipeError if they cannot be compiled together. Only while `joins` is true.
+        """
+        assert self._compile_key is not None
+
+        def run(images: Tensor, *arguments: Any) -> T:
+            logits, features = self._outputs(images)
+            return function(ModelOutput(logits, dict(zip(self.layers, features, strict=True))), *arguments)
+
+        self._find_overwritten(images)
+        if self._joined is None:
+            self._joined = compiled(run, images.device, key=self._compile_key)
+        begin_step(images.device)
+        return self._joined(images, *arguments)  # type: ignore[no-any-return]
 
     def _run(self, images: Tensor) -> _Record:
         given = images.clone() if IMAGES in self.overwritten else images
@@ -167,12 +187,16 @@ class FeatureExtractor:
             self._record = None
         return record
 
-    def _run_compiled(self, images: Tensor, key: str) -> ModelOutput:
-        if self._model.training not in self._num_calls:  # find what is overwritten, and leave no trace
+    def _find_overwritten(self, images: Tensor) -> None:
+        """Run the network once in its mode, to find what is overwritten, and leave no trace."""
+        if self._model.training not in self._num_calls:
             restore, grad = snapshot(self._model, images), torch.is_grad_enabled()
             with torch.inference_mode(False), torch.set_grad_enabled(grad):  # inference tensors count no versions
                 self.eager(images.clone())
             restore()
+
+    def _run_compiled(self, images: Tensor, key: str) -> ModelOutput:
+        self._find_overwritten(images)
         if self._compiled is None:
             self._compiled = compiled(self._outputs, images.device, key=key)
         begin_step(images.device)

@@ -7,6 +7,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from kdpipe.stages.data.image_set import require_classes
 from kdpipe.stages.errors import RecipeError
 from kdpipe.stages.training.job import TrainJob
 from kdpipe.stages.training.optim import TrainConfig
@@ -19,9 +20,12 @@ def with_class_balance(job: TrainJob) -> TrainJob:
         RecipeError: They do not fit the data set, or how its targets are read.
     """
     config, task = job.config, job.task
+    if task.label_smoothing:
+        require_classes(task.loader.dataset, "label_smoothing")
     if config.class_weights is None and config.sampler == "shuffle":
         return job
     dataset, balanced = task.loader.dataset, config.sampler == "balanced"
+    require_classes(dataset, "train.sampler = 'balanced'" if balanced else "train.class_weights")
     if balanced and task.targets is not None and task.targets.slabs is not None:
         raise RecipeError(
             "train.sampler = 'balanced' reads targets in any order, but they are streamed: raise "

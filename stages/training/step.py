@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Iterable
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import replace
 from typing import Any
 
@@ -18,6 +18,8 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from kdpipe.stages.errors import RecipeError
+from kdpipe.stages.losses.base import is_builtin
 from kdpipe.stages.losses.relations.nce import Memory
 from kdpipe.stages.models.hooks import FeatureExtractor
 from kdpipe.stages.numerics import derive_seed
@@ -29,6 +31,9 @@ from kdpipe.stages.training.job import TrainJob, num_steps_of
 from kdpipe.stages.training.optimization.clipping import clip_gradients
 from kdpipe.stages.training.optimization.gradients import GradientAverage
 from kdpipe.stages.training.task import Batch, TrainingTask
+
+UNREADABLE: Any = None
+"""In place of the progress where losses are compiled: one that reads it would be compiled again in each epoch."""
 
 
 class TrainStep:
@@ -43,6 +48,9 @@ class TrainStep:
         self._parameters = [one for group in groups for one in group["params"] if one.requires_grad]
         in_order_of_use = [one for one in state.modules.parameters() if one.requires_grad]
         self._gradients = GradientAverage(in_order_of_use, job.process_group)
+        added = job.task.distillation
+        # Compiled, a loss that reads a buffer and then changes it would get gradients by the changed one.
+        self._may_join = added is None or (not has_state(added) and all(map(is_builtin, added.configs.values())))
 
     def step(self, batch: Batch) -> None:
         """Run one batch forward and backward, step the optimizer, and add the losses to the epoch's sums."""
@@ -125,13 +133,27 @@ class TrainStep:
         with kernels, self.state.settings.active(batch.images.device):
             # Compiled are whole batches. Of micro-batches the next pass would overwrite the gradients.
             is_whole = len(batch.images) == min(job.config.batch_size, job.task.num_samples)
-            student = self._student if is_whole else self._student.eager
-            losses = job.task.losses(student(batch.images), batch)
+            losses = self._losses(batch) if is_whole else job.task.losses(self._student.eager(batch.images), batch)
         values = torch.stack(list(losses.values()))
         if share != 1:
             values = share * values
         self.state.scaler.scale(values.sum()).backward()  # type: ignore[no-untyped-call]
         return dict(zip(losses, values.detach().unbind(), strict=True))
+
+    def _losses(self, batch: Batch) -> dict[str, Tensor]:
+        """Return the losses, compiled as one graph with the network where that is compiled and they can be."""
+        student, losses = self._student, self._job.task.losses
+        if student.joins:
+            with suppress(RecipeError):
+                if self._may_join:
+                    return student.joined(losses, batch.images, replace(batch, progress=UNREADABLE))
+            student.joins = False
+            self._monitor.warn_once(
+                self._job.stage,
+                f"train.compile: the network of {self._job.name} is compiled, and its losses are not: one of them "
+                "changes from epoch to epoch, keeps a state, is your own, or is not one graph.",
+            )
+        return losses(student(batch.images), batch)
 
 
 def _seed(seed: int, device: torch.device) -> None:
@@ -166,9 +188,13 @@ def depends_on_batch(loss: nn.Module) -> bool:
     Batch norm's state is named by itself.
     """
     config: Any = loss.config
+    return not config.per_sample or config.samples.needs_probabilities or has_state(loss)
+
+
+def has_state(loss: nn.Module) -> bool:
+    """Return whether losses have buffers besides those of batch norm."""
     norms = {id(buffer) for module in loss.modules() if isinstance(module, _BatchNorm) for buffer in module.buffers()}
-    has_state = any(id(buffer) not in norms for buffer in loss.buffers())
-    return not config.per_sample or config.samples.needs_probabilities or has_state
+    return any(id(buffer) not in norms for buffer in loss.buffers())
 
 
 class _Buffers:

@@ -188,14 +188,14 @@ class TrainingTask:
         if self.hints_only and self.distillation is not None:
             only: dict[str, Tensor] = self.distillation(self._distillation_batch(student, batch, global_batch_size))
             return only
-        cross_entropy = batch.hard.cross_entropy(student.logits, self.label_smoothing, self.class_weights)
+        label_losses = batch.hard.losses(student.logits, self.label_smoothing, self.class_weights)
         weight = value_at(self.hard_label_weight, batch.progress)
         has_targets = batch.has_targets
         if has_targets is None:
-            hard = weight * local_share_of_mean(cross_entropy, global_batch_size)
+            hard = weight * local_share_of_mean(label_losses, global_batch_size)
         else:
-            weights = torch.where(has_targets, weight, 1.0).to(cross_entropy.device, non_blocking=True)
-            hard = local_share_of_mean(weights * cross_entropy, global_batch_size)
+            weights = torch.where(has_targets, weight, 1.0).to(label_losses.device, non_blocking=True)
+            hard = local_share_of_mean(weights * label_losses, global_batch_size)
         if self.distillation is None:
             return {"hard_labels": hard}
         gradient = self._input_gradient(student, batch) if self.needs_input_gradient else None
@@ -211,7 +211,7 @@ class TrainingTask:
             student,
             batch.teachers,
             batch.target_masks,
-            batch.hard.labels,
+            batch.hard.classes,
             batch.ranks,
             batch.progress,
             batch.negatives,
@@ -221,9 +221,9 @@ class TrainingTask:
         )
 
     def _input_gradient(self, student: ModelOutput, batch: Batch) -> Tensor:
-        """Return the gradient of the unsmoothed cross entropy by the pixels, [B, C, H, W], part of the graph."""
-        cross_entropy = batch.hard.cross_entropy(student.logits).sum()
-        (gradient,) = torch.autograd.grad(cross_entropy, batch.images, create_graph=True)
+        """Return the gradient of the unsmoothed loss with the labels by the pixels, [B, C, H, W], part of the graph."""
+        loss = batch.hard.losses(student.logits).sum()
+        (gradient,) = torch.autograd.grad(loss, batch.images, create_graph=True)
         return self.normalize.to_pixel_gradient(gradient)
 
     def _view(self, epoch: int) -> int:

@@ -30,7 +30,7 @@ def describe_computation(compute: Mapping[str, Any], trial: Mapping[str, Any]) -
     on = f" on {trial['device']}" if "device" in trial else ""
     parts = [", ".join(settings) + on, *([f"batches of {trial['batch_size']}"] if "batch_size" in trial else [])]
     parts += [f"{trial['threads']} threads"] if "threads" in trial else []
-    if "kl" in trial:
+    if trial.get("kl"):
         kl = ", ".join(f"{nats} at T={temperature}" for temperature, nats in trial["kl"].items())
         flips = f"top-1 flips {trial.get('top1_flips')} of {trial.get('num_images')}"
         parts.append(f"against float32: KL {kl}, {flips}, largest error {trial.get('largest_error')}")

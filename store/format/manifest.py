@@ -90,6 +90,11 @@ class Manifest:
         return any(spec.name.startswith("logits") for spec in self.arrays)
 
     @property
+    def task(self) -> str:
+        """What the outputs are: scores of classes, of independent labels, or numbers."""
+        return str(self.identity.data.get("task", "classification"))
+
+    @property
     def segment_fingerprints(self) -> tuple[str, ...]:
         """Fingerprint in the markers of each segment's units."""
         return (*self.previous_fingerprints, self.identity.fingerprint)

@@ -152,7 +152,8 @@ def _convert(
         converted[spec.name] = _cast(stored, manifest, spec.name, unit, sample_ids)
         before = source.manifest
         if spec not in before.arrays or before.rounded.get(spec.name) != manifest.rounded.get(spec.name):
-            measure = measure_dense if spec.name == "logits" and stored.ndim == 2 else measure_features
+            are_scores = spec.name == "logits" and stored.ndim == 2 and before.task == "classification"
+            measure = measure_dense if are_scores else measure_features
             errors[logical_array(spec.name)] = measure(stored.astype(np.float32), converted[spec.name])
     return converted, errors
 

@@ -7,6 +7,11 @@ import pytest
 from support.kdpipe_process import RECIPE, kdpipe_cold
 
 
+@pytest.fixture(autouse=True)
+def _without_charts(without_charts):
+    """Forks of warm processes draw none either; the cold one of `done` does."""
+
+
 @pytest.fixture(scope="session")
 def recipe(tmp_path_factory):
     path = tmp_path_factory.mktemp("recipe") / "tiny.toml"

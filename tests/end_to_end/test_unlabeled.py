@@ -73,4 +73,4 @@ def test_there_is_no_student_alone_and_that_is_said(run):
 
 def test_the_page_says_what_needs_labels(run):
     page = (run[0] / "report.html").read_text()
-    assert "test agreement with the teacher" in page and "It needs labels, and no test image has one" in page
+    assert "test agreement with the teacher" in page and "It needs the classes of test images, and none has one" in page

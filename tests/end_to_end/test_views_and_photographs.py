@@ -44,10 +44,12 @@ operations = [{ name = "RandomResizedCrop", size = 24 }, { name = "RandomHorizon
 mix = { mixup_alpha = 0.4, cutmix_alpha = 1.0, p = 0.8 }
 
 [teacher]
+export = false
 model = { name = "python:small_nets:net", args = { width = 8 } }
 train = { epochs = 2, batch_size = 16, checkpoint_every_s = 0 }
 
 [student]
+export = false
 model = { name = "python:small_nets:net", args = { width = 4 } }
 train = { epochs = 4, batch_size = 16, checkpoint_every_s = 0 }
 seeds = [0]

@@ -26,6 +26,7 @@ import traceback
 from pathlib import Path
 from typing import Any, NoReturn
 
+from support.empty_charts import save_empty
 from support.export_cache import keep_exports
 from support.onnx_registry import cache_onnx_registry
 
@@ -42,9 +43,19 @@ LATE_IMPORTS = (
     "onnxscript.function_libs.torch_lib.ops",
     "kdpipe.pipeline.commands.variants.compare",
     "kdpipe.pipeline.commands.generations",
-    "kdpipe.pipeline.report.pareto_svg",
-    "matplotlib.backends.backend_agg",
+    "kdpipe.pipeline.commands.variants.sweep",
+    "kdpipe.pipeline.recipe.planned_jobs",
+    "kdpipe.pipeline.report.html.write",
+    "kdpipe.pipeline.report.pareto",
+    "kdpipe.pipeline.session.event_log",
+    "kdpipe.pipeline.session.run_record",
+    "kdpipe.pipeline.terminal.reporter",
+    "kdpipe.pipeline.terminal.whole_run",
+    "kdpipe.stages.compress.artifacts.load",
     "matplotlib.backends.backend_svg",
+    "matplotlib.figure",
+    "matplotlib.style",
+    "onnxruntime",
     "rich.progress",
     "rich.table",
     "sklearn.datasets",
@@ -54,6 +65,7 @@ LATE_IMPORTS = (
     "torch.export._trace",
     "torch.onnx._internal.exporter._core",
     "torch.onnx._internal.exporter._torchlib.ops",
+    "torch_pruning",
     "torchvision.transforms.v2",
     "typer._adapters",
 )
@@ -62,6 +74,7 @@ LATE_IMPORTS = (
 
 def warm_up() -> None:
     os.environ["ORT_DISABLE_TELEMETRY"] = "1"  # telemetry would start a thread
+    os.environ["JE_ARROW_MALLOC_CONF"] = "background_thread:false"  # pyarrow's allocator, which sklearn imports, too
     gc.disable()
     for name in EARLY_IMPORTS:
         importlib.import_module(name)
@@ -70,6 +83,7 @@ def warm_up() -> None:
             importlib.import_module(name)
     cache_onnx_registry(compiled=True)
     keep_exports()
+    sys.modules["matplotlib.figure"].Figure.savefig = save_empty  # type: ignore[attr-defined]
     gc.freeze()  # keep the garbage collector of forks from scanning it
     gc.enable()
 

@@ -22,6 +22,7 @@ from kdpipe.stages.cache_teacher.plan import top_k_of
 from kdpipe.stages.context import StageContext
 from kdpipe.stages.data.image_files import ImageFiles
 from kdpipe.stages.data.image_set import ImageSet
+from kdpipe.stages.data.tasks import CLASSIFICATION
 from kdpipe.stages.errors import ModelError
 from kdpipe.stages.evaluation.metrics import evaluate_in_depth
 from kdpipe.stages.given_teacher import findings, require_given
@@ -139,12 +140,16 @@ def _image_sets(run: Run) -> list[ImageSet]:
 
 
 def _describe(image_set: ImageSet) -> dict[str, Any]:
-    counts = torch.bincount(image_set.labels[image_set.labeled], minlength=image_set.num_classes).tolist()
+    if image_set.targets is None:
+        counts = torch.bincount(image_set.labels[image_set.labeled], minlength=image_set.num_classes).tolist()
+    else:
+        counts = (image_set.targets[image_set.labeled] == 1).sum(0).tolist()
     return {
         "name": image_set.name,
         "num_samples": image_set.num_samples,
         "num_labeled": len(image_set.labeled),
         "image_shape": [image_set.in_channels, *(image_set.image_size or ())],
+        **({} if image_set.task == CLASSIFICATION else {"task": image_set.task}),
         "classes": dict(zip(image_set.class_names, counts, strict=True)),
     }
 

@@ -129,9 +129,13 @@ def _data_lines(data: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
 def _labels_text(found: Mapping[str, Any]) -> str:
     """Return how many samples have labels, if not all, and the classes."""
     if not found["num_labeled"]:
-        return f"unlabeled, {len(found['classes']):,} classes"
+        outputs = {"multilabel": "labels", "regression": "numbers"}.get(found.get("task", ""), "classes")
+        return f"unlabeled, {len(found['classes']):,} {outputs}"
     some = "" if found["num_labeled"] == found["num_samples"] else f"{found['num_labeled']:,} labeled, "
-    return f"{some}{_class_text(found['classes'])}"
+    if found.get("task") == "regression":
+        return f"{some}{len(found['classes']):,} numbers: {', '.join([*found['classes']][:SHOWN_CLASSES])}"
+    text = _class_text(found["classes"])
+    return some + (text.replace(" classes", " labels", 1) if found.get("task") == "multilabel" else text)
 
 
 def _class_text(counts: Mapping[str, int]) -> str:

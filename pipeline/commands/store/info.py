@@ -60,6 +60,13 @@ def _being_added(manifest: Manifest) -> dict[str, Any] | None:
     return added if any(added.values()) else None
 
 
+TASKS = {
+    "multilabel": ("labels", "logits of labels that do not exclude each other (sigmoid)"),
+    "regression": ("numbers", "numbers (regression)"),
+}
+"""What the outputs are of, and are, by `data.task`."""
+
+
 def _lines(info: dict[str, Any]) -> Iterator[tuple[str, str]]:
     teacher, data, views = info["teacher"], info["data"], info["views"]
     operations = ", ".join(name for operation in views.get("operations", ()) for name in operation) or "none"
@@ -67,11 +74,14 @@ def _lines(info: dict[str, Any]) -> Iterator[tuple[str, str]]:
     yield "store", info["path"]
     yield "fingerprint", info["fingerprint"]
     yield "teacher", f"{model_name(teacher)}, weights {str(teacher.get('weights_sha256'))[:16]}"
-    classes = f" of {data['num_classes']} classes" if "num_classes" in data else ""
+    what, meaning = TASKS.get(data.get("task"), ("classes", ""))
+    classes = f" of {data['num_classes']} {what}" if "num_classes" in data else ""
     yield "data", f"{data.get('name')} {data.get('split', '')}, {info['num_samples']:,} samples{classes}"
     yield "views", f"{info['num_views']} (seed {views.get('seed')}, operations: {operations})"
     if not any(name.startswith("logits") for name in info["arrays"]):
         yield "output", "embeddings, no logits: for losses on features and relations"
+    elif meaning:
+        yield "output", meaning
     if top_k:
         grid = top_k["temperatures"]
         yield "logits", f"the {top_k['k']} largest of {top_k['num_classes']}, for T from {grid[0]:g} to {grid[-1]:g}"

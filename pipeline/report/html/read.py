@@ -14,7 +14,7 @@ from kdpipe.pipeline.report.report import read_report
 from kdpipe.pipeline.report.rows import Report, Row
 from kdpipe.stages.data.splits import VALIDATION
 from kdpipe.stages.errors import RunError
-from kdpipe.stages.evaluation.main_metric import AGREEMENT, main_percent, metric_of
+from kdpipe.stages.evaluation.main_metric import ACCURACY, main_percent, metric_of
 from kdpipe.stages.training.job_dir import JobDir, read_json_file
 from kdpipe.store.fs.checksums import require_intact
 from kdpipe.store.fs.safe_read import read_regular_file
@@ -104,7 +104,7 @@ class PageRun:
     @property
     def is_labeled(self) -> bool:
         """Whether networks are judged by labels, not by their agreement with the teacher."""
-        return all(row.metric != AGREEMENT.name for row in self.report.rows)
+        return all(row.metric == ACCURACY.name for row in self.report.rows)
 
     @property
     def main(self) -> list[Network]:

@@ -13,7 +13,7 @@ logits = predict([load_image("image.png")])  # uint8 {shape} to [batch, {num_cla
 
 TEXT = """# {name}: {model}, {network}
 
-Made by kdpipe {kdpipe}. It classifies images of {size} (channels, height, width) into {num_classes} classes: {classes}.
+Made by kdpipe {kdpipe}. From images of {size} (channels, height, width) it predicts {outputs}: {classes}.
 
 {origin}
 
@@ -39,6 +39,9 @@ metadata of model.onnx too.
 {files}
 """
 
+OUTPUTS = {"multilabel": "any of {} labels", "regression": "{} numbers"}
+"""What is predicted, by task; else classes."""
+
 RANKING = """# {name}
 
 Recommended: [{best}]({best}/README.md): {reason}. Each folder holds one network, ready to hand over.
@@ -60,7 +63,7 @@ def card_text(card: Mapping[str, Any]) -> str:
         network=card["network"],
         kdpipe=card["kdpipe"],
         size=" x ".join(map(str, shape[1:])),
-        num_classes=num_classes,
+        outputs=OUTPUTS.get(str(card.get("task")), "one of {} classes").format(num_classes),
         classes=_shortened(card["class_names"]),
         origin="\n".join(_origin(card)),
         table="\n".join(_table(card, card["networks"])),
@@ -152,7 +155,7 @@ def _purpose(name: str, architecture: Mapping[str, Any]) -> str:
         needs = ", after `import torch.ao.quantization.fx._decomposed`" if integers else ""
         return f"`torch.export.load(path).module()`{needs}."
     if name.endswith(".py"):
-        return "Classifies image files."
+        return "Prints what it predicts for image files."
     return "For onnxruntime; " + ("integers where they are faster." if integers else "float32.")
 
 

@@ -1,4 +1,4 @@
-"""Classify images with the model.onnx beside this file: python predict.py IMAGE ...
+"""Predict images with the model.onnx beside this file: python predict.py IMAGE ...
 
 It needs onnxruntime, numpy and pillow. In Python: `from predict import load_image, predict`.
 """
@@ -43,5 +43,12 @@ def predict(images: ArrayLike) -> NDArray[np.float32]:
 if __name__ == "__main__":
     for path in sys.argv[1:]:
         logits = predict([load_image(path)])[0]
-        shares = np.exp(logits - logits.max()) / np.exp(logits - logits.max()).sum()
-        sys.stdout.write(f"{path}: {FACTS['class_names'][shares.argmax()]} ({shares.max():.3f})\n")
+        values, least = logits, -np.inf  # of a regression
+        if FACTS.get("task") == "multilabel":
+            values, least = 1 / (1 + np.exp(-logits)), 0.5
+        elif "task" not in FACTS:
+            values = np.exp(logits - logits.max()) / np.exp(logits - logits.max()).sum()
+            least = values.max()
+        pairs = zip(FACTS["class_names"], values, strict=True)
+        found = ", ".join(f"{name} ({value:.3f})" for name, value in pairs if value >= least)
+        sys.stdout.write(f"{path}: {found}\n")

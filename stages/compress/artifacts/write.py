@@ -22,6 +22,7 @@ import torch
 
 from kdpipe.stages.compress.artifacts.model_card import card_text, ranking_text
 from kdpipe.stages.compress.artifacts.ranking import ranked, reason
+from kdpipe.stages.data.tasks import CLASSIFICATION
 from kdpipe.stages.errors import RunError
 from kdpipe.stages.evaluation.evaluate import Evaluation
 from kdpipe.stages.export.onnx_export import export_onnx
@@ -129,6 +130,7 @@ def _write_candidate(
                 **network.normalize.to_json(),
             },
             "class_names": list(test.class_names),
+            **({} if test.task == CLASSIFICATION else {"task": test.task}),
             "files": {path.name: _describe(path) for path in sorted(new.iterdir()) if path.name != SUMS},
             "made_from": made_from,
         }

@@ -44,7 +44,7 @@ class Allocation:
         if self.scope == "global":
             kept = self._num_kept_by_rank(groups, ratio)
         for group, num_kept in zip(groups, kept, strict=True):
-            if num_kept < 0.5 and not self.keep_one:
+            if num_kept < 0.5 and not self.keep_one and not group.heads:
                 raise ModelError(
                     f"pruning {ratio:.0%} would leave {group.path!r} ({group.full_width * group.num_lanes} channels) "
                     "without a channel: lower prune.ratio, or add the module to prune.exclude."
@@ -57,7 +57,7 @@ class Allocation:
         return 1 - sum(self._num_safe(group) for group in groups) / full if self.scope == "global" else 1.0
 
     def _rounded(self, group: ChannelGroup, num_kept: float) -> int:
-        step = max(1, self.round_to // group.num_lanes)
+        step = max(1, self.round_to // (group.num_lanes * group.block))
         rounded = max(step, step * math.floor(num_kept / step + 0.5))
         return min(len(group.importance), rounded)
 

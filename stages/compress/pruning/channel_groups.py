@@ -24,6 +24,7 @@ from kdpipe.stages.compress.pruning.exclusions import (
     is_depthwise,
     written,
 )
+from kdpipe.stages.compress.pruning.heads import Heads, why_whole
 from kdpipe.stages.compress.pruning.library import import_torch_pruning
 from kdpipe.stages.compress.pruning.widths import SIZES
 from kdpipe.stages.errors import ModelError, cause
@@ -41,14 +42,16 @@ MAX_GROWTH = 16
 class ChannelGroup:
     """Coupled channels of several layers, found from one of the layers that write them.
 
-    A grouped convolution or group norm splits the channels into lanes of equal length, which all lose the same ones.
+    A grouped convolution or group norm splits the channels into lanes of equal length, which all lose the same ones;
+    so do the queries, keys and values of one layer. Of an attention each "channel" is a head of `block` of them.
 
     Attributes:
         path, layer: One of those layers.
         prune_outputs: torch-pruning's function that removes its output channels.
-        importance: [num_channels / num_lanes].
-        full_width: The channels of a lane in the unpruned network.
+        importance: [num_channels / num_lanes / block].
+        full_width: The channels of a lane in the unpruned network; or its heads.
         cuts: (module path, size, its decrease if all channels were removed), as `record_widths` names the sizes.
+        heads: The attention whose heads these are.
     """
 
     path: str
@@ -58,6 +61,11 @@ class ChannelGroup:
     num_lanes: int
     full_width: int
     cuts: tuple[tuple[str, str, int], ...]
+    heads: Heads | None = None
+
+    @property
+    def block(self) -> int:
+        return self.heads.head_dim if self.heads else 1
 
 
 @dataclass(frozen=True)
@@ -115,25 +123,36 @@ def find_channels(
     *,
     full_widths: Mapping[str, Any],
     with_batch_norm: bool,
+    heads: bool = False,
 ) -> Channels:
     """Find the groups of channels of a `traceable` model that can be pruned, with their importance by `measure`.
 
     Excluded are groups that contain the logits or a layer in `exclude`, those that reach a parameter or layer whose
     size is not in the record of widths (attention, positional embeddings), and, for `with_batch_norm`, those without
-    one. `full_widths` are those of the unpruned network.
+    one. `full_widths` are those of the unpruned network. With `heads`, attentions of timm and transformers lose whole
+    heads where that can be done.
     """
     outputs = output_layers(model, example)
     groups = []
     excluded: dict[nn.Module, str] = {}
+    tried: dict[type, str | None] = {}
     with follow_channels():
         # In a list: a bare tensor would be unpacked along its first axis.
         graph = import_torch_pruning().DependencyGraph().build_dependency(model, [example], verbose=False)
-        names = ModuleNames(model, outputs, exclude)
+        names = ModuleNames(model, outputs, exclude, heads=heads)
         for found in _all_groups(graph):
             reason = exclusion_reason(found, names, with_batch_norm=with_batch_norm)
+            if reason is None and (own := _heads_of(found, names)):
+                kind = type(own.attention)
+                if kind not in tried:
+                    tried[kind] = why_whole(_first_head(found, own), own, model, example)
+                reason = tried[kind] and f"it is part of the attention {names.paths[own.attention]!r}: {tried[kind]}"
             if reason is None:
-                groups.append(_group(found, names, measure, full_widths))
-            else:
+                try:
+                    groups.append(_group(found, names, measure, full_widths))
+                except IndexError as error:
+                    reason = f"torch-pruning cannot follow its channels ({cause(error)})"
+            if reason is not None:
                 excluded |= {layer: names.reasons.get(layer, reason) for layer in written(found, WEIGHT_LAYERS)}
         excluded |= names.outside(graph)
     in_order = {path: excluded[module] for module, path in names.paths.items() if module in excluded}
@@ -147,15 +166,22 @@ def remove(channels: Channels, kept: Sequence[int]) -> dict[nn.Module, list[int]
     """
     removed_of: dict[nn.Module, list[int]] = {}
     for group, num_kept in zip(channels.groups, kept, strict=True):
-        width = len(group.importance)
+        width, block = len(group.importance), group.block
         lowest = group.importance.argsort(stable=True)[: width - num_kept].tolist()
-        removed = [lane * width + index for lane in range(group.num_lanes) for index in lowest]
+        removed = [
+            (lane * width + index) * block + channel
+            for lane in range(group.num_lanes)
+            for index in lowest
+            for channel in range(block)
+        ]
         if removed:
             found = channels.graph.get_pruning_group(group.layer, group.prune_outputs, removed)
             for member, indices in found:
                 if channels.graph.is_out_channel_pruning_fn(member.handler):
                     removed_of[member.target.module] = list(indices)
             found.prune()
+            if group.heads:
+                group.heads.fit()
     return removed_of
 
 
@@ -211,23 +237,41 @@ def _all_groups(graph: torch_pruning.DependencyGraph) -> Iterator[Any]:
 def _group(
     found: Any, names: ModuleNames, measure: Callable[[Any], Tensor], full_widths: Mapping[str, Any]
 ) -> ChannelGroup:
+    root, heads = found[0].dep, _heads_of(found, names)
     num_lanes = math.lcm(*(_num_lanes(member.target.module) for member, _ in found))
-    root = found[0].dep
+    if heads:
+        num_lanes = heads.projections[root.target.module]
+    block = heads.head_dim if heads else 1
     path = names.paths[root.target.module]
     full = full_widths[path]
     return ChannelGroup(
         path=path,
         layer=root.target.module,
         prune_outputs=root.handler,
-        importance=measure(found).view(num_lanes, -1).mean(dim=0),  # lanes lose the same channels
+        importance=measure(found).view(num_lanes, -1, block).mean(dim=0).mean(dim=1),  # lanes lose the same channels
         num_lanes=num_lanes,
-        full_width=full.get("out_channels", full.get("out_features")) // num_lanes,
+        full_width=full.get("out_channels", full.get("out_features")) // num_lanes // block,
         cuts=tuple(
             (names.paths[member.target.module], size, len(indices))
             for member, indices in found
             for size in _sizes_cut(found, member)
         ),
+        heads=heads,
     )
+
+
+def _heads_of(found: Any, names: ModuleNames) -> Heads | None:
+    """Return the attention whose queries, keys or values a group is found from."""
+    return names.heads.get(found[0].dep.target.module)
+
+
+def _first_head(found: Any, heads: Heads) -> Any:
+    """Return the group of the first head."""
+    root = found[0].dep
+    num_lanes = heads.projections[root.target.module]
+    lane = root.target.module.out_features // num_lanes
+    first = [number * lane + channel for number in range(num_lanes) for channel in range(heads.head_dim)]
+    return found._DG.get_pruning_group(root.target.module, root.handler, first)
 
 
 def _sizes_cut(found: Any, dependency: Any) -> tuple[str, ...]:

@@ -2,29 +2,31 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
+from kdpipe.stages.compress.pruning.heads import Heads, find_heads, projections
 from kdpipe.stages.compress.pruning.importance import batch_norms_of
 from kdpipe.stages.compress.pruning.widths import has_sizes
 
 if TYPE_CHECKING:
     import torch_pruning
 
-LIBRARIES = ("timm", "transformers")
-HEADS = ("num_heads", "num_attention_heads")
-PROJECTION = re.compile(r"(to_)?(qkv|kv|qk|q|k|v|query|key|value)(_proj)?")
-
 WEIGHT_LAYERS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)
 
 
 class ModuleNames:
-    """Names of a model's modules and parameters, and the modules that must stay whole by themselves."""
+    """Names of a model's modules and parameters, and the modules that must stay whole by themselves.
 
-    def __init__(self, model: nn.Module, outputs: Sequence[nn.Module], exclude: Sequence[nn.Module]) -> None:
+    With `heads` these are not the attentions that may lose heads: those are in `heads`, by their projections.
+    """
+
+    def __init__(
+        self, model: nn.Module, outputs: Sequence[nn.Module], exclude: Sequence[nn.Module], *, heads: bool
+    ) -> None:
+        self.heads: dict[nn.Module, Heads] = find_heads(model) if heads else {}
         self.paths = {module: path for path, module in model.named_modules()}
         self.parameters = {id(parameter): path for path, parameter in model.named_parameters()}
         self.attention_of = {
@@ -37,7 +39,8 @@ class ModuleNames:
         self.reasons |= {
             layer: f"it is part of the attention {self.paths[attention]!r}, whose heads stay"
             for attention in model.modules()
-            for layer in _projections(attention)
+            for layer, _ in projections(attention)
+            if layer not in self.heads
         }
         self.reasons |= dict.fromkeys(outputs, "it writes the logits")
 
@@ -58,16 +61,6 @@ class ModuleNames:
         if isinstance(member, nn.MultiheadAttention):
             return f"the attention {self.paths[member]!r}"
         return f"{self.paths.get(member, '')!r} ({type(member).__name__}), which cannot be cut"
-
-
-def _projections(module: nn.Module) -> Iterator[nn.Module]:
-    """Yield what projects to queries, keys and values, if `module` is an attention of timm or transformers.
-
-    Their forward divides these channels by a number of heads that it knows.
-    """
-    is_attention = any(isinstance(getattr(module, name, None), int) for name in HEADS)
-    if is_attention and type(module).__module__.partition(".")[0] in LIBRARIES:
-        yield from (child for name, child in module.named_children() if PROJECTION.fullmatch(name))
 
 
 def exclusion_reason(found: Any, names: ModuleNames, *, with_batch_norm: bool) -> str | None:

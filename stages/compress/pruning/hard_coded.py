@@ -16,7 +16,9 @@ from kdpipe.stages.models.clone import clone_without_hooks
 from kdpipe.stages.models.hooks import get_module
 
 
-def require_it_runs(pruned: nn.Module, model: nn.Module, example: Tensor, exclude: Sequence[str]) -> None:
+def require_it_runs(
+    pruned: nn.Module, model: nn.Module, example: Tensor, exclude: Sequence[str], *, heads: bool = False
+) -> None:
     """Raise ModelError unless `pruned` gives as many logits as `model`; the message names the layers to exclude."""
     with torch.no_grad():
         wanted = clone_without_hooks(model).eval()(example).shape
@@ -24,7 +26,7 @@ def require_it_runs(pruned: nn.Module, model: nn.Module, example: Tensor, exclud
     error = _failure(copy, example, wanted)
     if error is None:
         return
-    paths = list(_hard_coded(model, example, wanted, exclude))
+    paths = list(_hard_coded(model, example, wanted, exclude, heads))
     advice = (
         f"it relies on the number of channels of {', '.join(map(repr, paths))}. Set compress.prune.exclude = "
         f"{[*exclude, *paths]}, or write it for any number."
@@ -44,7 +46,9 @@ def _failure(model: nn.Module, example: Tensor, wanted: torch.Size) -> Exception
     return None if found == wanted else ValueError(f"it makes {list(found)}, wanted {list(wanted)}")
 
 
-def _hard_coded(model: nn.Module, example: Tensor, wanted: torch.Size, exclude: Sequence[str]) -> Iterator[str]:
+def _hard_coded(
+    model: nn.Module, example: Tensor, wanted: torch.Size, exclude: Sequence[str], heads: bool
+) -> Iterator[str]:
     """Yield a layer of each group without half of whose channels, all others intact, the network does not run."""
     number, count = 0, 1
     while number < count:
@@ -52,7 +56,13 @@ def _hard_coded(model: nn.Module, example: Tensor, wanted: torch.Size, exclude: 
         excluded = [get_module(copy, path) for path in exclude]
         with traceable(copy), follow_channels():
             channels = find_channels(
-                copy, example, excluded, measure_of("l1"), full_widths=record_widths(copy), with_batch_norm=False
+                copy,
+                example,
+                excluded,
+                measure_of("l1"),
+                full_widths=record_widths(copy),
+                with_batch_norm=False,
+                heads=heads,
             )
             widths = [len(group.importance) for group in channels.groups]
             count, group = len(widths), channels.groups[number]

@@ -26,6 +26,7 @@ from kdpipe.stages.compress.pruning.channel_groups import (
     widths_after,
 )
 from kdpipe.stages.compress.pruning.hard_coded import require_it_runs
+from kdpipe.stages.compress.pruning.heads import projections
 from kdpipe.stages.compress.pruning.importance import attach_gradients, detach_gradients, measure_of
 from kdpipe.stages.compress.pruning.sparsity import (
     masks_of,
@@ -63,6 +64,7 @@ class PruneConfig:
         max_ratio: the largest share that "global" may remove of one group or layer.
         round_to: widths are rounded to a multiple of this, so that layers stay on onnxruntime's fast kernels, where 29
             channels cost half as much again as 32.
+        heads: whether attentions of ViTs of timm and transformers lose whole heads, too; each counts as one channel.
         exclude: module paths, layers or whole blocks, all of whose output channels, or weights, stay.
         steps: the number of equal steps, with epochs_per_step epochs of fine-tuning between them.
     """
@@ -75,6 +77,7 @@ class PruneConfig:
     scope: Literal["global", "layer"] = "layer"
     max_ratio: Annotated[float, Field(gt=0, le=1)] = 0.9
     round_to: Annotated[int, Field(ge=1, le=2**20)] = 8
+    heads: bool = False
     exclude: tuple[str, ...] = ()
     steps: Count = 1
     epochs_per_step: Count = 2
@@ -86,6 +89,8 @@ class PruneConfig:
             raise ValueError(
                 f'budget = "{self.budget}" needs kind = "channels": zeroed weights make no network smaller'
             )
+        if self.heads:
+            raise ValueError('heads = true needs kind = "channels": zeroed weights leave all heads')
         if self.importance not in {"l1", "l2"}:
             raise ValueError(f'importance = "{self.importance}" needs kind = "channels": weights go by magnitude')
         if self.kind == "2:4" and (self.ratio, self.steps, self.scope) != (0.5, 1, "layer"):
@@ -160,7 +165,7 @@ def prune(
         raise ModelError(_nothing_removed(config, channels.groups, ratio))
     if returns_more(pruned):
         _require_it_trains(pruned, example)
-    require_it_runs(pruned, model, example, config.exclude)
+    require_it_runs(pruned, model, example, config.exclude, heads=config.heads)
     paths = {module: path for path, module in pruned.named_modules()}
     named = {paths[module]: indices for module, indices in removed.items() if module in paths}
     return Pruned(pruned, ratio, channels.excluded, named)
@@ -181,8 +186,19 @@ def _channels(
     with_batch_norm = config.importance == "bn_scale"
     measure = measure_of(config.importance)
     channels = find_channels(
-        pruned, example, excluded, measure, full_widths=full_widths, with_batch_norm=with_batch_norm
+        pruned,
+        example,
+        excluded,
+        measure,
+        full_widths=full_widths,
+        with_batch_norm=with_batch_norm,
+        heads=config.heads,
     )
+    if config.heads and not any(group.heads for group in channels.groups):
+        attentions = {layer for module in pruned.modules() for layer, _ in projections(module)}
+        of_heads = {path: why for path, why in channels.excluded.items() if pruned.get_submodule(path) in attentions}
+        reasons = _reasons(of_heads) or "it has none of timm or transformers"
+        raise ModelError(f"compress.prune.heads: no attention of this model can lose heads ({reasons}): leave it out.")
     if not channels.groups:
         layers, _ = prunable_layers(pruned, output_layers(pruned, example), excluded, is_2_4=False)
         weights = "set compress.prune.kind = 'weights', or " if layers else ""

@@ -12,6 +12,7 @@ from typing import Any
 
 from torch import nn
 
+from kdpipe.stages.compress.pruning.heads import find_heads
 from kdpipe.stages.errors import ModelError
 
 SIZES: dict[type[nn.Module], tuple[str, ...]] = {
@@ -40,11 +41,13 @@ def record_widths(model: nn.Module) -> dict[str, dict[str, Any]]:
 def apply_widths(model: nn.Module, widths: Mapping[str, Any]) -> nn.Module:
     """Cut the layers of a freshly built, unpruned `model` down to recorded `widths`, in place, and return it.
 
-    The state_dict loaded next determines which channels these are; until then they are the first ones.
+    The state_dict loaded next determines which channels these are; until then they are the first ones. Attentions get
+    as many heads as their projections have.
 
     Raises:
         ModelError: Before anything is changed, if the record does not fit the architecture: other modules, no whole
-            numbers, or sizes beyond the unpruned ones (so a hostile record cannot demand memory).
+            numbers, or sizes beyond the unpruned ones (so a hostile record cannot demand memory); later, if it
+            has parts of heads.
     """
     layers = _layers(model)
     if not isinstance(widths, Mapping):
@@ -53,8 +56,11 @@ def apply_widths(model: nn.Module, widths: Mapping[str, Any]) -> nn.Module:
         raise ModelError(f"the record of widths is of another architecture: only one has the layer {different[0]!r}.")
     for path, layer in layers.items():
         _check_sizes(path, _sizes_of(layer), widths[path])
+    attentions = set(find_heads(model).values())
     for path, layer in layers.items():
         _resize(layer, widths[path])
+    for heads in attentions:
+        heads.fit()
     return model
 
 

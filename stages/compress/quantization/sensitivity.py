@@ -17,6 +17,7 @@ from kdpipe.stages.compress.quantization.fx_trace import module_of
 from kdpipe.stages.compress.quantization.placement import quantizer_path, quantizers_after, rounded_nodes
 from kdpipe.stages.compress.quantization.qat import calibrate, logits_of, prepare_qat, trace_folded
 from kdpipe.stages.compute.tf32 import tf32
+from kdpipe.stages.data.tasks import CLASSIFICATION, Task, divergences
 from kdpipe.stages.models.weights.state_dict import count_parameters
 
 
@@ -56,13 +57,15 @@ def sensitivity(
     batches: Sequence[Tensor],
     *,
     exclude: Sequence[str] = (),
+    task: Task = CLASSIFICATION,
     on_progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> list[LayerSensitivity]:
     """Measure how much INT8 affects each layer; the worst first, by kl_recovered, then by path.
 
     It takes two forward passes per layer and batch. `batches` of normalized images [B, C, H, W] serve calibration and
     measurement, layers in `exclude` stay float and are not listed, and `on_progress` is called with (done, total) after
-    each layer of each batch; it may raise to stop. The model stays unchanged.
+    each layer of each batch; it may raise to stop. The model stays unchanged. Of other tasks than classification the
+    divergence is that of `kdpipe.stages.data.tasks.divergences`.
     """
     prepared = prepare_qat(model, example, exclude).eval()
     calibrate(prepared, batches)
@@ -70,13 +73,17 @@ def sensitivity(
     device = next(prepared.parameters()).device
     alone, without = (dict.fromkeys((layer.path for layer in layers), 0.0) for _ in range(2))
     kl_full, done, total = 0.0, 0, len(layers) * len(batches)
+
+    def divergence(reference: Tensor, found: Tensor) -> float:
+        return float(divergences(task, reference, found).sum())
+
     for batch in batches:
         images = batch.to(device)
         reference = _logits(prepared, images, rounding=False)
-        kl_full += _divergence(reference, _logits(prepared, images, rounding=True))
+        kl_full += divergence(reference, _logits(prepared, images, rounding=True))
         for layer in layers:
             for sums, switched, rounding in ((alone, layer.to_round, False), (without, layer.to_float, True)):
-                sums[layer.path] += _divergence(reference, _logits(prepared, images, rounding, switched))
+                sums[layer.path] += divergence(reference, _logits(prepared, images, rounding, switched))
             done += 1
             on_progress(done, total)
     num_images = sum(len(batch) for batch in batches)
@@ -116,9 +123,3 @@ def _logits(prepared: nn.Module, images: Tensor, rounding: bool, switched: Seque
         set_rounding(module, not rounding)
     logits: Tensor = prepared(images)
     return logits
-
-
-def _divergence(reference: Tensor, found: Tensor) -> float:
-    """Return KL(reference || found) of the softmax of logits [B, num_classes], in nats, summed over the images."""
-    expected, given = (logits.double().log_softmax(dim=1) for logits in (reference, found))
-    return float((expected.exp() * (expected - given)).sum())

@@ -100,7 +100,7 @@ class ImageLoader:
 
     def partner_labels(self, partner_ids: Tensor) -> Tensor:
         """Return the labels of partners, int64 [B], by their sample ids."""
-        return (self.mix_partners or self.dataset).labels[self._partner_indices(partner_ids)]
+        return (self.mix_partners or self.dataset).labels_at(self._partner_indices(partner_ids))
 
     @cached_property
     def _images(self) -> Tensor | None:

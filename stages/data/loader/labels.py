@@ -7,13 +7,15 @@ kinds the labeled part counts, by its share.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from kdpipe.stages.data.image_set import UNLABELED
 from kdpipe.stages.data.loader.image_loader import ImageBatch, ImageLoader
+from kdpipe.stages.data.tasks import CLASSIFICATION, Task, target_losses
 
 
 @dataclass(frozen=True)
@@ -21,8 +23,8 @@ class HardLabels:
     """The labels of a batch.
 
     Attributes:
-        labels: int64 [B], -1 for unlabeled samples.
-        partner_labels: Labels of the mix partners, int64 [B]; None without mixing.
+        labels: int64 [B], -1 for unlabeled samples; of other tasks than classification float32 [B, K], NaN if unknown.
+        partner_labels: Labels of the mix partners, of the same shape; None without mixing.
         own_share: Weight of the own labels, float32 [B]; None without mixing.
         always: Whether every sample of the data set has a label.
     """
@@ -31,23 +33,42 @@ class HardLabels:
     partner_labels: Tensor | None = None
     own_share: Tensor | None = None
     always: bool = True
+    task: Task = CLASSIFICATION
+
+    @property
+    def classes(self) -> Tensor:
+        """The class of each sample, int64 [B]; -1 where it has none."""
+        if self.task == CLASSIFICATION:
+            return self.labels
+        return torch.full((len(self.labels),), UNLABELED, device=self.labels.device)
+
+    @property
+    def targets(self) -> Tensor | None:
+        """The labels or numbers of each sample, float32 [B, K], NaN if unknown; None of classes."""
+        return None if self.task == CLASSIFICATION else self.labels
 
     def rows(self, index: Tensor | slice) -> HardLabels:
         """Return the labels of some samples, at int64 [n] or a slice."""
+        some = replace(self, labels=self.labels[index])
         if self.partner_labels is None or self.own_share is None:
-            return HardLabels(self.labels[index], always=self.always)
-        return HardLabels(self.labels[index], self.partner_labels[index], self.own_share[index], self.always)
+            return some
+        return replace(some, partner_labels=self.partner_labels[index], own_share=self.own_share[index])
 
-    def cross_entropy(self, logits: Tensor, smoothing: float = 0.0, class_weights: Tensor | None = None) -> Tensor:
-        """Return the cross-entropy of logits [B, num_classes] with the labels, smoothed by `smoothing`: [B].
+    def losses(self, outputs: Tensor, smoothing: float = 0.0, class_weights: Tensor | None = None) -> Tensor:
+        """Return the loss of each sample, [B], from outputs [B, K]: the cross-entropy with its class or labels.
 
-        `class_weights`, float32 [num_classes], multiply that of each label.
+        Numbers have the mean squared error. Classes are smoothed by `smoothing`, and `class_weights`, float32 [K],
+        multiply the loss of each.
         """
-        own = _cross_entropy(logits, self.labels, smoothing, class_weights)
+
+        def losses(labels: Tensor) -> Tensor:
+            if self.task != CLASSIFICATION:
+                return target_losses(self.task, outputs, labels)
+            return _cross_entropy(outputs, labels, smoothing, class_weights)
+
         if self.partner_labels is None or self.own_share is None:
-            return own
-        partners = _cross_entropy(logits, self.partner_labels, smoothing, class_weights)
-        return self.own_share * own + (1 - self.own_share) * partners
+            return losses(self.labels)
+        return self.own_share * losses(self.labels) + (1 - self.own_share) * losses(self.partner_labels)
 
 
 def _cross_entropy(logits: Tensor, labels: Tensor, smoothing: float, class_weights: Tensor | None) -> Tensor:
@@ -60,9 +81,10 @@ def _cross_entropy(logits: Tensor, labels: Tensor, smoothing: float, class_weigh
 def hard_labels_of(loader: ImageLoader, batch: ImageBatch) -> HardLabels:
     """Return the labels of a batch, on its device."""
     device = batch.images.device
-    labels, always = loader.dataset.labels[batch.indices], loader.dataset.is_labeled
+    dataset = loader.dataset
+    labels, always = dataset.labels_at(batch.indices), dataset.is_labeled
     if batch.mixture is None:
-        return HardLabels(labels.to(device, non_blocking=True), always=always)
+        return HardLabels(labels.to(device, non_blocking=True), always=always, task=dataset.task)
     mixed, partners = batch.mixture.mixed, labels.clone()
     partners[mixed] = loader.partner_labels(batch.mixture.partner_ids[mixed])
     return HardLabels(
@@ -70,4 +92,5 @@ def hard_labels_of(loader: ImageLoader, batch: ImageBatch) -> HardLabels:
         partners.to(device, non_blocking=True),
         batch.mixture.own_share.to(device, non_blocking=True),
         always,
+        dataset.task,
     )

@@ -18,8 +18,8 @@ from kdpipe.stages.data.splits import Indices
 from kdpipe.stages.errors import DataError
 from kdpipe.stages.runtime.cpu import num_cores
 
-ReadSample = Callable[[int], tuple[Pixels, int]]
-"""Returns the pixels of a sample, uint8 [C, H, W], and its label, by its position. Raises DataError."""
+ReadSample = Callable[[int], tuple[Pixels, Any]]
+"""Returns a sample's pixels, uint8 [C, H, W], and its label, a number or [K], by its position. Raises DataError."""
 
 CHUNK = 64
 """Samples that a worker reads for one answer."""
@@ -56,8 +56,8 @@ def survey(
     *,
     num_workers: int | None = None,
     on_image: Callable[[int, int], None] | None = None,
-) -> tuple[ImageFiles, npt.NDArray[np.int64]]:
-    """Return the images of a Dataset, to be read on access, and the labels, int64 [N].
+) -> tuple[ImageFiles, npt.NDArray[Any]]:
+    """Return the images of a Dataset, to be read on access, and the labels, [N] or [N, K].
 
     Args:
         read: Reads a sample.
@@ -73,14 +73,15 @@ def survey(
     loader: DataLoader[Any] = DataLoader(_Chunks(read, num_samples), batch_size=None, **worker_options(workers))
     with signals_blocked():
         answers = iter(loader)
-    found: list[npt.NDArray[np.int64]] = []
+    found: list[tuple[npt.NDArray[np.int64], npt.NDArray[Any]]] = []
     for answer in answers:
         if isinstance(answer, str):
             raise DataError(answer)
         found.append(answer)
         if on_image is not None:
             on_image(min(len(found) * CHUNK, num_samples), num_samples)
-    labels, checksums, channels, *shape = np.concatenate(found).T
+    rows, labels = (np.concatenate(parts) for parts in zip(*found, strict=True))
+    checksums, channels, *shape = rows.T
     if len(others := np.flatnonzero(channels != channels[0])):
         raise DataError(
             f"{name}: image 0 has {channels[0]} channels, image {others[0]} has {channels[others[0]]}: give channels = "
@@ -89,11 +90,11 @@ def survey(
     items = DatasetItems(read, name, np.arange(num_samples, dtype=np.int64))
     shapes = np.ascontiguousarray(np.stack(shape, axis=1), dtype=np.int32)
     spec = DecodeSpec(int(channels[0]))
-    return ImageFiles(items, spec, checksums.astype(np.uint32), shapes), np.ascontiguousarray(labels)
+    return ImageFiles(items, spec, checksums.astype(np.uint32), shapes), labels
 
 
 class _Chunks(Dataset[Any]):
-    """Reads CHUNK samples: label, checksum, channels, height and width of each, int64 [n, 5]; or says why not."""
+    """Reads CHUNK samples: checksum, channels, height and width, int64 [n, 4], and labels [n, ...]; or says why not."""
 
     def __init__(self, read: ReadSample, num_samples: int) -> None:
         self._read, self._num_samples = read, num_samples
@@ -101,13 +102,14 @@ class _Chunks(Dataset[Any]):
     def __len__(self) -> int:
         return (self._num_samples + CHUNK - 1) // CHUNK
 
-    def __getitem__(self, number: int) -> npt.NDArray[np.int64] | str:
-        rows = []
+    def __getitem__(self, number: int) -> tuple[npt.NDArray[np.int64], npt.NDArray[Any]] | str:
+        rows, labels = [], []
         try:
             with quiet_pillow():
                 for index in range(number * CHUNK, min((number + 1) * CHUNK, self._num_samples)):
                     pixels, label = self._read(index)
-                    rows.append((label, pixel_checksum(pixels), *pixels.shape))
+                    rows.append((pixel_checksum(pixels), *pixels.shape))
+                    labels.append(label)
         except DataError as error:  # would arrive as a traceback
             return str(error)
-        return np.array(rows, dtype=np.int64)
+        return np.array(rows, dtype=np.int64), np.array(labels)

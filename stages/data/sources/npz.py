@@ -15,15 +15,25 @@ from typing import IO, Any
 import numpy as np
 import numpy.typing as npt
 
-from kdpipe.stages.data.sources.listing import Listing, integer_column, list_arrays, numbered_classes
+from kdpipe.stages.data.sources.listing import (
+    Listing,
+    integer_column,
+    list_arrays,
+    numbered_classes,
+    numbers,
+    target_rows,
+)
 from kdpipe.stages.data.splits import Split
+from kdpipe.stages.data.tasks import CLASSIFICATION, Task
 from kdpipe.stages.errors import DataError, cause
 
 Arrays = dict[str, npt.NDArray[Any]]
 
 
-def list_npz(path: Path, split: Split) -> Listing:
+def list_npz(path: Path, split: Split, task: Task = CLASSIFICATION) -> Listing:
     """List one split of the folder `path`, or all of the file `path`; the train split defines the classes.
+
+    With another task than classification `labels` are [N, K], and `classes` the names of the K.
 
     Raises:
         DataError: A file or array is missing, damaged, of a wrong type or shape, or holds objects.
@@ -32,15 +42,15 @@ def list_npz(path: Path, split: Split) -> Listing:
     unsplit = not path.is_dir()
     file = path if unsplit else path / f"{split}.npz"
     if unsplit and path.is_file() and (splits := _splits(path)):
-        return _list_split(path, split, splits)
+        return _list_split(path, split, splits, task)
     arrays = read_npz(file, required=("images", "labels"), optional=("ids", "classes"))
     if unsplit or split == "train":
-        class_names = _class_names(name, arrays)
+        class_names = _class_names(name, arrays, task)
     else:
-        class_names = _class_names(name, read_npz(path / "train.npz", required=("labels",), optional=("classes",)))
-    return list_arrays(
-        name, arrays["images"], arrays["labels"], arrays.get("ids"), class_names=class_names, unsplit=unsplit
-    )
+        train = read_npz(path / "train.npz", required=("labels",), optional=("classes",))
+        class_names = _class_names(name, train, task)
+    columns = arrays["images"], arrays["labels"], arrays.get("ids")
+    return list_arrays(name, *columns, class_names=class_names, unsplit=unsplit, task=task)
 
 
 _SPLIT_KEYS = {"{}_images": "{}_labels", "x_{}": "y_{}"}
@@ -63,7 +73,7 @@ def _splits(path: Path) -> dict[str, tuple[str, str]]:
     return splits if "train" in splits and "images" not in found else {}
 
 
-def _list_split(path: Path, split: Split, splits: dict[str, tuple[str, str]]) -> Listing:
+def _list_split(path: Path, split: Split, splits: dict[str, tuple[str, str]], task: Task) -> Listing:
     """List a split of a file that holds several; without a test split, val is it."""
     name, unsplit = f"npz:{path.name}", len(splits) == 1
     test = "test" if "test" in splits else "val"
@@ -72,11 +82,14 @@ def _list_split(path: Path, split: Split, splits: dict[str, tuple[str, str]]) ->
     taken = f"{splits['train'][0]} is the training split, {splits[test][0]} the test split" if not unsplit else ""
     unused = f", {splits['val'][0]} is not used" if len(splits) == 3 else ""
     notices = (f"{path.name}: {taken}{unused}.",) if taken and split == "train" else ()
-    class_names = _class_names(name, {**arrays, "labels": arrays[splits["train"][1]]})
-    return list_arrays(name, arrays[images], arrays[labels], class_names=class_names, unsplit=unsplit, notices=notices)
+    class_names = _class_names(name, {**arrays, "labels": arrays[splits["train"][1]]}, task)
+    columns = arrays[images], arrays[labels]
+    return list_arrays(name, *columns, class_names=class_names, unsplit=unsplit, notices=notices, task=task)
 
 
-def _class_names(name: str, arrays: Arrays) -> tuple[str, ...]:
+def _class_names(name: str, arrays: Arrays, task: Task) -> tuple[str, ...]:
+    if "classes" not in arrays and task != CLASSIFICATION:
+        return numbers(target_rows(name, task, arrays["labels"]).shape[1])
     if "classes" not in arrays:
         return numbered_classes(name, integer_column(name, "labels", arrays["labels"]))
     classes = arrays["classes"]

@@ -9,13 +9,14 @@ from __future__ import annotations
 import csv
 import os
 import unicodedata
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from sys import intern
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from kdpipe.stages.data.decode import DecodeSpec
 from kdpipe.stages.data.image_files import ImageFileList
@@ -23,9 +24,10 @@ from kdpipe.stages.data.image_set import UNLABELED
 from kdpipe.stages.data.image_source import FilePaths
 from kdpipe.stages.data.sources.image_folder import sample_id
 from kdpipe.stages.data.sources.label_names import LABEL_COLUMNS, class_names_of
-from kdpipe.stages.data.sources.listing import Listing
+from kdpipe.stages.data.sources.listing import Listing, has_target, other_tasks, target_rows
 from kdpipe.stages.data.sources.split_folders import Role, role_of
 from kdpipe.stages.data.splits import Split
+from kdpipe.stages.data.tasks import CLASSIFICATION, Task
 from kdpipe.stages.errors import DataError, cause, first_few
 
 SUFFIXES = (".csv", ".tsv", ".parquet")
@@ -39,7 +41,7 @@ class _Row:
     """A sample: its path and label as they stand in a row of the table, of which there may be millions."""
 
     path: str
-    label: int | str
+    label: int | str | tuple[float, ...]
     role: Role | None
     place: str
     number: int
@@ -49,30 +51,32 @@ class _Row:
         return f"{self.place} {self.number}"
 
 
-def list_table(path: Path, split: Split, spec: DecodeSpec, columns: Columns = (None, None)) -> Listing:
+def list_table(
+    path: Path, split: Split, spec: DecodeSpec, columns: Columns = (None, None), task: Task = CLASSIFICATION
+) -> Listing:
     """List the images of one split, sorted by path, to be decoded to `spec`.
 
     Paths are relative to the table's folder. A sample's id is a hash of its path; the train split defines the classes:
     labels that are all whole numbers are 0, 1, ... C - 1, others are names, sorted. An empty cell: unlabeled.
-    `columns` are the names of those of paths and labels; None where they have a usual name.
+    `columns` are the names of those of paths and labels; None where they have a usual name. With another task than
+    classification the cells of all columns of labels are numbers, and empty ones not known.
 
     Raises:
         DataError: A file, column or cell is missing, ambiguous or invalid; an image is listed twice; or a test class is
             not in train.
     """
-    title, folder, splits = f"table:{path.name}", path if path.is_dir() else path.parent, _splits(path, columns)
+    title, folder, splits = f"table:{path.name}", path if path.is_dir() else path.parent, _splits(path, columns, task)
     unsplit = set(splits) == {None}
     train = splits[None] if unsplit else splits["train"]
     chosen = train if unsplit or split == "train" else splits.get("test") or splits["val"]
     keyed = _by_key(chosen, folder)
-    class_names = _class_names(title, train)
-    label_of = {name: label for label, name in enumerate(class_names)}
-    label_of[""] = UNLABELED
-    if unknown := [row for row in keyed.values() if str(row.label) not in label_of]:
-        raise DataError(
-            f"{unknown[0].where}: the class {unknown[0].label!r} is missing from the train split: its classes are "
-            f"{first_few(class_names)}."
-        )
+    if task == CLASSIFICATION:
+        class_names, labels, targets = *_classes(title, keyed.values(), train), None
+    else:
+        given = columns[1] if isinstance(columns[1], tuple) else (columns[1] or "label",)
+        class_names = tuple(str(name) for name in given)
+        targets = target_rows(title, task, np.array([row.label for row in keyed.values()]), class_names)
+        labels = has_target(targets)
     sample_ids = np.fromiter(map(sample_id, keyed), dtype=np.int64, count=len(keyed))
     files = [os.path.join(folder, os.path.expanduser(row.path)) for row in keyed.values()]  # noqa: PTH111, PTH118
     if not os.path.exists(files[0]):  # noqa: PTH110 - the scan finds the others
@@ -82,23 +86,24 @@ def list_table(path: Path, split: Split, spec: DecodeSpec, columns: Columns = (N
         )
     return Listing(
         name=title,
-        labels=np.array([label_of[str(row.label)] for row in keyed.values()], dtype=np.int64),
+        labels=labels,
         sample_ids=sample_ids,
         class_names=class_names,
         images=ImageFileList(title, folder if unsplit else folder / split, FilePaths.pack(files), sample_ids, spec),
         unsplit=unsplit,
         notices=_notices(title, splits) if split == "train" and not unsplit else (),
+        targets=targets,
     )
 
 
-def _splits(path: Path, columns: Columns) -> dict[Role | None, list[_Row]]:
+def _splits(path: Path, columns: Columns, task: Task) -> dict[Role | None, list[_Row]]:
     """Return the rows by split; all of them by None if nothing says how to split them."""
     if path.is_dir():
         files = _split_files(path)
-        splits: dict[Role | None, list[_Row]] = {role: list(_rows(file, columns)) for role, file in files.items()}
+        splits: dict[Role | None, list[_Row]] = {role: list(_rows(file, columns, task)) for role, file in files.items()}
     elif path.suffix.lower() in SUFFIXES and path.is_file():
         splits = {}
-        for row in _rows(path, columns):
+        for row in _rows(path, columns, task):
             splits.setdefault(row.role, []).append(row)
     else:
         raise DataError(
@@ -148,7 +153,7 @@ def _notices(title: str, splits: dict[Role | None, list[_Row]]) -> tuple[str, ..
     return (f"{title}: its val split is not used.",) if "val" in splits else ()
 
 
-def _rows(file: Path, columns: Columns) -> Iterator[_Row]:
+def _rows(file: Path, columns: Columns, task: Task) -> Iterator[_Row]:
     """Read a table's rows.
 
     Raises:
@@ -156,25 +161,38 @@ def _rows(file: Path, columns: Columns) -> Iterator[_Row]:
     """
     is_text = file.suffix.lower() != ".parquet"
     place = f"{file}, {'line' if is_text else 'row'}"
-    for number, path, label, split in (_read_text if is_text else _read_parquet)(file, columns):
+    for number, path, cells, split in (_read_text if is_text else _read_parquet)(file, columns):
         where = f"{place} {number}"
         if not isinstance(path, str) or not path.strip():
             raise DataError(f"{where}: the image's path must be text, found {str(path)[:40]!r}.")
         if "://" in path:
             raise DataError(f"{where}: {path} is an address, and a table lists files: download the images first.")
-        if isinstance(label, bool) or not isinstance(label, int | str | None):
-            raise DataError(f"{where}: the label must be a whole number or a name, found {label!r}.")
+        label = _one_label(cells, where) if task == CLASSIFICATION else tuple(_number(cell, where) for cell in cells)
         role = role_of(split) if isinstance(split, str) else None
         if split is not None and role is None:
             raise DataError(f"{where}: the split must be train, val or test, found {split!r}.")
-        yield _Row(path.strip(), label if isinstance(label, int) else intern(label or ""), role, place, number)
+        yield _Row(path.strip(), label, role, place, number)
 
 
-Columns = tuple[str | None, str | None]
+def _one_label(cells: Sequence[Any], where: str) -> int | str:
+    (label,) = cells
+    if isinstance(label, bool) or not isinstance(label, int | str | None):
+        raise DataError(f"{where}: the label must be a whole number or a name, found {label!r}.{other_tasks()}")
+    return label if isinstance(label, int) else intern(label or "")
+
+
+def _number(cell: Any, where: str) -> float:
+    try:
+        return float("nan" if cell is None or cell == "" else cell)
+    except (TypeError, ValueError):
+        raise DataError(f"{where}: the label must be a number, or empty, found {cell!r:.40}.") from None
+
+
+Columns = tuple[str | None, str | tuple[str, ...] | None]
 """The columns of images and labels that a recipe names."""
 
-Cells = tuple[int, Any, Any, Any]
-"""The number of a row, and its path, label and split; None where there is no such column."""
+Cells = tuple[int, Any, Sequence[Any], Any]
+"""The number of a row, and its path, labels and split; None where there is no such column."""
 
 
 def _read_text(file: Path, wanted: Columns) -> Iterator[Cells]:
@@ -185,14 +203,21 @@ def _read_text(file: Path, wanted: Columns) -> Iterator[Cells]:
             opened.seek(0)
             reader = csv.reader(opened, delimiter=delimiter, strict=True)
             header = next(reader, [])
-            columns = [header.index(name) if name else None for name in _columns(file, header, wanted)]
+            path, labels, split = _columns(file, header, wanted)
+            path_at, labels_at = header.index(path), [header.index(name) for name in labels]
+            split_at = header.index(split) if split else None
             for cells in filter(None, reader):
                 if len(cells) != len(header):
                     raise DataError(
                         f"{file}, line {reader.line_num}: {len(cells)} cells, and the header has {len(header)}."
                     )
-                path, label, split = (None if column is None else cells[column].strip() for column in columns)
-                yield reader.line_num, path, label, split
+                found = [cells[column].strip() for column in labels_at]
+                yield (
+                    reader.line_num,
+                    cells[path_at].strip(),
+                    found,
+                    None if split_at is None else cells[split_at].strip(),
+                )
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise DataError(f"{file} cannot be read as a table in UTF-8 ({cause(error)}).") from error
 
@@ -204,20 +229,21 @@ def _read_parquet(file: Path, wanted: Columns) -> Iterator[Cells]:
         raise DataError(f"{file}: Parquet files need pyarrow: pip install 'kdpipe[parquet]'.") from error
     try:
         opened = parquet.ParquetFile(file)
-        names = _columns(file, opened.schema_arrow.names, wanted)
+        path, labels, split = _columns(file, opened.schema_arrow.names, wanted)
         number = 0
-        for batch in opened.iter_batches(columns=[name for name in names if name]):
-            columns = [batch.column(name).to_pylist() if name else [None] * len(batch) for name in names]
-            for path, label, split in zip(*columns, strict=True):
+        for batch in opened.iter_batches(columns=[path, *labels, *([split] if split else [])]):
+            cells = [batch.column(name).to_pylist() for name in (path, *labels)]
+            splits = batch.column(split).to_pylist() if split else [None] * len(batch)
+            for one_split, one_path, *some in zip(splits, *cells, strict=True):
                 number += 1
-                yield number, path, label, split
+                yield number, one_path, some, one_split
     except DataError:
         raise
     except Exception as error:  # a damaged file can raise anything
         raise DataError(f"{file} cannot be read as Parquet ({cause(error)}).") from error
 
 
-def _columns(file: Path, header: Sequence[str], wanted: Columns) -> tuple[str, str, str | None]:
+def _columns(file: Path, header: Sequence[str], wanted: Columns) -> tuple[str, tuple[str, ...], str | None]:
     """Return the names of the columns of paths, labels and splits."""
 
     def only(what: str, key: str, name: str | None, usual: Sequence[str]) -> str:
@@ -233,9 +259,10 @@ def _columns(file: Path, header: Sequence[str], wanted: Columns) -> tuple[str, s
 
     split = next((name for name in header if name.strip().lower() == SPLIT_COLUMN), None)
     paths, labels = wanted
+    names = labels if isinstance(labels, tuple) else (labels,)
     return (
         only("paths", "image_column", paths, PATH_COLUMNS),
-        only("labels", "label_column", labels, LABEL_COLUMNS),
+        tuple(only("labels", "label_column", name, LABEL_COLUMNS) for name in names),
         split,
     )
 
@@ -249,6 +276,21 @@ def _by_key(rows: Sequence[_Row], folder: Path) -> dict[str, _Row]:
         if twin is not row:
             raise DataError(f"{row.where}: {row.path} is listed before ({twin.where}): keep one of the rows.")
     return dict(sorted(keyed.items()))
+
+
+def _classes(
+    title: str, rows: Collection[_Row], train: Sequence[_Row]
+) -> tuple[tuple[str, ...], npt.NDArray[np.int64]]:
+    """Return the class names, and the label of each row, int64 [N]."""
+    class_names = _class_names(title, train)
+    label_of = {name: label for label, name in enumerate(class_names)}
+    label_of[""] = UNLABELED
+    if unknown := [row for row in rows if str(row.label) not in label_of]:
+        raise DataError(
+            f"{unknown[0].where}: the class {unknown[0].label!r} is missing from the train split: its classes are "
+            f"{first_few(class_names)}."
+        )
+    return class_names, np.array([label_of[str(row.label)] for row in rows], dtype=np.int64)
 
 
 def _class_names(title: str, rows: Sequence[_Row]) -> tuple[str, ...]:

@@ -24,11 +24,17 @@ from kdpipe.stages.data.loader.survey import survey
 from kdpipe.stages.data.sources.listing import (
     Listing,
     absent_classes,
+    has_target,
     integer_column,
     numbered_classes,
+    numbers,
+    other_tasks,
+    refuse_shifted,
+    target_rows,
     unlabeled_samples,
 )
 from kdpipe.stages.data.splits import Indices, Split
+from kdpipe.stages.data.tasks import CLASSIFICATION, Task
 from kdpipe.stages.errors import DataError, cause
 from kdpipe.store.errors import KdpipeError
 
@@ -57,7 +63,9 @@ def image_set_from_dataset(dataset: Any, *, name: str, split: Split, **options: 
     listing = list_torch_dataset(dataset, name, **options)
     images = listing.images
     assert not isinstance(images, ImageFileList)
-    notices = absent_classes(name, split, listing.labels, listing.class_names, None)
+    if split == "train" and options.get("class_names") is None:
+        refuse_shifted(name, listing.labels, listing.class_names)
+    notices = absent_classes(name, split, listing.labels, listing.class_names, None, targets=listing.targets)
     notices += unlabeled_samples(name, split, listing.labels)
     for notice in () if _was_warned(dataset) else notices:
         warnings.warn(notice, stacklevel=2)
@@ -68,6 +76,8 @@ def image_set_from_dataset(dataset: Any, *, name: str, split: Split, **options: 
         torch.from_numpy(listing.labels),
         torch.from_numpy(listing.sample_ids),
         listing.class_names,
+        task=options.get("task", CLASSIFICATION),
+        targets=None if listing.targets is None else torch.from_numpy(listing.targets),
     )
 
 
@@ -82,6 +92,7 @@ def list_torch_dataset(
     max_bytes: int = MAX_BYTES,
     num_workers: int | None = None,
     on_image: Callable[[int, int], None] | None = None,
+    task: Task = CLASSIFICATION,
 ) -> Listing:
     """Read the images and labels of a map-style torch Dataset.
 
@@ -90,20 +101,21 @@ def list_torch_dataset(
     Args:
         dataset: Returns (image, label) for an index, or a dictionary with one image and one integer.
         name: The data set's name, part of its identity.
-        class_names: Defaults to `dataset.classes`, or "0", "1", ... up to the largest label.
+        class_names: Defaults to `dataset.classes`, or "0", "1", ... up to the largest label, or the last of the K.
         sample_ids: Defaults to the positions; of a Subset, to those in the whole set.
         image_size: Crop the largest centered square and resize it to this many pixels.
         channels: 1 or 3: convert to gray or RGB; by default images stay as the first is.
         max_bytes: Limit for the pixels in memory.
         num_workers: Processes that read it once where it is not kept in memory; None means one for each core.
         on_image: Called with (done, total) from time to time meanwhile; may raise to abort.
+        task: With another than classification the label is a number or [K] numbers: an array, a tensor or a list.
 
     Raises:
         DataError: The data set cannot be read by index, is empty or random, or a sample is no raw image with an
             integer label, or has another number of channels than the first.
     """
     num_samples = _num_samples(dataset, name)
-    read = _Reader(dataset, f"data set {name}", image_size, channels)
+    read = _Reader(dataset, f"data set {name}", image_size, channels, task)
     read.require_deterministic(num_samples)
     images: ImageFiles | Callable[[Indices], Pixels]
     if (found := _read_all(read, num_samples, max_bytes)) is not None:
@@ -112,28 +124,33 @@ def list_torch_dataset(
         images, labels = survey(read, read.where, num_samples, num_workers=num_workers, on_image=on_image)
     ids = _positions(dataset, num_samples) if sample_ids is None else np.asarray(sample_ids)
     names = _classes(dataset, name) if class_names is None else tuple(map(str, class_names))
+    targets = None if task == CLASSIFICATION else target_rows(name, task, labels, names)
+    if names is None:
+        names = numbered_classes(name, labels) if targets is None else numbers(targets.shape[1])
     return Listing(
         name=name,
-        labels=labels,
+        labels=labels if targets is None else has_target(targets),
         sample_ids=integer_column(name, "ids", ids, num_samples),
-        class_names=numbered_classes(name, labels) if names is None else names,
+        class_names=names,
         images=images,
+        targets=targets,
     )
 
 
-def _read_all(read: _Reader, num_samples: int, max_bytes: int) -> tuple[Pixels, npt.NDArray[np.int64]] | None:
-    """Return the pixels, uint8 [N, C, H, W], and labels [N] of all samples; None if they do not fit or are unequal."""
+def _read_all(read: _Reader, num_samples: int, max_bytes: int) -> tuple[Pixels, npt.NDArray[Any]] | None:
+    """Return the pixels, uint8 [N, C, H, W], and labels of all samples; None if they do not fit or are unequal."""
     shape = read(0)[0].shape
     if num_samples * int(np.prod(shape)) > max_bytes:
         return None
     pixels = new_pixels((num_samples, *shape), read.where)
-    labels = np.empty(num_samples, dtype=np.int64)
+    labels = []
     for index in range(num_samples):
-        image, labels[index] = read(index)
+        image, label = read(index)
+        labels.append(label)
         if image.shape != shape:
             return None
         pixels[index] = image
-    return pixels, labels
+    return pixels, np.array(labels)
 
 
 def _rows_of(pixels: Pixels) -> Callable[[Indices], Pixels]:
@@ -143,12 +160,14 @@ def _rows_of(pixels: Pixels) -> Callable[[Indices], Pixels]:
 
 
 class _Reader:
-    """Reads samples of a data set as pixels uint8 [C, H, W] and a label."""
+    """Reads samples of a data set as pixels uint8 [C, H, W] and a label, or targets float32 [K]."""
 
-    def __init__(self, dataset: Any, where: str, image_size: int | None, channels: int | None) -> None:
+    def __init__(self, dataset: Any, where: str, image_size: int | None, channels: int | None, task: Task) -> None:
         self.dataset, self.where, self.image_size, self.channels = dataset, where, image_size, channels
+        self.task = task
+        self.num_targets: int | None = None
 
-    def __call__(self, index: int) -> tuple[Pixels, int]:
+    def __call__(self, index: int) -> tuple[Pixels, Any]:
         try:
             sample = self.dataset[index]
         except KdpipeError:
@@ -156,16 +175,33 @@ class _Reader:
         except (Exception, SystemExit) as error:  # other people's code
             raise DataError(f"{self.where}: sample {index} cannot be read ({cause(error)}).") from error
         where = f"{self.where}, sample {index}"
-        image, label = _image_and_label(sample, where)
+        image, label = _image_and_label(sample, where, self.task)
         pixels = with_channels(_pixels(image, where)[None], self.channels)
-        return with_size(pixels, self.image_size, self.where)[0], _label(label, where)
+        found = _label(label, where) if self.task == CLASSIFICATION else self._targets(label, where)
+        return with_size(pixels, self.image_size, self.where)[0], found
+
+    def _targets(self, label: Any, where: str) -> npt.NDArray[Any]:
+        try:
+            column = label.detach().cpu().numpy() if isinstance(label, Tensor) else np.asarray(label)
+            found = np.atleast_1d(column).astype(np.float32)
+        except (TypeError, ValueError):
+            column = np.asarray(None)
+        wanted = self.num_targets or "K"
+        if column.dtype.kind not in "iufb" or found.ndim != 1 or self.num_targets not in (None, len(found)):
+            raise DataError(
+                f"{where}: with data.task = {self.task!r} the label must be numbers [{wanted}], NaN where not known, "
+                f"found {type(label).__name__} {label!r:.60}."
+            )
+        self.num_targets = len(found)
+        return found
 
     def require_deterministic(self, num_samples: int) -> None:
         """Raise DataError if samples differ when they are read again."""
         for number in range(NUM_READ_TWICE):
             index = number * num_samples // NUM_READ_TWICE
             (first, label), (second, other) = self(index), self(index)
-            if label != other or not np.array_equal(first, second):
+            same = np.array_equal(label, other, equal_nan=True)
+            if not same or not np.array_equal(first, second):
                 raise DataError(
                     f"{self.where}: sample {index} differs when it is read again, so its transform is random: remove "
                     "it, and pass the operations as views."
@@ -188,12 +224,13 @@ def _num_samples(dataset: Any, name: str) -> int:
     return num_samples
 
 
-def _image_and_label(sample: Any, where: str) -> tuple[Any, Any]:
+def _image_and_label(sample: Any, where: str, task: Task) -> tuple[Any, Any]:
     if isinstance(sample, tuple | list) and len(sample) == 2:
         return sample[0], sample[1]
     if isinstance(sample, Mapping):
         images = [value for value in sample.values() if isinstance(value, Image.Image) or getattr(value, "ndim", 0) > 1]
-        labels = [value for value in sample.values() if isinstance(value, int | np.integer)]
+        some = (int, np.integer) if task == CLASSIFICATION else (int, float, list, np.number)
+        labels = [value for value in sample.values() if isinstance(value, some) or getattr(value, "ndim", 0) == 1]
         if len(images) == len(labels) == 1:
             return images[0], labels[0]
     parts = sample.values() if isinstance(sample, Mapping) else sample if isinstance(sample, tuple | list) else ()
@@ -211,7 +248,7 @@ def _label(label: Any, where: str) -> int:
     if column.dtype.kind not in "iub" or column.size != 1:
         found = f"{column.dtype} {list(column.shape)}" if column.ndim else f"{type(label).__name__} {label!r:.40}"
         advice = "; of a one-hot row, its argmax" if column.size > 1 and column.dtype != object else ""
-        raise DataError(f"{where}: the label must be one integer{advice}, found {found}.")
+        raise DataError(f"{where}: the label must be one integer{advice}, found {found}.{other_tasks()}")
     return int(column.reshape(()))
 
 

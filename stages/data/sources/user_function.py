@@ -22,6 +22,7 @@ from kdpipe.stages.data.sources.npz import list_npz
 from kdpipe.stages.data.sources.torch_dataset import is_torch_dataset, list_torch_dataset
 from kdpipe.stages.data.sources.torchvision import list_digits, list_torchvision
 from kdpipe.stages.data.splits import Split
+from kdpipe.stages.data.tasks import CLASSIFICATION, Task
 from kdpipe.stages.errors import DataError, UnknownDataError, cause
 from kdpipe.stages.plugins.registry import Registry
 from kdpipe.stages.plugins.user_code import import_callable, is_user_reference, user_code_context
@@ -44,7 +45,14 @@ def is_user_dataset(name: str) -> bool:
 
 
 def list_user_dataset(
-    name: str, split: Split, *, root: Path, size: int | None = None, channels: int | None = None, **options: Any
+    name: str,
+    split: Split,
+    *,
+    root: Path,
+    size: int | None = None,
+    channels: int | None = None,
+    task: Task = CLASSIFICATION,
+    **options: Any,
 ) -> Listing:
     """List what the user's function `name` returns for `split`.
 
@@ -56,6 +64,7 @@ def list_user_dataset(
         root: The recipe's `data.root`.
         size: The side to which the images of a torch Dataset, which may be of unequal sizes, are resized.
         channels: The number of channels to which they are converted.
+        task: What the labels are: of other tasks than classification they are numbers [N, K].
         **options: Further ones of `list_torch_dataset`.
 
     Raises:
@@ -65,12 +74,12 @@ def list_user_dataset(
         function = import_callable(name, DATASETS.key, DataError) if is_user_reference(name) else DATASETS.get(name)
         returned = _call(name, function, split, root)
         if is_torch_dataset(returned):
-            return list_torch_dataset(returned, name, image_size=size, channels=channels, **options)
+            return list_torch_dataset(returned, name, image_size=size, channels=channels, task=task, **options)
         images, labels, sample_ids, class_names = _columns(name, returned)
-        if class_names is None and split == "test":
+        if class_names is None and split == "test" and task == CLASSIFICATION:
             train_labels = integer_column(name, "labels", _columns(name, _call(name, function, "train", root))[1])
             class_names = numbered_classes(name, train_labels)
-    return list_arrays(name, images, labels, sample_ids, class_names=class_names)
+    return list_arrays(name, images, labels, sample_ids, class_names=class_names, task=task)
 
 
 def _call(name: str, function: Callable[..., Any], split: Split, root: Path) -> Any:

@@ -13,6 +13,7 @@ from pydantic import Field
 from torch import Tensor
 
 from kdpipe.stages.config import section
+from kdpipe.stages.data.tasks import CLASSIFICATION, Task
 from kdpipe.stages.losses.base import LogitLoss
 from kdpipe.stages.losses.inputs import LossInputs
 from kdpipe.stages.losses.logits.kd import kd_loss
@@ -40,6 +41,7 @@ class MLLD(LogitLoss):
     paper: ClassVar[str] = "Jin et al. 2023, CVPR"
     per_sample: ClassVar[bool] = False
     min_classes: ClassVar[int] = 2
+    tasks: ClassVar[tuple[Task, ...]] = (CLASSIFICATION,)
 
     loss: Literal["mlld"] = "mlld"
     temperature_list: Annotated[tuple[Temperature, ...], Field(min_length=1)] = (2.0, 3.0, 4.0, 5.0, 6.0)

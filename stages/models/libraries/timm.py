@@ -10,7 +10,7 @@ from torch import nn
 
 from kdpipe.stages.errors import ModelError, UnknownModelError, cause
 from kdpipe.stages.models.arguments import refuse_unknown_args
-from kdpipe.stages.models.libraries.hub import hub_cause, without_messages
+from kdpipe.stages.runtime.hub import hub_cause, hub_or_cache
 from kdpipe.store.errors import did_you_mean
 
 PREFIX = "timm:"
@@ -99,14 +99,14 @@ def _is_resized(config: Mapping[str, Any], args: Mapping[str, Any], image_size: 
 def _create(name: str, made: Mapping[str, Any], config: Mapping[str, Any]) -> nn.Module:
     import timm
 
-    without_messages()
     try:
-        model: nn.Module = timm.create_model(name.removeprefix(PREFIX), **made)
+        with hub_or_cache(local=not made["pretrained"]) as why:
+            model: nn.Module = timm.create_model(name.removeprefix(PREFIX), **made)
     except Exception as error:  # wrong arguments, or a download, which fails in many ways
         if not made["pretrained"]:
             raise ModelError(f"{name} cannot be built with args {dict(made)!r} ({cause(error)}).") from error
         raise ModelError(
-            f"the published weights of {name} cannot be loaded ({hub_cause(error)}): fetch model.safetensors of "
+            f"the published weights of {name} cannot be loaded ({hub_cause(error, why)}): fetch model.safetensors of "
             f"https://huggingface.co/{config.get('hf_hub_id')} elsewhere, and set model.weights to its path."
         ) from error
     return model

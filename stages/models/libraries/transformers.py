@@ -15,10 +15,10 @@ from torch import nn
 
 from kdpipe.stages.errors import ModelError, cause
 from kdpipe.stages.models.arguments import refuse_unknown_args
-from kdpipe.stages.models.libraries.hub import hub_cause, without_messages
 from kdpipe.stages.models.libraries.torchvision import Resizing
 from kdpipe.stages.models.weights.match import replace_head
 from kdpipe.stages.models.weights.state_dict import load_entries
+from kdpipe.stages.runtime.hub import hub_cause, hub_or_cache
 
 PREFIX = "hf:"
 
@@ -153,7 +153,6 @@ def _library(name: str) -> ModuleType:
         import transformers
     except ImportError as error:
         raise ModelError(f"{name} needs transformers: pip install 'kdpipe[transformers]'.") from error
-    without_messages()
     logging: Any = transformers.utils.logging
     logging.disable_progress_bar()
     logging.set_verbosity_error()
@@ -174,19 +173,22 @@ def _file(name: str, file: str) -> Path:
         return Path(place) / file
     from huggingface_hub import hf_hub_download
 
-    return Path(hf_hub_download(place, file))
+    with hub_or_cache():
+        return Path(hf_hub_download(place, file))
 
 
 def _config(library: ModuleType, name: str, args: Mapping[str, Any]) -> Any:
     if name == PREFIX:
         raise ModelError("hf: names no network: write hf:OWNER/NAME, or hf:FOLDER.")
+    why = ""
     try:
         if "model_type" in args:
             return library.AutoConfig.for_model(**args)
-        return library.AutoConfig.from_pretrained(_place(name), trust_remote_code=False, **args)
+        with hub_or_cache(local=Path(_place(name)).is_dir()) as why:
+            return library.AutoConfig.from_pretrained(_place(name), trust_remote_code=False, **args)
     except Exception as error:  # no network, no such repository, no valid configuration
         raise ModelError(
-            f"the configuration of {name} cannot be loaded ({hub_cause(error)}): fetch {CONFIG}, {PROCESSOR} and "
+            f"the configuration of {name} cannot be loaded ({hub_cause(error, why)}): fetch {CONFIG}, {PROCESSOR} and "
             f"{WEIGHTS} elsewhere into one folder, and name it as hf:FOLDER."
         ) from error
 
@@ -214,19 +216,20 @@ def _trunk(library: ModuleType, name: str, config: Any, published: bool) -> nn.M
 
 def _pretrained(loader: Any, name: str, config: Any) -> nn.Module:
     try:
-        model, found = loader.from_pretrained(
-            _place(name),
-            config=config,
-            use_safetensors=True,
-            trust_remote_code=False,
-            output_loading_info=True,
-            ignore_mismatched_sizes=True,
-            dtype=torch.float32,
-        )
+        with hub_or_cache(local=Path(_place(name)).is_dir()) as why:
+            model, found = loader.from_pretrained(
+                _place(name),
+                config=config,
+                use_safetensors=True,
+                trust_remote_code=False,
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,
+                dtype=torch.float32,
+            )
     except OSError as error:
         raise ModelError(
-            f"the published weights of {name} cannot be loaded ({hub_cause(error)}): fetch {CONFIG}, {PROCESSOR} and "
-            f"{WEIGHTS} elsewhere into one folder, and name it as hf:FOLDER."
+            f"the published weights of {name} cannot be loaded ({hub_cause(error, why)}): fetch {CONFIG}, {PROCESSOR} "
+            f"and {WEIGHTS} elsewhere into one folder, and name it as hf:FOLDER."
         ) from error
     if wrong := sorted(key if isinstance(key, str) else key[0] for key in found["mismatched_keys"]):
         raise ModelError(

@@ -32,8 +32,20 @@ from kdpipe.stages.training.job_dir import write_json_file
 HOSTILE = '<script>alert("1")</script>\u202e\x1b[2J&amp;'
 
 
-def test_page_is_one_file_and_fetches_nothing(tmp_path):
-    text, read, _ = page_of(made_run(tmp_path / "run"))
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """Make a run; read-only."""
+    return made_run(tmp_path_factory.mktemp("made") / "run")
+
+
+@pytest.fixture(scope="module")
+def page(made):
+    """Return its page with charts."""
+    return page_of(made)
+
+
+def test_page_is_one_file_and_fetches_nothing(page):
+    text, read, _ = page
     assert not read.tags & {"script", "link", "iframe", "object", "embed", "base"}
     policies = [value for tag, name, value in read.attributes if tag == "meta" and name == "content"]
     assert any(value.startswith("default-src 'none'; style-src 'unsafe-inline'; img-src data:;") for value in policies)
@@ -43,12 +55,11 @@ def test_page_is_one_file_and_fetches_nothing(tmp_path):
     assert not [name for _, name, _ in read.attributes if name.startswith("on")]
 
 
-def test_page_has_all_sections_and_valid_links(tmp_path):
-    for runs in ([made_run(tmp_path / "one")], [made_run(tmp_path / "two"), made_run(tmp_path / "three")]):
-        _, read, _ = page_of(*runs)
+def test_page_has_all_sections_and_valid_links(tmp_path, made, page):
+    for num_runs, (_, read, _) in ((1, page), (2, page_of(made, made, file=tmp_path / "two.html"))):
         titles = [title for _, title in read.headings]
         shown = [section for section in SECTIONS if section.key != "variants"]
-        assert all(titles.count(section.title) >= len(runs) for section in shown)
+        assert all(titles.count(section.title) >= num_runs for section in shown)
         assert "Variants and settings" not in titles
         levels = [level for level, _ in read.headings]
         assert levels[0] == 1
@@ -59,8 +70,8 @@ def test_page_has_all_sections_and_valid_links(tmp_path):
         assert {value[1:] for value in read.values("href")} <= set(ids)
 
 
-def test_summary_gives_gain_by_distillation(tmp_path):
-    _, read, _ = page_of(made_run(tmp_path / "run"))
+def test_summary_gives_gain_by_distillation(page):
+    _, read, _ = page
     sentence = (
         "Distillation helped: the student reaches 81.00 ± 1.41 % test accuracy distilled and 71.00 ± 1.41 % alone, "
         "+10.00 points (95 % interval +7.85 to +12.14 over images; 3,000 test images, 2 seeds)."
@@ -69,14 +80,16 @@ def test_summary_gives_gain_by_distillation(tmp_path):
     assert "closes 53 % of the gap to the teacher's 90.00 %" in read.text
 
 
-def test_summary_names_networks_at_chance(tmp_path):
+@pytest.mark.usefixtures("without_charts")
+def test_summary_names_networks_at_chance(tmp_path, page):
     run = made_run(tmp_path / "run")
-    assert "At chance" not in page_of(run)[1].text
+    assert "At chance" not in page[1].text
     path = run / "students/alone-seed1/result.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"at_chance": True}))
     assert "At chance, no better than guessing: student alone." in page_of(run)[1].text
 
 
+@pytest.mark.usefixtures("without_charts")
 def test_run_without_baseline_is_complete_and_says_so(tmp_path):
     run = made_run(tmp_path / "run")
     for folder in (run / "students").glob("alone-*"):
@@ -92,6 +105,7 @@ def test_run_without_baseline_is_complete_and_says_so(tmp_path):
     assert report.missing == []
 
 
+@pytest.mark.usefixtures("without_charts")
 def test_gain_within_seed_spread_closes_no_gap(tmp_path):
     run = made_run(tmp_path / "run")
     path = run / "students/distilled-seed1/result.json"
@@ -117,6 +131,7 @@ def test_untrusted_names_are_escaped_everywhere(tmp_path):
     assert str(tmp_path) not in text + "".join(messages[:-1])
 
 
+@pytest.mark.usefixtures("without_charts")
 def test_untrusted_names_are_escaped_in_error_messages(tmp_path):
     run = made_run(tmp_path / "run", confusions=[[HOSTILE, 0, 1]])
     text, read, _ = page_of(run)
@@ -124,6 +139,7 @@ def test_untrusted_names_are_escaped_in_error_messages(tmp_path):
     assert "The data of this section is damaged" in read.text
 
 
+@pytest.mark.usefixtures("without_charts")
 @pytest.mark.parametrize(
     "damage", [{"bins": "pie"}, {"bins": [1] * 15}, {"confusions": [[0]]}, {"confusions": [[7, 8, 1]]}]
 )
@@ -134,6 +150,7 @@ def test_damaged_section_leaves_others_intact(tmp_path, damage):
     assert "student distilled ends at" in read.text
 
 
+@pytest.mark.usefixtures("without_charts")
 def test_missing_evaluations_are_reported(tmp_path):
     _, read, _ = page_of(made_run(tmp_path / "run", bins=..., confusions=...))
     assert "Confidences are recorded when a network is finished" in read.text
@@ -141,6 +158,7 @@ def test_missing_evaluations_are_reported(tmp_path):
     assert "This run has no run.json" in read.text
 
 
+@pytest.mark.usefixtures("without_charts")
 def test_unfinished_run_has_a_page(tmp_path):
     run = made_run(tmp_path / "run")
     for path in run.glob("*/*/result.json"):
@@ -151,6 +169,7 @@ def test_unfinished_run_has_a_page(tmp_path):
     assert "student distilled: test accuracy by epoch" in read.text
 
 
+@pytest.mark.usefixtures("without_charts")
 @pytest.mark.parametrize(
     "line",
     ['{"epoch": 3, "accu', '{"epoch": 3, "accuracy": NaN}', '{"epoch": "x"}', "[]", '{"epoch": 3, "accuracy": 7}'],
@@ -169,10 +188,9 @@ def numbers(text):
     return [float(one.replace(",", "")) for one in re.findall(r"[-+]?\d[\d,]*(?:\.\d+)?", text)]
 
 
-def test_numbers_on_the_page_are_those_of_the_json(tmp_path):
-    run = made_run(tmp_path / "run")
-    report = json.loads(json.dumps(read_report(run).to_json()))
-    _, read, _ = page_of(run)
+def test_numbers_on_the_page_are_those_of_the_json(made, page):
+    report = json.loads(json.dumps(read_report(made).to_json()))
+    _, read, _ = page
     assert report["verdict"]["sentence"] in read.text
     rows = read.table("Results")
     assert len(rows) == len(report["rows"]) == 3
@@ -191,6 +209,7 @@ def test_numbers_on_the_page_are_those_of_the_json(tmp_path):
         assert numbers(shown["95 % interval"]) == [round(one["interval"][end], 2) for end in ("low", "high")]
 
 
+@pytest.mark.usefixtures("without_charts")
 def test_top_has_data_networks_losses_and_what_to_ship(tmp_path):
     run = made_run(tmp_path / "run")
     (run / "teacher/job.json").write_text(json.dumps({"data": {"num_samples": 1437}}))
@@ -214,18 +233,14 @@ def test_top_has_data_networks_losses_and_what_to_ship(tmp_path):
     assert "run/compressed/artifacts-seed0/teacher/model.onnx why it is small" in read.text
 
 
-def test_page_is_deterministic(tmp_path):
-    run = made_run(tmp_path / "run")
-    assert page_of(run, file=tmp_path / "a")[0] == page_of(run, file=tmp_path / "b")[0]
-
-
-def test_tables_have_headers_and_charts_have_titles(tmp_path):
-    text, _, _ = page_of(made_run(tmp_path / "run"))
+def test_tables_have_headers_and_charts_have_titles(page):
+    text, _, _ = page
     assert text.count("<table") == text.count("<caption>") > 5
     assert not re.search(r"<th(?! scope=\"(col|row)\")[ >]", text)
     assert text.count("<svg") == text.count('role="img"><title>') == text.count("</title><desc>") > 5
 
 
+@pytest.mark.usefixtures("without_charts")
 def test_folder_without_a_run_is_refused(tmp_path):
     with pytest.raises(RunError, match="is not a run folder"):
         write_page([made_run(tmp_path / "run"), tmp_path], tmp_path / "page.html", str)
@@ -239,29 +254,25 @@ def test_ids_in_charts_are_unique_and_references_follow():
     assert re.findall('href="#([^"]*)"', text) == ["c0-a", "c1-a"]
 
 
-def test_charts_do_not_depend_on_the_users_settings(tmp_path):
-    run, imported = made_run(tmp_path / "run"), set(sys.modules)
-    before = page_of(run, file=tmp_path / "a")[0]
+def test_page_is_deterministic_whatever_the_users_settings(tmp_path, made, page):
     with matplotlib.rc_context({"font.size": 30, "svg.fonttype": "path", "axes.facecolor": "red"}):
-        assert page_of(run, file=tmp_path / "b")[0] == before
-    assert "matplotlib.pyplot" not in set(sys.modules) - imported
+        assert page_of(made, file=tmp_path / "again.html")[0] == page[0]
 
 
-def test_chart_colors_follow_the_page(tmp_path):
-    text, _, _ = page_of(made_run(tmp_path / "run"))
+def test_chart_colors_follow_the_page(page):
+    text, _, _ = page
     colors = re.findall('(?:fill|stroke): ([^;"]+)', "".join(re.findall('<svg class="chart".*?</svg>', text, re.S)))
     assert {one for one in colors if not one.startswith("var(--")} <= {"none"}
     assert "prefers-color-scheme: dark" in text
 
 
-def test_page_is_written_where_home_is_not_writable(tmp_path):
-    run = made_run(tmp_path / "run")
+def test_page_is_written_where_home_is_not_writable(tmp_path, made):
     script = "import sys; from pathlib import Path; from kdpipe.pipeline.report.html.write import write_page; "
-    script += "write_page([Path(sys.argv[1])], Path(sys.argv[2]), str)"
+    script += "write_page([Path(sys.argv[1])], Path(sys.argv[2]), str); assert 'matplotlib.pyplot' not in sys.modules"
     hidden = ("MPLCONFIGDIR", "XDG_CONFIG_HOME", "XDG_CACHE_HOME")
     environment = {name: value for name, value in os.environ.items() if name not in hidden}
     environment |= {"HOME": "/proc/1/nowhere", "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
-    command = [sys.executable, "-c", script, str(run), str(tmp_path / "page.html")]
+    command = [sys.executable, "-c", script, str(made), str(tmp_path / "page.html")]
     ended = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert (ended.returncode, ended.stderr) == (0, "")
     assert (tmp_path / "page.html").exists()
@@ -307,6 +318,7 @@ def test_real_run_has_similarity_and_samples(whole_run):
     assert len(text.encode()) < 1_000_000
 
 
+@pytest.mark.usefixtures("without_charts")
 def test_a_run_ends_with_the_page(whole_run, capsys):
     page = whole_run / "report.html"
     _print_results("run", SimpleNamespace(folder=whole_run), {}, as_json=False)
@@ -321,6 +333,7 @@ def test_a_run_ends_with_the_page(whole_run, capsys):
     page.rmdir()
 
 
+@pytest.mark.usefixtures("without_charts")
 def test_networks_of_users_are_shown_from_their_onnx_files(whole_run, tmp_path):
     """Their code is not imported."""
     run = tmp_path / "run"
@@ -345,6 +358,7 @@ def test_networks_of_users_are_shown_from_their_onnx_files(whole_run, tmp_path):
     assert re.search("student distilled [✓✗]", read.text)
 
 
+@pytest.mark.usefixtures("without_charts")
 def test_code_on_the_page_runs_the_network(whole_run, tmp_path, monkeypatch, capsys):
     code = page_of(whole_run)[1].code[0]
     test_set = load_dataset(DataConfig(name="digits"), "test")
@@ -359,6 +373,7 @@ def test_code_on_the_page_runs_the_network(whole_run, tmp_path, monkeypatch, cap
         assert capsys.readouterr().out.strip() == test_set.class_names[int(expected)]
 
 
+@pytest.mark.usefixtures("without_charts")
 def test_missing_data_leaves_out_only_the_samples(whole_run, tmp_path):
     (tmp_path / "run").symlink_to(whole_run)
     recipe = whole_run / "recipe.json"

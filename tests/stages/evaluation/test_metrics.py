@@ -55,7 +55,7 @@ def test_metrics_match_hand_computed_values():
     teacher = teacher / teacher.sum(1, keepdim=True)
     found = report_of(predicted.log(), [0, 1, 1, 1], teacher.log())
     assert found.top1 == 0.75
-    assert found.cross_entropy == pytest.approx(-(math.log(0.9) + math.log(0.1) + 2 * math.log(0.6)) / 4)
+    assert found.loss == pytest.approx(-(math.log(0.9) + math.log(0.1) + 2 * math.log(0.6)) / 4)
     # Half of the samples at 0.9, one of two right; half at 0.6, both right.
     assert found.ece == pytest.approx((abs(0.5 - 0.9) + abs(1 - 0.6)) / 2)
     assert found.agreement == 0.75
@@ -158,7 +158,7 @@ def test_kl_of_a_network_to_itself_is_zero():
 def test_metrics_of_nan_logits_are_nan():
     logits, labels, teacher = random_case(num_samples=40)
     found = report_of(logits * float("nan"), labels.tolist(), teacher)
-    assert all(math.isnan(figure) for figure in (found.cross_entropy, found.ece, found.teacher_kl))
+    assert all(math.isnan(figure) for figure in (found.loss, found.ece, found.teacher_kl))
     assert found.bins is None
 
 
@@ -178,7 +178,7 @@ def test_report_is_reproducible_and_equals_evaluate():
         evaluate(model, test, DEVICE),
     )
     assert one == other
-    assert (one.top1, one.cross_entropy) == (measured.value, measured.cross_entropy)
+    assert (one.top1, one.loss) == (measured.value, measured.loss)
 
 
 def test_finished_job_saves_the_report(tmp_path):
@@ -206,7 +206,7 @@ def test_without_labels_the_teachers_classes_stand_for_them():
     model, test = model_and_test(logits, [-1] * 4, teacher)
     found, measured = evaluate_in_depth(model, test, DEVICE), evaluate(model, test, DEVICE)
     assert found.top1 == found.agreement == measured.value == 2 / 3
-    assert measured.to_json() == {"metric": "agreement", "agreement": 2 / 3, "cross_entropy": found.cross_entropy}
+    assert measured.to_json() == {"metric": "agreement", "agreement": 2 / 3, "cross_entropy": found.loss}
     assert (found.ece, found.bins, found.per_class, found.confusions) == (None, None, [], [])
     outcome = outcome_of({**measured.to_json(), "examined": found.to_json()})
     assert outcome.correct.tolist() == [True, False, True]
@@ -219,6 +219,6 @@ def test_without_labels_the_teachers_classes_stand_for_them():
 def test_accuracy_is_that_of_the_labeled_images():
     logits = torch.tensor([[2.0, 1.0, 0.0], [2.0, 1.0, 0.0], [1.0, 2.0, 0.0], [1.0, 2.0, 0.0]])
     found, whole = report_of(logits, [0, -1, 0, -1], logits), report_of(logits[[0, 2]], [0, 0])
-    assert (found.top1, found.cross_entropy, found.num_samples) == (0.5, whole.cross_entropy, 2)
+    assert (found.top1, found.loss, found.num_samples) == (0.5, whole.loss, 2)
     assert (found.bins, found.per_class, found.confusions) == (whole.bins, whole.per_class, whole.confusions)
     assert found.agreement == 1  # on all images

@@ -63,7 +63,7 @@ def test_check_runs_batch_by_batch_with_both_accuracies(networks, files):
     found = check_onnx(files["float"], networks["float"], in_batches(70, 30))
     with torch.no_grad():
         accuracy = float((networks["float"](whole).argmax(dim=1) == labels).double().mean())
-    assert (found.num_samples, found.top1_agreement) == (70, 1)
+    assert (found.num_samples, found.agreement) == (70, 1)
     assert found.accuracy == found.torch_accuracy == pytest.approx(accuracy)
     assert (
         found.max_logit_difference
@@ -98,7 +98,7 @@ def test_wrong_file_has_its_own_accuracy(files):
         answers = other(batch).argmax(dim=1)
     found = check_onnx(files["float"], other, [(batch[:100], answers[:100]), (batch[100:], answers[100:])])
     assert found.torch_accuracy == 1
-    assert found.accuracy == found.top1_agreement < 0.9
+    assert found.accuracy == found.agreement < 0.9
 
 
 def test_check_leaves_mode_and_hooks_unchanged(networks, files):
@@ -155,7 +155,7 @@ def test_file_with_dead_channels_has_no_divergence(dead_channel_network, tmp_pat
     clause = first_divergence(tmp_path / "model.onnx", dead_channel_network, images(30)[0])
     assert clause.startswith("no layer's output differs")
     found = check_onnx(tmp_path / "model.onnx", dead_channel_network, in_batches(300, 100))
-    assert found.top1_agreement >= 0.99
+    assert found.agreement >= 0.99
     assert found.accuracy == pytest.approx(found.torch_accuracy, abs=0.01)
 
 

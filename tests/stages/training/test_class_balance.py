@@ -34,7 +34,7 @@ def test_given_weights_count_as_in_torch():
     """Over all samples the mean is that of torch, which divides by the sum of the weights."""
     given, logits = (0.5, 2.0, 7.0, 3.0), drawn(100, 4, seed=1).float()
     weights = class_weights(TrainConfig(class_weights=given), LABELS, 4)
-    found = HardLabels(LABELS).cross_entropy(logits, 0.0, weights).mean()
+    found = HardLabels(LABELS).losses(logits, 0.0, weights).mean()
     assert found.item() == pytest.approx(F.cross_entropy(logits, LABELS, torch.tensor(given)).item(), rel=1e-6)
 
 
@@ -43,7 +43,7 @@ def test_mixed_samples_have_the_weight_of_each_label():
     labels, partners = torch.arange(4), torch.arange(4).flip(0)
     log_p = logits.log_softmax(1)
     own, other = (-weights[one] * log_p.gather(1, one[:, None])[:, 0] for one in (labels, partners))
-    found = HardLabels(labels, partners, share).cross_entropy(logits, 0.0, weights)
+    found = HardLabels(labels, partners, share).losses(logits, 0.0, weights)
     torch.testing.assert_close(found, 0.25 * own + 0.75 * other)
 
 

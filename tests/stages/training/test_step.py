@@ -24,6 +24,7 @@ from kdpipe.stages.losses.relations.crd import CRD
 from kdpipe.stages.losses.relations.nce import Memory
 from kdpipe.stages.losses.relations.pkt import PKT
 from kdpipe.stages.losses.sample_selection import SampleSelection
+from kdpipe.stages.losses.schedules import Schedule, value_at
 from kdpipe.stages.losses.weighted import WeightedLoss
 from kdpipe.stages.models import hooks
 from kdpipe.stages.models.bundle import ModelBundle
@@ -121,7 +122,7 @@ def test_compiled_pass_is_freed_before_micro_batches(tmp_path, monkeypatch):
     made = []
 
     def compiled(function, device, *, key):
-        def run(images):
+        def run(*arguments):
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
 
         made.append(weakref.ref(run))
@@ -134,6 +135,41 @@ def test_compiled_pass_is_freed_before_micro_batches(tmp_path, monkeypatch):
     train(dataclasses.replace(job, config=dataclasses.replace(CONFIG, epochs=1, compile=True)), DEVICE, RunMonitor())
     assert [size for size, _ in watched.seen][:4] == [32, 16, 16, 16]
     assert len(made) == 1 and not any(exists for _, exists in watched.seen)
+
+
+class Penalty(nn.Module):
+    """A distillation loss that shrinks the logits, and may have a state; `schedule` is its weight."""
+
+    configs, losses = {}, {}
+
+    def __init__(self, schedule=0.1, state=False):
+        super().__init__()
+        self.schedule = schedule
+        if state:
+            self.register_buffer("num_steps", torch.zeros(()))
+
+    def forward(self, batch):
+        return {"penalty": value_at(self.schedule, batch.progress) * batch.student.logits.square().mean()}
+
+
+@pytest.mark.usefixtures("traced")
+@pytest.mark.parametrize(
+    ("penalty", "number"),
+    [(Penalty(), 0), (Penalty(Schedule(start=0.0, end=1.0)), 1), (Penalty(state=True), 1)],
+    ids=["constant", "changes", "state"],
+)
+def test_losses_are_compiled_with_the_network_or_it_is_said(tmp_path, penalty, number):
+    said, weights = [], []
+    monitor = RunMonitor(lambda event: said.append(event.job) if event.unit == WARNING else None)
+    for compiles in (False, True):
+        job = job_of(tmp_path / str(compiles), network(32, nn.BatchNorm1d(16), nn.Dropout(0.5)))
+        job = dataclasses.replace(job, config=dataclasses.replace(CONFIG, compile=compiles))
+        torch._dynamo.utils.counters.clear()
+        train(dataclasses.replace(job, task=dataclasses.replace(job.task, distillation=penalty)), DEVICE, monitor)
+        weights.append(job.model.state_dict())
+    assert_equal(*weights)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+    assert [message for message in said if "its losses are not" in message] == said[1:] and len(said) == 1 + number
 
 
 def test_warning_names_batch_norm(tmp_path):

@@ -44,7 +44,7 @@ def confusions(run: PageRun) -> dict[str, object]:
     found = [of_network for network in run.main if (of_network := confusions_of(network)) is not None]
     names = next(([by_class.name for by_class in row.per_class] for row in run.report.rows if row.per_class), [])
     if not run.is_labeled:
-        raise LeftOutError("They need labels, and no test image has one.")
+        raise LeftOutError("They need the classes of test images, and none has one.")
     if not found or not names:
         raise LeftOutError("Confusions are recorded when a network is finished: none of this run has them yet.")
     cells = [

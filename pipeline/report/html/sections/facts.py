@@ -30,7 +30,13 @@ border = (1 - facts["test_crop"]) / 2
 image = ImageOps.fit(image, (width, height), Image.Resampling.BILINEAR, bleed=border)
 pixels = np.asarray(image).reshape(height, width, channels).transpose(2, 0, 1) / np.float32(255)
 logits = session.run(["logits"], {{"images": ((pixels - mean) / std)[None]}})[0]
-print(facts["class_names"][logits[0].argmax()])"""
+{show}"""
+
+SHOW = {
+    "multilabel": 'print([name for name, logit in zip(facts["class_names"], logits[0]) if logit > 0])',
+    "regression": 'print(dict(zip(facts["class_names"], logits[0].tolist())))',
+}
+"""What a task's outputs mean; those of others are of classes."""
 
 
 def facts(run: PageRun) -> dict[str, object]:
@@ -44,7 +50,13 @@ def facts(run: PageRun) -> dict[str, object]:
     costs += [kib(row.file_bytes)] if row.file_bytes else []
     rows += [("to ship", f"{row.name} ({'; '.join(costs)}): {inside}")]
     rows += [("why", why)] if why else []
-    return {"facts": rows, "code_lines": CODE.format(path=json.dumps(inside, ensure_ascii=False)).splitlines()}
+    return {"facts": rows, "code_lines": _code(run, inside).splitlines()}
+
+
+def _code(run: PageRun, path: str) -> str:
+    """Return the lines that run the network at `path`."""
+    show = SHOW.get(str(run.recipe.get("data", {}).get("task")), 'print(facts["class_names"][logits[0].argmax()])')
+    return CODE.format(path=json.dumps(path, ensure_ascii=False), show=show)
 
 
 def _facts(run: PageRun) -> Iterator[tuple[str, str]]:

@@ -54,7 +54,7 @@ def reliability(run: PageRun) -> dict[str, object]:
     """
     found = [(network, bins) for network in run.networks if (bins := pooled_bins(network))]
     if not run.is_labeled:
-        raise LeftOutError("It needs labels, and no test image has one.")
+        raise LeftOutError("It needs the classes of test images, and none has one.")
     if not found:
         raise LeftOutError("Confidences are recorded when a network is finished: none of this run has them yet.")
     return {"charts": [diagram(run, network, bins) for network, bins in found], "min_samples": MIN_SAMPLES}

@@ -27,7 +27,8 @@ from kdpipe.stages.data.image_files import ImageFileList
 from kdpipe.stages.data.load import list_source
 from kdpipe.stages.data.loader.image_loader import ViewRequest
 from kdpipe.stages.data.names import FILE_KINDS
-from kdpipe.stages.evaluation.evaluate import BATCH_SIZE
+from kdpipe.stages.data.tasks import CLASSIFICATION
+from kdpipe.stages.evaluation.evaluate import in_batches
 from kdpipe.stages.export.onnx_session import INPUT, OUTPUT, open_session
 from kdpipe.stages.models.normalization import Normalization
 from kdpipe.stages.models.safetensors_io import load_tensors
@@ -87,6 +88,8 @@ def samples(page: PageRun) -> dict[str, object]:
     """
     try:
         run = _open(page)
+        if run.recipe.data.task != CLASSIFICATION:
+            raise LeftOutError("They are shown with their predicted classes, and these networks predict others.")
         finished = [network for network in page.main if network.kind != "teacher" and network.done]
         if not finished:
             raise LeftOutError("No student is finished yet.")
@@ -159,8 +162,8 @@ def _predict_test(run: Run, students: Mapping[str, Predictor], num_macs: int) ->
     """
     num_test = run.context.test_set.num_samples
     num_images = int(min(num_test, MAX_TEST_IMAGES, max(MAX_MACS / max(num_macs, 1), MIN_TEST_IMAGES)))
-    batches = torch.split(torch.arange(num_images), BATCH_SIZE)
     loader = run.context.resized(run.recipe.student.image_size).test_loader
+    batches = in_batches(torch.arange(num_images), loader)
     images = [loader.get(ViewRequest(indices)).images for indices in batches]
     with torch.no_grad():
         found = {name: torch.cat([student(batch) for batch in images]) for name, student in students.items()}

@@ -124,6 +124,8 @@ def similarity_of(store: TargetStore, source: str) -> Similarity:
     """
     if not store.manifest.has_logits:
         raise StoreError("the teacher has embeddings, no logits.")
+    if store.manifest.task != "classification":
+        raise StoreError("the outputs are not of classes.")
     num_classes, labels = store.num_classes, store.samples.labels
     if (labels == UNLABELED).all():
         raise StoreError("the stored samples have no labels.")

@@ -6,7 +6,7 @@ The library downloads them and keeps them as memory-mapped Arrow files, of which
 from __future__ import annotations
 
 import errno
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Self
@@ -19,12 +19,13 @@ from kdpipe.stages.data.image_files import ImageFileList
 from kdpipe.stages.data.image_set import UNLABELED
 from kdpipe.stages.data.image_source import NO_STAMP, EncodedImages, Stamp, pack_names, stamp
 from kdpipe.stages.data.sources.label_names import LABEL_COLUMNS, classes_of_labels
-from kdpipe.stages.data.sources.listing import Listing
+from kdpipe.stages.data.sources.listing import Listing, Targets, has_target, numbers, target_rows
 from kdpipe.stages.data.sources.packed.hf_hub import load_hf_dataset
 from kdpipe.stages.data.sources.split_folders import Role, role_of
 from kdpipe.stages.data.sources.table import Columns
 from kdpipe.stages.data.splits import Indices, Split
-from kdpipe.stages.errors import DataError
+from kdpipe.stages.data.tasks import CLASSIFICATION, MULTILABEL, Task
+from kdpipe.stages.errors import DataError, cause
 
 
 @dataclass(frozen=True, eq=False)
@@ -77,6 +78,7 @@ def list_hf_dataset(
     columns: Columns = (None, None),
     download: bool = True,
     unlabeled: bool = False,
+    task: Task = CLASSIFICATION,
 ) -> Listing:
     """List one split, in its order, to be decoded to `spec`; a sample's id is its position.
 
@@ -88,21 +90,32 @@ def list_hf_dataset(
         columns: The names of the columns of images and labels; None where only one can be meant.
         download: Whether the hub may be asked; otherwise the library's cache must have it.
         unlabeled: Whether there need be no column of labels.
+        task: With "multilabel" a column has lists of classes, or several have 0 or 1; with "regression" numbers.
 
     Raises:
         DataError: It cannot be found or read, or its splits or columns are unclear.
     """
     title = f"hf_dataset:{folder.name if folder.is_dir() else text}"
     found = load_hf_dataset(text, folder, title, download=download)
-    image, label = choose_columns(title, next(iter(found.values())).features, columns, unlabeled=unlabeled)
+    features = next(iter(found.values())).features
+    several = columns[1] if isinstance(columns[1], tuple) else ()
+    first = several[0] if isinstance(columns[1], tuple) else columns[1]
+    image, label = choose_columns(title, features, (columns[0], first), unlabeled=unlabeled or task != CLASSIFICATION)
     splits, notices = _splits(title, found, label)
     unsplit, train = "test" not in splits, splits["train"]
     name, chosen = train if unsplit or split == "train" else splits["test"]
     where = f"{title} ({name})"
-    class_names, labels = _labels(title, where, chosen, train[1], label)
+    targets = None
+    if task == CLASSIFICATION:
+        class_names, labels = _labels(title, where, chosen, train[1], label)
+    else:
+        class_names, targets = _targets(
+            title, where, chosen, several or (label or _column_of_lists(title, chosen),), task
+        )
+        labels = has_target(targets)
     ids = np.arange(len(labels), dtype=np.int64)
     files = ImageFileList(title, folder if unsplit else folder / split, _rows(where, chosen, image), ids, spec)
-    return Listing(title, labels, ids, class_names, files, unsplit, notices if split == "train" else ())
+    return Listing(title, labels, ids, class_names, files, unsplit, notices if split == "train" else (), targets)
 
 
 def _splits(
@@ -128,7 +141,7 @@ def _splits(
 
 
 def choose_columns(
-    title: str, features: Mapping[str, Any], wanted: Columns, *, unlabeled: bool = False
+    title: str, features: Mapping[str, Any], wanted: tuple[str | None, str | None], *, unlabeled: bool = False
 ) -> tuple[str, str | None]:
     """Return the names of the columns of images and labels; None where `unlabeled` and there is none.
 
@@ -219,6 +232,52 @@ def _labels(
         for each in (cells, _cells(train, column))
     )
     return classes_of_labels(title, packed, known, lambda row: f"{where}, row {row}", lambda row: f"{title}, row {row}")
+
+
+def _targets(
+    title: str, where: str, chosen: Any, columns: Sequence[str], task: Task
+) -> tuple[tuple[str, ...], Targets]:
+    """Return the names of the K labels or numbers, and their values, float32 [N, K].
+
+    Several columns have a number each. One has numbers, or of labels lists of their classes (ClassLabel).
+    """
+    import datasets
+
+    for name in columns:
+        if name not in chosen.features:
+            raise DataError(f"{where} has no column {name!r} (data.label_column): found {', '.join(chosen.features)}.")
+    cells = [_cells(chosen, name) for name in columns]
+    feature = chosen.features[columns[0]]
+    inner = getattr(feature, "feature", None)
+    if task == MULTILABEL and len(columns) == 1 and isinstance(inner, datasets.ClassLabel):
+        rows = np.zeros((len(chosen), len(inner.names)), dtype=np.float32)
+        for row, some in zip(rows, cells[0], strict=True):
+            row[some if some is not None else slice(None)] = 1 if some is not None else np.nan
+        return tuple(map(str, inner.names)), rows
+    if len(columns) == 1 and isinstance(next((cell for cell in cells[0] if cell is not None), None), list):
+        width = max(len(cell) for cell in cells[0] if cell is not None)
+        names = numbers(width)
+        table = [[np.nan] * width if cell is None else cell for cell in cells[0]]
+    else:
+        names, table = tuple(columns), [list(row) for row in zip(*cells, strict=True)]
+    try:
+        values = np.array([[np.nan if cell is None else float(cell) for cell in row] for row in table])
+    except (TypeError, ValueError) as error:
+        raise DataError(
+            f"{where}: the labels in {', '.join(columns)} must be numbers, lists of as many numbers, or lists of "
+            f"ClassLabel ({cause(error)})."
+        ) from error
+    return names, target_rows(title, task, values, names)
+
+
+def _column_of_lists(title: str, chosen: Any) -> str:
+    """Return the only column of lists, which has the labels."""
+    found = [str(name) for name, feature in chosen.features.items() if hasattr(feature, "feature")]
+    if len(found) != 1:
+        raise DataError(
+            f"{title}: name the columns of labels in data.label_column; there are {', '.join(chosen.features)}."
+        )
+    return found[0]
 
 
 def _or_none(cell: Any) -> Any:

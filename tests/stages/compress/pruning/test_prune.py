@@ -327,32 +327,3 @@ def test_settings_out_of_range_are_errors(wrong):
 def test_contradictory_settings_are_errors(settings, message):
     with pytest.raises(RecipeError, match=message):
         PruneConfig(**settings)
-
-
-HF_VIT = {"hidden_size": 12, "num_attention_heads": 2, "num_hidden_layers": 1, "intermediate_size": 32}
-
-
-@pytest.mark.parametrize(
-    ("library", "config", "attention"),
-    [
-        (
-            "timm",
-            ModelConfig(name="timm:vit_tiny_patch16_224", args={"depth": 1, "embed_dim": 12, "patch_size": 4}),
-            "blocks.0.attn",
-        ),
-        (
-            "transformers",
-            ModelConfig(name="hf:none", args={"model_type": "deit", "patch_size": 4, **HF_VIT}),
-            "deit.layers.0.attention",
-        ),
-    ],
-)
-def test_vits_of_libraries_keep_their_heads(library, config, attention):
-    pytest.importorskip(library)
-    model = build_model(config, num_classes=NUM_CLASSES, in_channels=3, image_size=(8, 8), seed=0)
-    pruned = prune(model, torch.zeros(2, 3, 8, 8), PruneConfig(round_to=1))
-    assert num_parameters(pruned.model) < num_parameters(model)
-    kept = [path for path, why in pruned.excluded.items() if why.endswith(f"{attention!r}, whose heads stay")]
-    assert kept
-    assert all(path.startswith(attention) for path in kept)
-    step(pruned.model, sgd(pruned.model), seed=1)

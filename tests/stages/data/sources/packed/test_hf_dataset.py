@@ -4,7 +4,6 @@ import builtins
 import io
 
 import datasets
-import httpx
 import numpy as np
 import pyarrow
 import pytest
@@ -172,15 +171,10 @@ def test_empty_and_damaged_cells_are_named(tmp_path):
     )
 
 
-def test_hub_that_cannot_be_reached_is_one_sentence(tmp_path, monkeypatch):
-    def head(*_, **__):
-        raise httpx.ConnectError("Name or service not known")
-
-    monkeypatch.setattr(httpx, "head", head)
-    found = refusal("nobody/nothing", root=str(tmp_path))
+def test_names_that_cannot_be_loaded_are_one_sentence(tmp_path):
+    found = refusal("nobody/nothing", root=str(tmp_path), download=False)
     assert found.startswith(f"hf_dataset:nobody/nothing is no folder {tmp_path}/nobody/nothing, and cannot be loaded")
-    assert "(the hub cannot be reached: ConnectError: Name or service not known)" in found
-    assert "data.download is false" in refusal("nobody/nothing", root=str(tmp_path), download=False)
+    assert "(data.download is false): check the name" in found
     assert f"no folder {tmp_path}/a/b/c" in refusal("a/b/c", root=str(tmp_path))
     (tmp_path / "empty").mkdir()
     assert "empty cannot be read as a data set of the library datasets" in refusal(tmp_path / "empty")
@@ -196,3 +190,17 @@ def test_missing_library_is_named(tmp_path, monkeypatch):
 
     monkeypatch.setattr(builtins, "__import__", without)
     assert "pip install 'kdpipe[datasets]'" in refusal(tmp_path)
+
+
+def test_lists_of_classes_and_columns_of_numbers_are_targets(tmp_path):
+    lists = datasets.Sequence(CLASSES)
+    save(tmp_path / "tags", made(lists, [[0], [], None, [0, 1]], age=(datasets.Value("float32"), [1.5, 2, None, 4])))
+    tagged = load(tmp_path / "tags", task="multilabel", test_share=0.01)
+    assert (tagged.class_names, tagged.labels.tolist().count(-1)) == (("cat", "dog"), 1)
+    wanted = {0: [1.0, 0.0], 1: [0.0, 0.0], 3: [1.0, 1.0]}
+    found = dict(zip(tagged.sample_ids.tolist(), tagged.targets.tolist(), strict=True))
+    assert all(found[number] == row for number, row in wanted.items() if number in found)
+    numbers = load(tmp_path / "tags", task="regression", label_column="age", test_share=0.01)
+    assert numbers.class_names == ("age",) and 2.0 in numbers.targets[:, 0].tolist()
+    with pytest.raises(DataError, match="no column 'size'"):
+        load(tmp_path / "tags", task="regression", label_column=("age", "size"))
