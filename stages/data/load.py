@@ -18,7 +18,13 @@ from kdpipe.stages.data.labeling import keep_labels
 from kdpipe.stages.data.names import FILE_KINDS, KNOWN_NAMES, TORCHVISION_NAMES
 from kdpipe.stages.data.scan import OnImage, ScanResult, scan_images
 from kdpipe.stages.data.sources.image_folder import list_image_folder
-from kdpipe.stages.data.sources.listing import Listing, absent_classes, other_tasks, unlabeled_samples
+from kdpipe.stages.data.sources.listing import (
+    Listing,
+    absent_classes,
+    other_tasks,
+    refuse_shifted,
+    unlabeled_samples,
+)
 from kdpipe.stages.data.sources.npz import list_npz
 from kdpipe.stages.data.sources.packed.hf_dataset import list_hf_dataset
 from kdpipe.stages.data.sources.packed.lmdb import list_lmdb
@@ -85,6 +91,8 @@ def load_dataset(
         task=config.task,
         targets=None if targets is None else torch.from_numpy(targets),
     )
+    if split == "train" and config.labels == "all":
+        refuse_shifted(listing.name, labels, names)
     if split == "train" and config.labels != "none" and not loaded.has_labels:
         raise DataError(f"no training sample of {listing.name} has a label: set data.labels = 'none'.")
     keeps_all = split == "test" or (split == "validation" and config.labels != "none")

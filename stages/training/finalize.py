@@ -33,7 +33,14 @@ CHECKED_IMAGES = 1000
 
 
 MIN_AGREEMENT = 0.99
-"""The lowest top-1 agreement with torch with which an ONNX file is accepted."""
+"""The lowest top-1 agreement with torch on many images with which an ONNX file is accepted."""
+
+
+FEW_IMAGES, MAX_FEW_SHARE = 2, 0.05
+"""So many images may always differ, if they are no larger share of the test set: one of 90 is no evidence for 1 %."""
+
+
+ROUNDING = 1e-9
 
 
 MAX_ACCURACY_GAP = 0.001
@@ -201,25 +208,31 @@ def onnx_metadata(network: ModelBundle, test: Evaluation) -> dict[str, str]:
     }
 
 
+def min_agreement(num_images: int) -> float:
+    """Return the lowest top-1 agreement with torch on so many images with which an ONNX file is accepted."""
+    return min(MIN_AGREEMENT, 1 - min(FEW_IMAGES / num_images, MAX_FEW_SHARE))
+
+
 def require_agreement(path: Path, network: ModelBundle, test: Evaluation, *, whole_test: bool = False) -> float:
     """Return the share of test images on which the ONNX file at `path` gives the network's top-1 class.
 
     Of other tasks than classification it is their agreement in `kdpipe.stages.data.tasks`.
 
     Without `whole_test` only the first images are used. Raises ModelError, naming the first layer that diverges, if the
-    share is below MIN_AGREEMENT, or the accuracies differ by more than MAX_ACCURACY_GAP.
+    share is below `min_agreement`, or the accuracies differ by more than MAX_ACCURACY_GAP.
     """
     found = check_onnx(path, network.model, test.batches(None if whole_test else CHECKED_IMAGES), test.warn, test.task)
     accuracies = (found.accuracy or 0.0, found.torch_accuracy or 0.0)
     max_gap = max(MAX_ACCURACY_GAP, 2 / found.num_samples)  # on a small test set two images are more
-    if found.agreement >= MIN_AGREEMENT and abs(accuracies[0] - accuracies[1]) <= max_gap:
+    wanted = min_agreement(found.num_samples) if test.task == CLASSIFICATION else MIN_AGREEMENT
+    if found.agreement >= wanted - ROUNDING and abs(accuracies[0] - accuracies[1]) <= max_gap:
         return found.agreement
     against = " % against ".join(f"{100 * accuracy:.2f}" for accuracy in accuracies)
     of_labels = "" if found.accuracy is None else f", with an accuracy of {against} %"
     where = first_divergence(path, network.model, test.images(DEBUG_IMAGES).cpu())
     raise ModelError(
         f"{path} agrees with torch on {100 * found.agreement:.2f} % of {found.num_samples} test images, wanted "
-        f"{100 * MIN_AGREEMENT:.0f} %{of_labels} (logits differ by up to {found.max_logit_difference:.3g}): {where}. "
+        f"{100 * wanted:.3g} %{of_labels} (logits differ by up to {found.max_logit_difference:.3g}): {where}. "
         "Do not use it: train the network longer, or keep the first diverging layers in float "
         "(compress.quantize.exclude)."
     )

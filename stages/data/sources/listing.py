@@ -186,6 +186,22 @@ def unlabeled_samples(where: str, split: Part, labels: npt.NDArray[np.int64]) ->
     return (some,) if 0 < num < len(labels) else ()
 
 
+def refuse_shifted(where: str, labels: npt.NDArray[np.int64], class_names: tuple[str, ...]) -> None:
+    """Raise DataError if training labels seem to count from -1: a class would be taken for unlabeled samples.
+
+    That is where classes have numbers for names, and about as many samples have the label -1 as a class has.
+    """
+    _, counts = np.unique(labels[labels != UNLABELED], return_counts=True)
+    num = int((labels == UNLABELED).sum())
+    is_numbered = class_names == tuple(map(str, range(len(class_names))))
+    if is_numbered and len(counts) and labels.min() == UNLABELED and counts.min() <= 2 * num <= 4 * counts.max():
+        raise DataError(
+            f"data set {where}: {num:,} of {len(labels):,} training samples have the label -1, about as many as a "
+            "class has. If the labels count from -1, add 1 to each; if these samples have no label, set data.labels = "
+            f"{len(labels) - num} (in Python class_names=)."
+        )
+
+
 def numbered_classes(name: str, labels: npt.NDArray[np.int64]) -> tuple[str, ...]:
     """Return the class names "0", "1", ... up to the largest label."""
     largest = int(labels.max())

@@ -29,6 +29,7 @@ from kdpipe.stages.data.sources.listing import (
     numbered_classes,
     numbers,
     other_tasks,
+    refuse_shifted,
     target_rows,
     unlabeled_samples,
 )
@@ -62,6 +63,8 @@ def image_set_from_dataset(dataset: Any, *, name: str, split: Split, **options: 
     listing = list_torch_dataset(dataset, name, **options)
     images = listing.images
     assert not isinstance(images, ImageFileList)
+    if split == "train" and options.get("class_names") is None:
+        refuse_shifted(name, listing.labels, listing.class_names)
     notices = absent_classes(name, split, listing.labels, listing.class_names, None, targets=listing.targets)
     notices += unlabeled_samples(name, split, listing.labels)
     for notice in () if _was_warned(dataset) else notices:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -9,8 +10,9 @@ import torch
 
 from kdpipe.stages.data import decode as pixels
 from kdpipe.stages.data.config import DataConfig
-from kdpipe.stages.data.image_set import digest
+from kdpipe.stages.data.image_set import ImageSet, digest
 from kdpipe.stages.data.load import load_dataset
+from kdpipe.stages.data.sources.torch_dataset import image_set_from_dataset
 from kdpipe.stages.data.splits import Split
 from kdpipe.stages.errors import DataError, RecipeError
 
@@ -222,6 +224,28 @@ def test_validation_images_lose_their_labels_only_with_all(toy: dict[str, Any]) 
         train, validation, test = (load_dataset(config, part) for part in ("train", "validation", "test"))
         assert [len(one.labeled) for one in (train, validation)] == [num_train, num_validation]
         assert test.is_labeled
+
+
+@pytest.mark.parametrize("kind", ["npz", "torch"])
+def test_labels_that_count_from_minus_one_are_refused(tmp_path: Path, kind: str) -> None:
+    def load(found: np.ndarray, **keys: Any) -> ImageSet:
+        images = np.zeros((len(found), 4, 4), np.uint8)
+        if kind == "torch":
+            if "labels" in keys:
+                keys = {"class_names": ["a", "b", "c"]}
+            pairs = torch.utils.data.TensorDataset(torch.from_numpy(images)[:, None], torch.from_numpy(found))
+            return image_set_from_dataset(pairs, name="a", split="train", **keys)
+        np.savez(tmp_path / "a.npz", images=images, labels=found)
+        return load_dataset(DataConfig(name=f"npz:{tmp_path}/a.npz", test_share=0.1, **keys), "train")
+
+    shifted = np.arange(40) % 4 - 1
+    with pytest.raises(DataError, match="have the label -1, about as many as a class has. If the labels count from -1"):
+        load(shifted)
+    assert load(shifted, labels=8).has_labels  # unlabeled samples that are meant
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        assert load(np.repeat([-1, 0, 1], [60, 10, 10])).has_labels
+    assert load(np.arange(40) % 4).is_labeled
 
 
 def test_a_set_without_labels_must_be_meant(tmp_path: Path) -> None:

@@ -16,6 +16,14 @@ from kdpipe.stages.evaluation.main_metric import deciding, main_value
 from kdpipe.stages.export import onnx_export
 from kdpipe.stages.runtime.events import WARNING, ProgressEvent, RunMonitor
 from kdpipe.stages.training import preflight
+from kdpipe.stages.training.finalize import min_agreement
+
+
+@pytest.mark.parametrize(("num_images", "may_differ"), [(10, 0), (20, 1), (40, 2), (90, 2), (200, 2), (1000, 10)])
+def test_few_images_may_always_differ(num_images: int, may_differ: int) -> None:
+    for num_wrong in (may_differ, may_differ + 1):
+        accepted = 1 - num_wrong / num_images >= min_agreement(num_images) - 1e-9
+        assert accepted == (num_wrong == may_differ)
 
 
 @pytest.fixture

@@ -94,7 +94,7 @@ def test_earlier_artifacts_survive_a_failed_export(run, own, monkeypatch):
     before = folder_bytes(folder)
     with pytest.raises(ModelError, match="opset"):
         exported(own, run, dataclasses.replace(CONFIG, opset=7))
-    monkeypatch.setattr("kdpipe.stages.training.finalize.MIN_AGREEMENT", 1.1)
+    monkeypatch.setattr("kdpipe.stages.training.finalize.min_agreement", lambda num_images: 1.1)
     monkeypatch.setattr(
         "kdpipe.stages.training.finalize.CHECKED_IMAGES", 5
     )  # of a step's own file; what is handed over sees all 80

@@ -224,3 +224,30 @@ def test_missing_split_error_names_the_file(tmp_path: Path) -> None:
         _load(tmp_path, "test")
     assert f"no file {tmp_path / 'test.npz'}" in str(raised.value)
     assert "data.root" in str(raised.value)
+
+
+def test_labels_and_numbers_are_rows_of_targets(tmp_path: Path) -> None:
+    labels = (np.arange(24).reshape(12, 2) % 3 == 0).astype(np.int64)
+    labels[0] = -1
+    np.savez(tmp_path / "toy.npz", images=IMAGES, labels=labels, classes=np.array(["hat", "scarf"]))
+    config = DataConfig(name=f"npz:{tmp_path / 'toy.npz'}", task="multilabel", test_share=0.5)  # type: ignore[arg-type]
+    train = load_dataset(config, "train")
+    assert train.class_names == ("hat", "scarf") and train.targets is not None
+    wanted = labels[train.sample_ids.numpy()].astype(np.float32)
+    assert np.array_equal(train.targets.numpy(), np.where(wanted == -1, np.nan, wanted), equal_nan=True)
+    assert train.labels.tolist() == [-1 if number == 0 else 0 for number in train.sample_ids.tolist()]
+
+
+@pytest.mark.parametrize(
+    ("task", "labels", "wanted"),
+    [
+        ("multilabel", np.full((12, 2), 2), "label 0 of the sample at position 0 is 2: .* 0 or 1"),
+        ("regression", np.full((12, 1), np.inf), "must be finite"),
+        ("regression", np.zeros((12, 2, 2)), r"must be numbers \[N, K\], found float64 \[12, 2, 2\]"),
+        ("classification", np.zeros((12, 2)), 'set data.task = "multilabel"'),
+    ],
+)
+def test_targets_that_do_not_fit_their_task_are_refused(tmp_path: Path, task: Any, labels: Any, wanted: str) -> None:
+    np.savez(tmp_path / "toy.npz", images=IMAGES, labels=labels)
+    with pytest.raises(DataError, match=wanted):
+        load_dataset(DataConfig(name=f"npz:{tmp_path / 'toy.npz'}", task=task), "train")  # type: ignore[arg-type]

@@ -18,7 +18,7 @@ from kdpipe.stages.data.image_set import digest
 from kdpipe.stages.data.load import load_dataset
 from kdpipe.stages.data.sources.image_folder import sample_id
 from kdpipe.stages.data.sources.table import _class_names, _Row
-from kdpipe.stages.errors import DataError
+from kdpipe.stages.errors import DataError, RecipeError
 
 ROWS = [("b.png", "dog"), ("more/a.png", "cat"), ("c.png", "cat"), ("d.png", "dog"), ("é.png", "cat")]
 
@@ -162,3 +162,26 @@ def test_an_empty_cell_is_an_unlabeled_image(folder):
         assert train.class_names == ("cat", "dog")
         assert train.sample_ids[train.labels == -1].tolist() == [sample_id("b.png")]
         assert train.notices[-1].endswith(f"1 of {train.num_samples} samples have no label (-1).")
+
+
+def test_columns_of_numbers_are_targets(folder):
+    header, rows = ("path", "age", "size"), [(name, number, 0.5) for number, (name, _) in enumerate(ROWS)]
+    keys = {"task": "regression", "label_column": ("age", "size"), "test_share": 0.01}
+    for suffix in ("csv", "parquet"):
+        train = load(write(folder / f"list.{suffix}", [("b.png", None, 0.5), *rows[1:]], header), **keys)
+        number = {sample_id(name): value for name, value, _ in rows}
+        wanted = [float("nan") if one == sample_id("b.png") else number[one] for one in train.sample_ids.tolist()]
+        assert train.class_names == ("age", "size")
+        assert np.array_equal(train.targets[:, 0].numpy(), np.float32(wanted), equal_nan=True)
+    with pytest.raises(DataError, match="line 2: the label must be a number, or empty, found 'old'"):
+        load(write(folder / "list.csv", [("b.png", "old", 1)], header), **keys)
+
+
+def test_what_a_task_does_not_fit_is_refused(folder):
+    file = write(folder / "list.csv", ROWS)
+    with pytest.raises(RecipeError, match="names several columns: one holds the class"):
+        load(file, label_column=("label", "path"))
+    with pytest.raises(RecipeError, match="data.classes selects samples of some classes"):
+        load(file, task="multilabel", classes=("cat",))
+    with pytest.raises(RecipeError, match="digits has classes only"):
+        load_dataset(DataConfig(name="digits", task="regression"), "train")

@@ -190,3 +190,17 @@ def test_missing_library_is_named(tmp_path, monkeypatch):
 
     monkeypatch.setattr(builtins, "__import__", without)
     assert "pip install 'kdpipe[datasets]'" in refusal(tmp_path)
+
+
+def test_lists_of_classes_and_columns_of_numbers_are_targets(tmp_path):
+    lists = datasets.Sequence(CLASSES)
+    save(tmp_path / "tags", made(lists, [[0], [], None, [0, 1]], age=(datasets.Value("float32"), [1.5, 2, None, 4])))
+    tagged = load(tmp_path / "tags", task="multilabel", test_share=0.01)
+    assert (tagged.class_names, tagged.labels.tolist().count(-1)) == (("cat", "dog"), 1)
+    wanted = {0: [1.0, 0.0], 1: [0.0, 0.0], 3: [1.0, 1.0]}
+    found = dict(zip(tagged.sample_ids.tolist(), tagged.targets.tolist(), strict=True))
+    assert all(found[number] == row for number, row in wanted.items() if number in found)
+    numbers = load(tmp_path / "tags", task="regression", label_column="age", test_share=0.01)
+    assert numbers.class_names == ("age",) and 2.0 in numbers.targets[:, 0].tolist()
+    with pytest.raises(DataError, match="no column 'size'"):
+        load(tmp_path / "tags", task="regression", label_column=("age", "size"))
