@@ -17,6 +17,7 @@ from kdpipe.pipeline.report.networks import (
     num_training_images,
 )
 from kdpipe.pipeline.report.rows import Report, Row, mean_and_std, read_quality, recovered_accuracy
+from kdpipe.pipeline.report.variants import best_variants
 from kdpipe.pipeline.report.verdict import Accuracy, Setting, Verdict, setting_of, verdict
 from kdpipe.pipeline.terminal.output import printable
 from kdpipe.stages.compress.artifacts.latency_record import Latencies, latency_path, read_latencies
@@ -59,18 +60,19 @@ def read_report(run: Path, compressed: Path | None = None) -> Report:
     missing: list[str] = []
     found: AllResults = {entry.kind: {job: JobDir(job).result() for job in entry.jobs} for entry in entries}
     outcomes = {kind: read_outcomes(results) for kind, results in found.items()}
-    in_python = (run / MADE_IN_PYTHON).exists()  # networks that were never begun are not missing there
+    variants = best_variants(run)
+    in_part = bool(variants) or (run / MADE_IN_PYTHON).exists()  # networks that were never begun are not missing there
     for entry in entries:
         results = _finished(found[entry.kind])
         num_missing = len(entry.jobs) - len(results)
-        if num_missing and (not in_python or any(job.exists() for job in entry.jobs)):
+        if num_missing and (not in_part or any(job.exists() for job in entry.jobs)):
             missing.append(f"{entry.name} ({num_missing} of {len(entry.jobs)})")
         rows += [_row(entry, results, rows, outcomes[entry.kind], latency)] if results else []
     artifacts = [str(path.parent) for seed in seeds for path in root.glob(f"artifacts-seed{seed}/card.json")]
     return Report(
         run=str(run),
         recipe=name,
-        verdict=_verdict(rows, outcomes, _setting(recipe, entries, found, rows)),
+        verdict=_verdict(rows, outcomes, _setting(recipe, entries, found, rows), variants),
         latency=latency,
         rows=rows,
         differences=differences_of(outcomes),
@@ -95,7 +97,10 @@ def _setting(
     return replace(setting, tested=rows[0].tested) if rows else setting
 
 
-def _verdict(rows: Sequence[Row], outcomes: Outcomes, setting: Setting) -> Verdict:
+def _verdict(rows: Sequence[Row], outcomes: Outcomes, setting: Setting, variants: str) -> Verdict:
+    """Return the verdict on the run's own students; where it has none, which variant of them is the best."""
+    if variants and all(row.kind != "student" for row in rows):
+        return Verdict("unknown", variants, None, [])
     accuracies = {row.kind: Accuracy(row.name, row.accuracy_mean, row.accuracy_std) for row in rows}
     gain, gap = (between(outcomes, kind, "alone") for kind in ("student", "teacher"))
     return verdict(accuracies, gain, gap, setting)

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from kdpipe.pipeline.recipe.sweep import short_names
 from kdpipe.pipeline.report.differences import p_text
@@ -14,6 +14,8 @@ from kdpipe.stages.errors import RunError
 from kdpipe.stages.evaluation.intervals import Interval
 from kdpipe.stages.evaluation.main_metric import main_percent, metric_of
 from kdpipe.stages.training.job_dir import read_json_file
+
+T = TypeVar("T")
 
 RESULTS = "results.json"
 """The record of a comparison or sweep, in the folders `compare` and `sweep` of a run."""
@@ -84,10 +86,44 @@ def recorded_tables(run: Path, recipe: str) -> Iterator[Table]:
     Raises:
         RunError: If a record is damaged.
     """
-    for command, table in (("compare", compare_table), ("sweep", sweep_table)):
+    tables = {"compare": compare_table, "sweep": sweep_table}
+    yield from _recorded(run, lambda command, found: tables[command](recipe, found))
+
+
+def best_variants(run: Path) -> str:
+    """Return in sentences which variant of a run's comparison, and which setting of its sweep, is the best.
+
+    Raises:
+        RunError: If a record is damaged.
+    """
+    return " ".join(_recorded(run, _best))
+
+
+def _best(command: str, found: Mapping[str, Any]) -> str:
+    """Return which row is the best, on what images, and its gain over the student alone."""
+    rows = found["rows"]
+    best = max(rows, key=ranking_accuracy)
+    if command == "sweep":
+        names, what, base = short_names(found["keys"]), "settings", best["alone"]
+        named = ", ".join(f"{names[key]} {value}" for key, value in best["settings"].items())
+    else:
+        what, named, base = "variants", best["name"], next((row for row in rows if row["name"] == "alone"), None)
+    images = "test" if best["validation_mean"] is None else "validation"
+    accuracy = f"{mean_std(best['accuracy_mean'], best['accuracy_std'])} % test {metric_of(best).title}"
+    text = f"The best of {len(rows)} {what} on the {images} images is {named}: {accuracy}"
+    if base is None or base is best:
+        return f"{text}."
+    gain = best["accuracy_mean"] - base["accuracy_mean"]
+    interval = interval_text(Interval(**best["interval"]), signed=True) if best["interval"] else "unknown"
+    return f"{text}, {gain:+.2f} points over the student alone (95 % interval {interval})."
+
+
+def _recorded(run: Path, make: Callable[[str, Mapping[str, Any]], T]) -> Iterator[T]:
+    """Yield what `make` returns for the records of a run's comparison and sweep."""
+    for command in ("compare", "sweep"):
         path = run / command / RESULTS
         try:
             if found := read_json_file(path):
-                yield table(recipe, found)
+                yield make(command, found)
         except (KeyError, TypeError, AttributeError, ValueError, IndexError) as error:
             raise RunError(f"{path} is damaged ({error!r}): run `kdpipe {command}` again.") from error

@@ -86,7 +86,7 @@ def student_costs(probe: Probe, students: dict[tuple[str, int], Path]) -> Iterat
     if compresses:
         what, count = f"networks ({', '.join(recipe.compress.steps)})", count * len(fine_tunings(recipe.compress))
         measure = partial(_compression_time, probe, compressions, spec)
-        seconds, note = _measured(measure, why, "without exports and latencies")
+        seconds, note = _measured(measure, why)
         yield StageCost("compress", what, count, count - len(compressions), seconds, note)
 
 
@@ -165,8 +165,9 @@ def _compression_time(probe: Probe, compressions: Sequence[tuple[str, int]], spe
             whole = probe.fine_tuning(train, spec if distilled else None, quantized=way[1])
             of_an_epoch[way] = whole.times(1 / train.epochs)
         seconds += of_an_epoch[way].times(train.epochs) if train.epochs else NOTHING
+    after = probe.after_compression(compressions)
     kept = 1 - config.prune.ratio if config.prunes and config.prune.kind == "channels" else 1.0
-    return Seconds(seconds.low * kept, seconds.high)
+    return Seconds(seconds.low * kept, seconds.high) + after
 
 
 def _places(run: Run, done: Sequence[Path]) -> str:

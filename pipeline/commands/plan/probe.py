@@ -8,12 +8,13 @@ import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
 
 from kdpipe.pipeline.commands.plan.existing import open_stores
+from kdpipe.pipeline.commands.plan.exports import ExportTime, time_export
 from kdpipe.pipeline.recipe.load import trainings_of
 from kdpipe.pipeline.run import Run
 from kdpipe.pipeline.steps import cache_teacher
@@ -31,6 +32,7 @@ from kdpipe.stages.data.splits import stratified_subset
 from kdpipe.stages.distillation.spec import DistillationSpec
 from kdpipe.stages.distillation.stores import open_distillation
 from kdpipe.stages.distillation.student_config import StudentConfig
+from kdpipe.stages.distillation.task_builder import build_student
 from kdpipe.stages.evaluation.evaluate import evaluate
 from kdpipe.stages.losses.base import Loss
 from kdpipe.stages.losses.distillation import student_layers
@@ -45,20 +47,20 @@ from kdpipe.stages.training.loop import time_steps
 from kdpipe.stages.training.optim import TrainConfig
 from kdpipe.stages.training.task import TrainingTask
 
-MAX_EVALUATED = 512
-"""Images that are evaluated, or cached in one batch, at most."""
+MAX_EVALUATED = 128
+"""Images that are evaluated, or cached in one batch, at most: enough to time a large network in seconds."""
 
 EVALUATED_BYTES = 2**24
 """Pixels of these images as float32, at most: the outputs of a network's layers take many times that."""
 
 SHORT_S = 0.25
-"""Steps that take less are timed several times."""
+"""What takes less is timed several times, for about so long."""
 
-NUM_STEPS = 12
+MIN_STEPS, MAX_STEPS = 12, 100
 """Steps that are run of those, the first two to warm up."""
 
 SPREAD = 1.3
-"""The upper end of an estimate, as a multiple of the median: other work on the machine, exports, the last batches."""
+"""The upper end of an estimate, as a multiple of the mean: the machine is not always as busy as now."""
 
 
 @dataclass(frozen=True)
@@ -134,6 +136,7 @@ class Probe:
         teacher: The teacher of the caching.
         features: The features that its store needs.
         store: The run's store, or that of another run which it would use.
+        exports: The times of exports, by the network.
     """
 
     run: Run
@@ -141,23 +144,42 @@ class Probe:
     teacher: ModelBundle
     features: Sequence[FeatureSpec]
     store: Path
+    exports: dict[str, ExportTime] = field(default_factory=dict)
 
     def teacher_training(self) -> Seconds:
         """Return the time of the teacher's training, or of the evaluation of a given one."""
         config, seed, sample = self.run.recipe.teacher, self.run.recipe.seed, self.sample
         teacher = build_teacher(config, seed, sample)
+        end = self._end("teacher", teacher, sample, exports=config.exports)
         if config.train is None:
-            return self._evaluation(teacher, sample)
+            return end
         task = TrainingTask(sample.train_loader, 1, teacher.normalize, fresh_views=True)
         job = TrainJob("plan", "teacher", teacher.model, task, None, config.train, seed, JobDir(Path()))
-        return self._training(job, teacher, sample)
+        return self._training(job, teacher, sample) + end
 
     def student_training(self, spec: DistillationSpec | None, config: StudentConfig | None = None) -> Seconds:
         """Return the time of the training of a student, the recipe's by default; alone without `spec`."""
         config = config or self.run.recipe.student
         job = build_step_job(Variant("plan", config, spec), self._context(spec))
-        network = ModelBundle(job.model, {}, job.task.normalize)
-        return self._training(job, network, self.sample.resized(config.image_size))
+        network, context = ModelBundle(job.model, {}, job.task.normalize), self.sample.resized(config.image_size)
+        exports = config.export and not (self.run.recipe.points or self.run.recipe.compare)
+        return self._training(job, network, context) + self._end("student", network, context, exports=exports)
+
+    def after_compression(self, compressions: Sequence[tuple[str, int]]) -> Seconds:
+        """Return the time of the exports and latencies of networks that `kdpipe compress` makes, by kind and seed.
+
+        Each is timed as the student, and written twice: after its training, and among the artifacts.
+        """
+        config, found = self.run.recipe.compress, self.exports.get("student")
+        if found is None:
+            student, context = self.run.recipe.student, self.sample.resized(self.run.recipe.student.image_size)
+            network = build_student(student, student.seeds[0], context, ())
+            found = self.exports["student"] = time_export(network, context.image_shape, config.opset)
+        files = sum(not kind.endswith("-alone") for kind, _ in compressions)
+        seeds = len({seed for _, seed in compressions})
+        teacher_s = self.exports["teacher"].latency_s(config) if "teacher" in self.exports else 0.0
+        seconds = files * (2 * found.export_s + found.latency_s(config)) + seeds * (teacher_s + found.latency_s(config))
+        return Seconds(seconds, SPREAD * seconds)
 
     def fine_tuning(self, train: TrainConfig, spec: DistillationSpec | None, *, quantized: bool) -> Seconds:
         """Return the time of a fine-tuning of the unpruned student."""
@@ -204,19 +226,33 @@ class Probe:
         step = _step_time(replace(job, config=plain), device)
         return (step.times(steps) + self._evaluation(network, context)).times(train.epochs)
 
+    def _end(self, role: str, network: ModelBundle, context: StageContext, *, exports: bool) -> Seconds:
+        """Return the time of what follows the training of a network: an evaluation, and the export if there is one."""
+        seconds = self._evaluation(network, context)
+        if not exports:
+            return seconds
+        if role not in self.exports:
+            self.exports[role] = time_export(network, context.image_shape, None)
+        export_s = self.exports[role].export_s
+        return seconds + Seconds(export_s, SPREAD * export_s)
+
     def _evaluation(self, network: ModelBundle, context: StageContext) -> Seconds:
         """Return the time of an evaluation on all images that decide."""
         test = context.evaluation(network.normalize)
         network.model.to(context.device)
         evaluate(network.model, test, context.device)
-        started = time.perf_counter()
-        evaluate(network.model, test, context.device)
-        per_image = (time.perf_counter() - started) / context.test_set.num_samples
+        started, rounds = time.perf_counter(), 0
+        while rounds == 0 or time.perf_counter() - started < SHORT_S:
+            evaluate(network.model, test, context.device)
+            rounds += 1
+        per_image = (time.perf_counter() - started) / (rounds * context.test_set.num_samples)
         return Seconds(per_image, SPREAD * per_image).times(self.run.context.deciding.test_set.num_samples)
 
 
 def _step_time(job: TrainJob, device: torch.device) -> Seconds:
     times_s = time_steps(job, device, 2)[1:]
     if times_s[0] < SHORT_S:
-        times_s = time_steps(job, device, NUM_STEPS)[2:]
-    return Seconds(min(times_s), SPREAD * statistics.median(times_s))
+        num_steps = min(MAX_STEPS, max(MIN_STEPS, round(SHORT_S / times_s[0])))
+        times_s = time_steps(job, device, num_steps)[2:]
+    mean = statistics.fmean(times_s)  # the median would leave out when other processes have the core
+    return Seconds(min(statistics.median(times_s), mean), SPREAD * mean)

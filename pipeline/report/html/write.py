@@ -67,6 +67,9 @@ SECTIONS = (
 
 MAX_BYTES = 1_000_000
 
+MAX_DETAILED = 20
+"""Runs that have a part of their own, keys and curves on a page; the table of runs has them all."""
+
 FIRST_LEFT_OUT = (
     "samples",
     "similarity",
@@ -105,7 +108,9 @@ def page(runs: Sequence[PageRun], on_message: Message) -> str:
     title, together = runs[0].report.recipe, None
     if len(runs) > 1:
         title = f"{len(runs)} runs"
-        together = _attempt("compare.html", lambda: comparison(runs), "the comparison", on_message)
+        together = _attempt("compare.html", lambda: comparison(runs, MAX_DETAILED), "the comparison", on_message)
+    if len(runs) > MAX_DETAILED:
+        on_message(f"the page has all {len(runs):,} runs in a table, and details of the first {MAX_DETAILED} only.")
     parts = [
         {
             "run": run,
@@ -113,7 +118,7 @@ def page(runs: Sequence[PageRun], on_message: Message) -> str:
             "facts": _attempt("facts.html", partial(facts, run), f"{run.report.recipe}: what it is", on_message, run),
             "sections": _sections(run, on_message),
         }
-        for run in runs
+        for run in runs[:MAX_DETAILED]
     ]
     draw = partial(render, "page.html", title=title, comparison=together, parts=parts)
     return _fitted(parts, lambda: with_unique_ids(draw()), on_message)

@@ -19,6 +19,7 @@ from support.report_page import examined, leave_job, made_run, page_of
 from kdpipe.pipeline.job import _print_results
 from kdpipe.pipeline.report.chart import spread, with_unique_ids
 from kdpipe.pipeline.report.formatting import interval_text
+from kdpipe.pipeline.report.html import write
 from kdpipe.pipeline.report.html.write import SECTIONS, write_page
 from kdpipe.pipeline.report.report import read_report
 from kdpipe.stages.compress.artifacts.load import rebuild
@@ -280,6 +281,16 @@ def test_page_is_written_where_home_is_not_writable(tmp_path, made):
 def test_labels_are_spread_apart_within_the_frame():
     assert spread([10, 50, 12], 10, 100) == [10, 50, 20]
     assert sorted(spread([98, 99, 97], 10, 100)) == [80, 90, 100]
+
+
+def test_a_page_of_many_runs_has_details_of_the_first_ones(tmp_path, monkeypatch):
+    monkeypatch.setattr(write, "MAX_DETAILED", 2)
+    _, read, messages = page_of(*(made_run(tmp_path / f"run{number}", f"made{number}") for number in range(4)))
+    assert [row["folder"] for row in read.table("Comparison of runs")] == ["run0", "run1", "run2", "run3"]
+    assert "Keys, curves and parts are those of the first 2 of these 4 runs" in read.text
+    assert "run folder run1" in read.text
+    assert "run folder run2" not in read.text
+    assert messages[0] == "the page has all 4 runs in a table, and details of the first 2 only."
 
 
 @pytest.fixture(scope="module")

@@ -226,6 +226,31 @@ def test_short_result_has_gain_networks_and_places(tmp_path, monkeypatch):
     assert kdpipe_here("report", run, "--no-html").exit_code == 1
 
 
+@pytest.mark.parametrize(
+    ("command", "told"),
+    [
+        ("sweep", "The best of 2 settings on the test images is temperature 8, epochs 1: 97.00 % test accuracy"),
+        ("compare", "The best of 2 variants on the validation images is kd: 97.00 % test accuracy"),
+    ],
+)
+def test_a_sweep_or_comparison_is_judged_by_its_best_row(tmp_path, command, told):
+    """The recipe's own students are not missing: nobody has asked for them."""
+    run = run_folder(tmp_path / "run", {"teacher": examined()})
+    figures = {"accuracy_std": None, "interval": {"low": 1.0, "high": 3.5, "over": "images"}}
+    validation = {"validation_mean": 95.0 if command == "compare" else None}
+    alone = {"name": "alone", "accuracy_mean": 95.0, **figures, "validation_mean": 90.0}
+    kd = {"name": "kd", "accuracy_mean": 97.0, **figures, **validation, "alone": alone}
+    kd |= {"settings": {"distill.0.temperature": 8, "student.train.epochs": 1}}
+    worse = kd | {"accuracy_mean": 96.0} if command == "sweep" else alone
+    (run / command).mkdir()
+    record = {"keys": list(kd["settings"]), "rows": [worse, kd], "teacher": {}}
+    (run / command / "results.json").write_text(json.dumps(record))
+    ended = kdpipe_here("report", run, "--no-html")
+    assert (ended.exit_code, "missing" in ended.stdout) == (0, False)
+    wanted = f"{told}, +2.00 points over the student alone (95 % interval +1.00 to +3.50 over images)."
+    assert wanted in " ".join(ended.stdout.split())
+
+
 def test_page_of_a_read_only_run_goes_into_the_current_folder(tmp_path, monkeypatch):
     run = tmp_path / "theirs"
     run.mkdir()

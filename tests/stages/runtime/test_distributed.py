@@ -10,6 +10,7 @@ import json
 import os
 import sys
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from support.two_processes import free_port, run_two_processes
 from torch import nn
 
 from kdpipe.stages.data.loader.image_loader import ImageBatch, ImageLoader, ViewRequest
+from kdpipe.stages.errors import StoppedEarly
 from kdpipe.stages.losses.base import Loss
 from kdpipe.stages.losses.features.at import AT
 from kdpipe.stages.losses.features.hint import Hint
@@ -63,6 +65,7 @@ from kdpipe.stages.training.loop import train
 from kdpipe.stages.training.optim import TrainConfig
 from kdpipe.stages.training.optimization.gradients import GradientAverage
 from kdpipe.stages.training.task import TrainingTask
+from kdpipe.stages.workspace import Workspace
 from kdpipe.store import FingerprintMismatch
 
 NUM, SPLIT, CLASSES = 7, 4, 5
@@ -238,6 +241,26 @@ def agreement(processes: ProcessGroup) -> dict[str, Any]:
     }
 
 
+def waits(processes: ProcessGroup, folder: Path, *, stop: bool) -> list[Any]:
+    """Wait for the turn of another job until it ends, or the second process gets a signal; return what was seen."""
+    workspace, looks, said = Workspace(folder), [0], []
+    with ExitStack() as other, suppress(StoppedEarly):
+        if processes.is_main:
+            other.enter_context(workspace.turn("train-teacher", "teacher", {}, RunMonitor()))
+        processes.on_main(int)  # both begin when it is taken
+
+        def should_stop() -> bool:
+            looks[0] += 1
+            if looks[0] == 3 and not stop:
+                other.close()
+            return stop and looks[0] == 3 and not processes.is_main
+
+        monitor = RunMonitor(lambda event: said.append(event.job.partition(" that ")[0]), should_stop)
+        with workspace.turn("train-teacher", "teacher", {}, monitor, processes):
+            said.append("begun")
+    return [looks[0], *said]
+
+
 def run_process(rank: int, folder: Path, port: str) -> None:
     torch.set_num_threads(1)
     place = {"RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
@@ -251,6 +274,7 @@ def run_process(rank: int, folder: Path, port: str) -> None:
             "by_kernels_of_one": results_by_kernels(slice(0) if rank == 0 else slice(None)),
             "trained": train_digest(processes, folder),
         }
+        found["waits"] = [waits(processes, folder, stop=stop) for stop in (False, True)]
         found["with_dropout"] = train_digest(processes, folder / "dropout", dropout=0.2)
         found["clipped"] = train_digest(processes, folder / "clipped", **CLIPPED)
         found |= {case: loss_and_gradient(case, rows) for case in CASES}
@@ -273,6 +297,11 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
 
 def test_any_process_stops_and_main_clock_saves(results: list[dict[str, Any]]) -> None:
     assert [one["agreement"]["agreed"] for one in results] == [[[True, True], [False, False]]] * 2
+
+
+def test_all_processes_wait_for_another_job_and_stop_together(results: list[dict[str, Any]]) -> None:
+    told = "waits for the teacher"
+    assert [one["waits"] for one in results] == [[[3, told, "begun"], [3, told]], [[3, "begun"], [3]]]
 
 
 def test_value_of_main_process_is_broadcast(results: list[dict[str, Any]]) -> None:

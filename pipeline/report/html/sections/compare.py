@@ -35,7 +35,10 @@ MAX_KEYS = 60
 """Recipe keys that are listed."""
 
 
-def comparison(runs: Sequence[PageRun]) -> dict[str, object]:
+def comparison(runs: Sequence[PageRun], num_detailed: int) -> dict[str, object]:
+    """Return the table of all runs, and keys and curves of the first `num_detailed`, which have a part of their own."""
+    rows = [_row(run, has_part=number < num_detailed) for number, run in enumerate(runs)]
+    num_runs, runs = len(runs), runs[:num_detailed]
     keys = differing_keys(runs)
     names = [f"{run.report.recipe} ({run.folder_name})" for run in runs]
     settings = Table("Recipe keys that differ", ["key", *names], [[key, *values] for key, *values in keys[:MAX_KEYS]])
@@ -45,7 +48,8 @@ def comparison(runs: Sequence[PageRun]) -> dict[str, object]:
     return {
         "settings": settings if keys else None,
         "num_left_out": max(len(keys) - MAX_KEYS, 0),
-        "runs": Table("Comparison of runs", HEADERS, [_row(run) for run in runs], num_names=2),
+        "runs": Table("Comparison of runs", HEADERS, rows, num_names=2),
+        "too_many": f"the first {len(runs):,} of these {num_runs:,} runs" if num_runs > len(runs) else "",
         "charts": [curve_panel(title, curves, together) for title, curves in panels],
         "legend": legend(together),
     }
@@ -86,11 +90,11 @@ def _curves(runs: Sequence[PageRun], kind: str, names: Sequence[str]) -> list[Cu
     ]
 
 
-def _row(run: PageRun) -> list[object]:
+def _row(run: PageRun, *, has_part: bool) -> list[object]:
     gain, student = run.report.difference("student", "alone"), run.row("student")
     rows = [run.row(kind) for kind in MAIN_KINDS]
     return [
-        link(f"{run.key}top", run.report.recipe),
+        link(f"{run.key}top", run.report.recipe) if has_part else run.report.recipe,
         run.folder_name,
         *(mean_std(row.accuracy_mean, row.accuracy_std) if row else "-" for row in rows),
         mean_std(gain.points, signed=True) if gain else "-",

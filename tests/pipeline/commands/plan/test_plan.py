@@ -13,8 +13,9 @@ from support.tiny_run import RECIPE as TINY
 from support.tiny_run import TEACHER
 
 from kdpipe.pipeline import run_stages
-from kdpipe.pipeline.commands.plan import printing
+from kdpipe.pipeline.commands.plan import printing, probe
 from kdpipe.pipeline.commands.plan.existing import find_students
+from kdpipe.pipeline.commands.plan.exports import ExportTime
 from kdpipe.pipeline.commands.plan.plan import run_plan
 from kdpipe.pipeline.recipe.load import Recipe
 from kdpipe.pipeline.run import Run
@@ -31,9 +32,13 @@ from kdpipe.stages.workspace import NOWHERE, Workspace
 RECIPE = replace(TINY, student=replace(TINY.student, seeds=(0, 1)), compress=CompressConfig(steps=()))
 
 
+EXPORT_S = 50.0
+
+
 @pytest.fixture(autouse=True)
 def untried(without_onnx: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(stage, "try_export", lambda model, image_shape, opset=None: None)
+    monkeypatch.setattr(probe, "time_export", lambda network, image_shape, opset: ExportTime(EXPORT_S, 0.0))
     monkeypatch.setenv("TMPDIR", str(tmp_path))
 
 
@@ -52,6 +57,10 @@ def test_a_plan_tells_every_stage_and_writes_nothing(tmp_path: Path, monkeypatch
         "networks (prune, quantize)": (14, 0),
     }
     ends = [stage["wall_s"] for stage in plan["stages"]]
+    exports = [
+        low // EXPORT_S for low, _ in ends
+    ]  # the rest takes seconds; 8 of the 14 have files, twice
+    assert exports == [1, 0, 2, 2, 16]
     assert all(0 < low < high for low, high in ends)
     assert plan["wall_s"] == pytest.approx([sum(low for low, _ in ends), sum(high for _, high in ends)], rel=0.02)
     assert sum(plan["data"]["train"]["classes"].values()) == plan["data"]["train"]["num_samples"] == 64
