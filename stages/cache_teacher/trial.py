@@ -130,10 +130,9 @@ class Trial:
         has_norms = any(isinstance(module, nn.BatchNorm2d) for module in self.teacher.model.modules())
         may_fold = has_norms and not self.config.compile and not needs_labels(self.layers)
         return [
-            ComputeSettings(one, other, folded=folded)
+            ComputeSettings(one, other, folded=may_fold and other == "channels_last")
             for one in (("float32", *fast) if precision == "auto" else (precision,))
             for other in (("contiguous", "channels_last") if memory_format == "auto" else (memory_format,))
-            for folded in ((False, True) if may_fold and other == "channels_last" else (False,))
         ]
 
     def faithful(self, candidates: Sequence[ComputeSettings]) -> tuple[ComputeSettings, dict[str, Any]]:

@@ -26,6 +26,7 @@ from kdpipe.stages.numerics import derive_seed
 from kdpipe.stages.runtime.collectives import all_reduce_sum
 from kdpipe.stages.runtime.events import RunMonitor
 from kdpipe.stages.runtime.memory import is_out_of_memory
+from kdpipe.stages.targets.outputs import TopKTargets
 from kdpipe.stages.training.checkpoint import Progress, TrainState
 from kdpipe.stages.training.job import TrainJob, num_steps_of
 from kdpipe.stages.training.optimization.clipping import clip_gradients
@@ -144,14 +145,17 @@ class TrainStep:
         """Return the losses, compiled as one graph with the network where that is compiled and they can be."""
         student, losses = self._student, self._job.task.losses
         if student.joins:
+            # Logits of top-k targets are in part computed on the CPU, which has no place in a CUDA graph.
+            in_graph = not (batch.images.is_cuda and any(isinstance(one, TopKTargets) for one in batch.teachers))
             with suppress(RecipeError):
-                if self._may_join:
+                if self._may_join and in_graph:
                     return student.joined(losses, batch.images, replace(batch, progress=UNREADABLE))
             student.joins = False
             self._monitor.warn_once(
                 self._job.stage,
                 f"train.compile: the network of {self._job.name} is compiled, and its losses are not: one of them "
-                "changes from epoch to epoch, keeps a state, is your own, or is not one graph.",
+                "changes from epoch to epoch, keeps a state, is your own, reads top-k targets on a GPU, or is not one "
+                "graph.",
             )
         return losses(student(batch.images), batch)
 
