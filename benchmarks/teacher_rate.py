@@ -24,6 +24,7 @@ from pathlib import Path
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as the command line does
 
 import torch
+from torch import nn
 
 from kdpipe.stages.cache_teacher import trial
 from kdpipe.stages.cache_teacher.cache import fill_store
@@ -116,8 +117,9 @@ def measure(
     flops = 2 * count_macs(teacher.model, context.image_shape)
     config = CacheConfig(batch_size=arguments.batch_size, max_kl=1e-2)
     ways = [ComputeSettings(one, other) for one in peaks for other in ("contiguous", "channels_last")]  # type: ignore[arg-type]
-    if arguments.compile:
-        ways += [replace(way, compile=True) for way in ways]
+    folded = [replace(way, folded=True) for way in ways if way.memory_format == "channels_last"]
+    ways += [replace(way, compile=True) for way in ways] if arguments.compile else []
+    ways += folded if any(isinstance(module, nn.BatchNorm2d) for module in teacher.model.modules()) else []
     chosen = auto(config, teacher, context)
     rates: dict[ComputeSettings, list[float]] = {way: [] for way in ways}
     for number in range(arguments.rounds + 1):

@@ -84,7 +84,8 @@ def _compute(config: CacheConfig, manifest: Manifest, *, exists: bool) -> dict[s
 
 def known_settings(compute: Mapping[str, Any]) -> ComputeSettings:
     """Return the settings of a plan's `compute`; where "auto" stands, those of a small job."""
-    return ComputeSettings.from_json({key: PLAIN[key] if compute[key] == "auto" else compute[key] for key in PLAIN})
+    known = {key: value for key, value in compute.items() if value != "auto"}
+    return ComputeSettings.from_json({**PLAIN, **known})
 
 
 def _array(

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
+from operator import attrgetter
 
 import torch
 from torch import Tensor
@@ -62,14 +64,10 @@ def teacher_forward_in_chunks(
     def run(rows: slice) -> tuple[slice, ModelOutput]:
         labels = hard.rows(rows) if hard is not None and needs_labels(features) else None
         images = image_batch.images[rows]
-        compute = partial(forward, extractor, teacher, images, labels)
-        return rows, threads.run_checked((*images.shape, labels is None), compute, _tensors) if threads else compute()
+        compute, tensors = partial(forward, extractor, teacher, images, labels), attrgetter("tensors")
+        return rows, threads.run_checked((*images.shape, labels is None), compute, tensors) if threads else compute()
 
     return run_in_chunks(teacher.model, len(image_batch.images), run, warn)
-
-
-def _tensors(output: ModelOutput) -> list[Tensor]:
-    return [output.logits, *output.features.values()]
 
 
 def needs_labels(features: Sequence[FeatureSpec]) -> bool:
@@ -86,7 +84,8 @@ def forward(extractor: FeatureExtractor, teacher: ModelBundle, images: Tensor, h
     if hard is None:
         # Hooks detect layers that are overwritten by the versions of tensors, which inference mode does not count.
         without_grad = torch.no_grad() if extractor.layers else torch.inference_mode()
-        with without_grad, teacher.compute.active(images.device):
+        folded = extractor.folded(normalized) if teacher.compute.folded else nullcontext()
+        with without_grad, teacher.compute.active(images.device), folded:
             outputs = extractor(normalized)
         return outputs.to_float32()
     exact = replace(teacher.compute, precision="float32")  # gradients of single pixels fall below float16's range

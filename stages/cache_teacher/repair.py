@@ -66,7 +66,7 @@ def _manifest(
         if not (path / "markers").is_dir():
             raise
     planned = plan_store(config, teacher, layers, samples_in_row_order(context), context)
-    for way in product(get_args(Precision), get_args(MemoryFormat), (False, True)):
+    for way in product(get_args(Precision), get_args(MemoryFormat), (False, True), (False, True)):
         with suppress(StoreError):  # the markers' fingerprint covers how the teacher was computed
             return rebuild_manifest(path, with_settings(planned, ComputeSettings(*way), {}))
     return rebuild_manifest(path, planned)  # says why not

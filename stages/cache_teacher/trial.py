@@ -127,10 +127,13 @@ class Trial:
         # The gradients of single pixels fall below float16's range.
         barred = {"float16"} if any(feature.source == INPUT_GRADIENT for feature in self.layers) else set[str]()
         fast = [one for one in fast_precisions(self.context.device) if one not in barred]
+        has_norms = any(isinstance(module, nn.BatchNorm2d) for module in self.teacher.model.modules())
+        may_fold = has_norms and not self.config.compile and not needs_labels(self.layers)
         return [
-            ComputeSettings(one, other)
+            ComputeSettings(one, other, folded=folded)
             for one in (("float32", *fast) if precision == "auto" else (precision,))
             for other in (("contiguous", "channels_last") if memory_format == "auto" else (memory_format,))
+            for folded in ((False, True) if may_fold and other == "channels_last" else (False,))
         ]
 
     def faithful(self, candidates: Sequence[ComputeSettings]) -> tuple[ComputeSettings, dict[str, Any]]:

@@ -29,11 +29,13 @@ class ComputeSettings:
             "float32" rounds nothing.
         memory_format: Memory format of images [B, C, H, W] and of the weights of convolutions.
         compile: Whether torch.compile compiles the network.
+        folded: Whether batch norms in evaluation are folded into the convolutions before them.
     """
 
     precision: Precision = "float32"
     memory_format: MemoryFormat = "contiguous"
     compile: bool = False
+    folded: bool = False
 
     @property
     def autocast_dtype(self) -> torch.dtype | None:
@@ -81,19 +83,21 @@ class ComputeSettings:
             yield
 
     def to_json(self) -> dict[str, Any]:
-        return asdict(self)
+        record = asdict(self)
+        return record if self.folded else {key: record[key] for key in record if key != "folded"}  # the older form
 
     @staticmethod
     def from_json(record: Mapping[str, Any]) -> ComputeSettings:
         """Read settings from a record. Raises TypeError, KeyError or ValueError for an invalid one."""
-        settings = ComputeSettings(record["precision"], record["memory_format"], record["compile"])
+        folded = record.get("folded", False)
+        settings = ComputeSettings(record["precision"], record["memory_format"], record["compile"], folded)
         if settings.precision not in get_args(Precision) or settings.memory_format not in get_args(MemoryFormat):
             raise ValueError(f"unknown settings: {record}")
         return settings
 
     def __str__(self) -> str:
         parts = [self.precision, *([self.memory_format] if self.memory_format != "contiguous" else [])]
-        return ", ".join([*parts, *(["compiled"] if self.compile else [])])
+        return ", ".join([*parts, *["folded batch norms"] * self.folded, *["compiled"] * self.compile])
 
 
 EXACT = ComputeSettings()

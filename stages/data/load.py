@@ -91,7 +91,7 @@ def load_dataset(
         task=config.task,
         targets=None if targets is None else torch.from_numpy(targets),
     )
-    if split == "train" and config.labels == "all":
+    if split == "train" and config.labels == "all" and targets is None:
         refuse_shifted(listing.name, labels, names)
     if split == "train" and config.labels != "none" and not loaded.has_labels:
         raise DataError(f"no training sample of {listing.name} has a label: set data.labels = 'none'.")

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from kdpipe.stages.compute.compiled import begin_step, compiled
+from kdpipe.stages.compute.folding import FoldedBatchNorms
 from kdpipe.stages.errors import ModelError, cause
 from kdpipe.stages.models.clone import preserve_modes
 from kdpipe.stages.models.tokens import PRE_LOGITS, hooked, split_form, token_part
@@ -26,6 +27,10 @@ class ModelOutput:
 
     logits: Tensor
     features: Mapping[str, Tensor]
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        return [self.logits, *self.features.values()]
 
     def rows(self, index: Tensor) -> ModelOutput:
         """Return the outputs for some of the samples, index int64 [n]."""
@@ -119,6 +124,7 @@ class FeatureExtractor:
         self._compiled: Callable[[Tensor], tuple[Tensor, list[Tensor]]] | None = None
         self._joined: Callable[..., Any] | None = None  # the pass and a function of its outputs
         self.joins = compile_key is not None  # whether both may be compiled as one
+        self._folded: FoldedBatchNorms | None = None
         self._captured: dict[str, Tensor] | None = None  # in a call that is compiled
         self._record: _Record | None = None  # outside of a call the model runs as without hooks
         self._num_calls: dict[bool, Counter[str]] = {}  # of each layer in a forward pass, by training mode
@@ -175,6 +181,13 @@ class FeatureExtractor:
             self._joined = compiled(run, images.device, key=self._compile_key)
         begin_step(images.device)
         return self._joined(images, *arguments)  # type: ignore[no-any-return]
+
+    def folded(self, images: Tensor) -> FoldedBatchNorms:
+        """Return what computes the network, in evaluation and with the weights of the first call, with folded norms."""
+        if self._folded is None:
+            self._find_overwritten(images[:2])
+            self._folded = FoldedBatchNorms(lambda: self.eager(images[:2].clone()).tensors)
+        return self._folded
 
     def _run(self, images: Tensor) -> _Record:
         given = images.clone() if IMAGES in self.overwritten else images

@@ -95,8 +95,8 @@ class TrainConfig:
             take it if it is clearly faster in a short trial.
         memory_format: Memory format of images and convolutions. "auto" is channels_last in mixed precision and
             contiguous elsewhere; long trainings on a CPU take what is faster in the trial.
-        compile: Whether torch.compile compiles the forward and backward pass of the network and, where they allow it, of
-            the losses; on CUDA with CUDA graphs.
+        compile: Whether torch.compile compiles the forward and backward pass of the network and, where possible, of the
+            losses; on CUDA with CUDA graphs.
         checkpoint_every_s: Seconds between checkpoints; it never changes the result.
     """
 

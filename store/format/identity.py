@@ -19,7 +19,7 @@ def sha256_of(value: Any) -> str:
     return hashlib.sha256(canonical_json(value).encode()).hexdigest()
 
 
-PLAIN = {"precision": "float32", "memory_format": "contiguous", "compile": False}
+PLAIN = {"precision": "float32", "memory_format": "contiguous", "compile": False, "folded": False}
 """How the teacher of a store without a record was computed."""
 
 
@@ -27,6 +27,7 @@ def describe_computation(compute: Mapping[str, Any], trial: Mapping[str, Any]) -
     """Return as text how a store's teacher was computed, and what its trial found."""
     names = {**PLAIN, **compute}
     settings = [str(names[key]) for key in ("precision", "memory_format")] + ["compiled"] * bool(names["compile"])
+    settings += ["folded batch norms"] * bool(names["folded"])
     on = f" on {trial['device']}" if "device" in trial else ""
     parts = [", ".join(settings) + on, *([f"batches of {trial['batch_size']}"] if "batch_size" in trial else [])]
     parts += [f"{trial['threads']} threads"] if "threads" in trial else []

@@ -307,7 +307,7 @@ VARIABLES = [
 ]
 
 
-@pytest.mark.parametrize(("command", "given"), zip(cycle(["run", "plan", "views", "store repair"]), VARIABLES))
+@pytest.mark.parametrize(("command", "given"), list(zip(cycle(["run", "plan", "views", "store repair"]), VARIABLES)))
 def test_invalid_recipe_variables_are_refused(place, monkeypatch, command, given):
     before = tree(place)
     for name, value in given.items():
@@ -334,7 +334,7 @@ LAUNCHES = [
 
 
 @pytest.mark.parametrize(
-    ("command", "given"), zip(cycle(["train-teacher", "train-student", "compress", "run"]), LAUNCHES)
+    ("command", "given"), list(zip(cycle(["train-teacher", "train-student", "compress", "run"]), LAUNCHES))
 )
 def test_invalid_launcher_variables_are_refused(place, monkeypatch, command, given):
     before = tree(place)

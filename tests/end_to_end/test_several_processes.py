@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 import torch
 from support.device import DEVICE
-from support.kdpipe_process import environment, kdpipe, signal_when
+from support.kdpipe_process import environment, kdpipe, kdpipe_here, signal_when
 from support.two_processes import free_port
 from support.warm_process import WarmProcess
 
@@ -33,10 +33,12 @@ views = { num_views = 2, operations = [{ name = "RandomCrop", padding = 1 }] }
 cache = { batch_size = 64 }
 
 [teacher]
+export = false
 model = { name = "cnn", args = { width = 8 } }
 train = { epochs = 2, batch_size = 32, checkpoint_every_s = 0, precision = "float32" }
 
 [student]
+export = false
 model = { name = "cnn", args = { width = 4 } }
 train = { epochs = 2, batch_size = 32, lr = 0.02, checkpoint_every_s = 0, precision = "float32" }
 seeds = [0]
@@ -188,8 +190,11 @@ def test_an_indivisible_batch_size_is_refused(tmp_path, recipe):
 
 
 @pytest.mark.parametrize("command", ["compress", "run", "generations"])
-def test_single_process_commands_refuse_several(tmp_path, recipe, command):
-    both = together(command, recipe, "--run", tmp_path / "run")
-    assert [process.returncode for process in both] == [2, 2]
-    assert both[0].stderr.startswith(f"kdpipe: error: kdpipe {command} runs in one process, and 2 were started")
+def test_single_process_commands_refuse_several(tmp_path, recipe, monkeypatch, command):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    for rank in "10":
+        monkeypatch.setenv("RANK", rank)
+        ended = kdpipe_here(command, recipe, "--run", tmp_path / "run")
+        assert ended.exit_code == 2
+    assert ended.stderr.startswith(f"kdpipe: error: kdpipe {command} runs in one process, and 2 were started")
     assert not (tmp_path / "run").exists()

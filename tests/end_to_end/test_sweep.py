@@ -9,7 +9,9 @@ from support.compare_runs import differing_files
 from support.kdpipe_process import RECIPE, kdpipe_here, signal_when, start
 
 SWEEP = ("--set", "student.train.lr=0.02,0.1", "--set", "distill.0.temperature=1,4", "--set", "student.seeds=[0,1]")
-SHORT = ("--set", "teacher.train.epochs=2", "--set", "student.train.epochs=1", "--set", "views.num_views=1")
+QUICK = ("teacher.train.epochs=2", "student.train.epochs=1", "views.num_views=1")
+UNEXPORTED = ("teacher.export=false", "student.export=false")
+SHORT = tuple(part for change in (*QUICK, *UNEXPORTED) for part in ("--set", change))
 
 
 @pytest.fixture(scope="module")

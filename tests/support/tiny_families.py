@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from unittest import mock
-
 from torch import nn
 
 
@@ -28,11 +26,3 @@ def mobilenet(num_classes: int) -> nn.Module:
     from torchvision.models import MobileNetV2
 
     return MobileNetV2(num_classes, inverted_residual_setting=[[1, 16, 1, 1], [6, 24, 2, 2]])
-
-
-def vgg8(num_classes: int, in_channels: int, image_size: tuple[int, int]) -> nn.Module:
-    """Build the vgg8 of the recipes, a quarter as wide."""
-    from kdpipe.stages.models.networks import vgg
-
-    with mock.patch.object(vgg, "WIDTHS", [width // 4 for width in vgg.WIDTHS]):
-        return vgg.vgg((1, 1, 1, 1, 1), num_classes=num_classes, in_channels=in_channels, image_size=image_size)

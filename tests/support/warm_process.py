@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import functools
 import io
 import json
@@ -16,6 +17,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from support.export_cache import FOLDER
 from support.paths import PYTHONPATH, TESTS
 
 
@@ -27,7 +29,7 @@ class WarmProcess:
         self.returncode: int | None = None
         request = {"arguments": self.args, "environment": dict(environment), "cwd": str(Path.cwd())}
         pipes = [os.pipe() for _ in range(3)]
-        socket.send_fds(_server()[0], [json.dumps(request).encode()], [written for _, written in pipes])
+        socket.send_fds(_server(), [json.dumps(request).encode()], [written for _, written in pipes])
         for _, written in pipes:
             os.close(written)
         *self._outputs, self._report = [io.FileIO(read) for read, _ in pipes]
@@ -87,12 +89,33 @@ def _readable(files: Sequence[io.FileIO], timeout: float | None) -> list[Any]:
 
 
 @functools.cache
-def _server() -> tuple[socket.socket, subprocess.Popen[bytes]]:
-    """Return the request socket and the server of this process, started at the first call."""
-    here, there = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-    with there:
-        command = [sys.executable, str(TESTS / "support" / "warm_server.py"), str(there.fileno())]
-        path = os.pathsep.join([PYTHONPATH, os.environ.get("PYTHONPATH", "")])
-        environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path}
-        server = subprocess.Popen(command, env=environment, stdin=subprocess.DEVNULL, pass_fds=[there.fileno()])
-    return here, server
+def _server() -> socket.socket:
+    """Return a connection to the server of all test processes, which the first of them starts."""
+    place = Path(os.environ[FOLDER]) / "server"
+    connection = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    with place.with_suffix(".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        try:
+            connection.connect(str(place))
+        except (FileNotFoundError, ConnectionRefusedError):
+            place.unlink(missing_ok=True)
+            _start_server(place)
+            connection.connect(str(place))
+    return connection
+
+
+def _start_server(place: Path) -> None:
+    command = [sys.executable, str(TESTS / "support" / "warm_server.py")]
+    path = os.pathsep.join([PYTHONPATH, os.environ.get("PYTHONPATH", "")])
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path}
+    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as listening:
+        listening.bind(str(place))
+        listening.listen()
+        fd = listening.fileno()
+        _started.append(
+            subprocess.Popen([*command, str(fd)], env=environment, stdin=subprocess.DEVNULL, pass_fds=[fd])
+        )
+
+
+_started: list[subprocess.Popen[bytes]] = []
+"""Kept, because a forgotten Popen warns."""

@@ -5,8 +5,8 @@ Arguments that begin with `kdpipe` run the command line, those that begin with a
 A fork has its own pid, arguments, environment, working folder and output, Python's signal handlers and exit status. It
 ends with os._exit, as in multiprocessing, because tearing down the imported modules takes even longer.
 
-The server computes nothing, because forks lose threads; if it has a thread nevertheless, forks start a new Python. It
-ends when the last client closes its socket.
+The server computes nothing, because forks lose threads; if it has a thread nevertheless, forks start a new Python. All
+test processes use one server, which ends when the last of them has closed its connection.
 """
 
 from __future__ import annotations
@@ -88,28 +88,35 @@ def warm_up() -> None:
     gc.enable()
 
 
-def serve(requests: socket.socket) -> None:
+def serve(listening: socket.socket) -> None:
     """Fork a process for each request, until all clients are gone."""
     has_threads = len(list(Path("/proc/self/task").iterdir())) > 1
     reports: dict[int, tuple[int, int]] = {}
     """By pidfd of a running process: its pid, and the descriptor for its exit status."""
+    num_clients = 0
     with selectors.DefaultSelector() as selector:
-        selector.register(requests, selectors.EVENT_READ)
+        selector.register(listening, selectors.EVENT_READ)
         while True:
             for key, _ in selector.select():
-                if key.fileobj is not requests:
+                if key.fd in reports:
                     selector.unregister(key.fd)
                     report_end(key.fd, *reports.pop(key.fd))
-                    continue
-                request, fds, _, _ = socket.recv_fds(requests, MAX_BYTES, 3)
-                if not request:
-                    return
-                if (pid := os.fork()) == 0:
-                    of_server = [selector.fileno(), requests.fileno(), *reports, *(to for _, to in reports.values())]
-                    become(json.loads(request), fds, of_server, has_threads)
-                watched = report_start(pid, fds)
-                reports[watched] = (pid, fds[2])
-                selector.register(watched, selectors.EVENT_READ)
+                elif key.fileobj is listening:
+                    selector.register(listening.accept()[0], selectors.EVENT_READ)
+                    num_clients += 1
+                elif (received := socket.recv_fds(key.fileobj, MAX_BYTES, 3))[0]:  # type: ignore[arg-type]
+                    request, fds = json.loads(received[0]), received[1]
+                    if (pid := os.fork()) == 0:
+                        open_ones = [selector.fileno(), *selector.get_map(), *(to for _, to in reports.values())]
+                        become(request, fds, open_ones, has_threads)
+                    watched = report_start(pid, fds)
+                    reports[watched] = (pid, fds[2])
+                    selector.register(watched, selectors.EVENT_READ)
+                else:
+                    selector.unregister(key.fileobj)
+                    num_clients -= 1
+                    if not num_clients:
+                        return
 
 
 def report_start(pid: int, fds: list[int]) -> int:

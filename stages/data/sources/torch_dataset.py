@@ -63,7 +63,7 @@ def image_set_from_dataset(dataset: Any, *, name: str, split: Split, **options: 
     listing = list_torch_dataset(dataset, name, **options)
     images = listing.images
     assert not isinstance(images, ImageFileList)
-    if split == "train" and options.get("class_names") is None:
+    if split == "train" and options.get("class_names") is None and listing.targets is None:
         refuse_shifted(name, listing.labels, listing.class_names)
     notices = absent_classes(name, split, listing.labels, listing.class_names, None, targets=listing.targets)
     notices += unlabeled_samples(name, split, listing.labels)

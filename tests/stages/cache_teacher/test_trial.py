@@ -131,15 +131,16 @@ def test_a_trial_takes_the_fastest_that_is_faithful(run, tmp_path, capsys):
     config = CacheConfig(shard_bytes=4096, max_kl=1e-2)
     cache_teacher(config, tmp_path / "fast.zarr", teacher, LAYERS, context)
     info = read_store_info(tmp_path / "fast.zarr")
-    assert info["compute"] == {"precision": "bfloat16", "memory_format": "channels_last", "compile": False}
+    fast = {"precision": "bfloat16", "memory_format": "channels_last", "compile": False, "folded": True}
+    assert info["compute"] == fast
+    assert not recompute(tmp_path / "fast.zarr", teacher, context, 20, 0).differing
     found = info["trial"]
     assert found["device"] == "cpu" and found["batch_size"] in trial.BATCH_SIZES and found["num_images"] == 18
     assert 0 < found["kl"]["1"] < 1e-2 and found["kl"]["20"] < found["kl"]["1"]
     assert 0 < found["features"]["features/stage2"] < trial.MAX_FEATURE_ERROR
     print_store_info(info)
-    assert re.search(
-        r"computed in  bfloat16, channels_last on cpu; batches of \d+; against float32: KL ", capsys.readouterr().out
-    )
+    shown = r"computed in  bfloat16, channels_last, folded batch norms on cpu; batches of \d+; against float32: KL "
+    assert re.search(shown, capsys.readouterr().out)
     plan = plan_cache(CacheConfig(shard_bytes=4096), tmp_path / "fast.zarr", teacher, LAYERS, context, trained=True)
     assert plan["compute"]["precision"] == "bfloat16" and plan["compute"]["batch_size"] == found["batch_size"]
     # The store of the test images is computed as the training images' is.

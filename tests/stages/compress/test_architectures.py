@@ -1,4 +1,4 @@
-"""Tests of compressing residual, depthwise, plain and attention networks end to end."""
+"""Tests of compressing residual, depthwise and attention networks end to end; test_compress.py has plain ones."""
 
 import dataclasses
 import shutil
@@ -31,7 +31,6 @@ from kdpipe.stages.training.job_dir import read_json_file
 FAMILIES = {
     "residual": ModelConfig(name="resnet8"),
     "depthwise": ModelConfig(name="python:support.tiny_families:mobilenet"),
-    "plain": ModelConfig(name="python:support.tiny_families:vgg8"),
     "attention": ModelConfig(name="python:support.tiny_families:vit"),
 }
 FINE = dataclasses.replace(TRAIN, epochs=2, lr=0.01, checkpoint_every_s=30)  # and where it is stopped

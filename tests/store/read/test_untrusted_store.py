@@ -3,38 +3,20 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import signal
-import tracemalloc
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import replace
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from support.many_stores import LOGITS, Wish, first_difference, grow
+from support.many_stores import grow
+from support.untrusted_store import WISHES, outcome
 
-from kdpipe.store import Codec, FingerprintMismatch, StoreError, open_store
 from kdpipe.store.format.identity import sha256_of
 from kdpipe.store.format.markers import CHECKSUM, _text
-from kdpipe.store.format.samples import COLUMNS
 from kdpipe.store.format.schema import MARKER_BYTES
-
-WISH = Wish(LOGITS["float16"], num_samples=900)
-WISHES = {
-    "dense": WISH,
-    "top-k": replace(WISH, form=LOGITS["top-k"]),
-    "zstd": replace(WISH, form=replace(WISH.form, codec=Codec("zstd", 1))),
-    "blosc": replace(WISH, form=replace(WISH.form, codec=Codec("blosc", 1))),
-}
-DEFAULT_MAX_BYTES = 50_000_000
-"""The store itself has 0.4 MB."""
-
-LONGEST_S = 20
 
 Record = dict[str, Any]
 
@@ -48,41 +30,6 @@ def originals(tmp_path_factory) -> dict[str, Path]:
 @pytest.fixture
 def path(originals, tmp_path) -> Path:
     return shutil.copytree(originals["dense"], tmp_path / "a.zarr")
-
-
-@contextmanager
-def guarded() -> Iterator[None]:
-    """Fail if the block hangs or takes much memory."""
-
-    def stop(*_: object) -> None:
-        raise AssertionError(f"it hangs: nothing came within {LONGEST_S} s")
-
-    before = signal.signal(signal.SIGALRM, stop)
-    signal.alarm(LONGEST_S)
-    tracemalloc.start()
-    try:
-        yield
-        assert tracemalloc.get_traced_memory()[1] < DEFAULT_MAX_BYTES
-    finally:
-        tracemalloc.stop()
-        signal.alarm(0)
-        signal.signal(signal.SIGALRM, before)
-
-
-def outcome(path: Path) -> str:
-    """Read everything: return the error message, or "" if all numbers are right. Anything else fails."""
-    with guarded():
-        try:
-            for way in (open_store(path), open_store(path).streamed(1)):
-                assert first_difference(way) is None
-                assert all(isinstance(name, str) for name in (*way.classes, *way.layers))
-                assert way.num_classes > 0
-                json.dumps([way.provenance, dict(way.fidelity), repr(way)])
-        except (StoreError, FingerprintMismatch) as error:
-            assert "\n" not in str(error)
-            assert len(str(error)) < 2000
-            return str(error)
-    return ""
 
 
 def sign(record: Record, fingerprint: bool = True) -> Record:
@@ -271,63 +218,6 @@ def test_non_canonical_json_is_refused(path, name):
 def test_metadata_in_another_encoding_is_refused(path, key, raw):
     (path / key).write_bytes(raw)
     assert outcome(path)
-
-
-KEYS = [
-    "zarr.json",
-    "logits/zarr.json",
-    "logits/c/1/0/0",
-    "markers/c/0/1/0",
-    *[f"samples/{name}/c/0" for name in COLUMNS],
-]
-
-
-@pytest.mark.parametrize("key", KEYS)
-def test_a_file_of_a_gigabyte_is_not_read(path, key):
-    os.truncate(path / key, 2**30)
-    assert outcome(path)
-
-
-@pytest.mark.parametrize("key", KEYS)
-@pytest.mark.parametrize("what", ["pipe", "folder", "device", "link to nothing", "link to itself", "link out", "gone"])
-def test_non_files_are_refused(path, tmp_path, key, what):
-    file = path / key
-    outside = tmp_path / "outside"
-    file.rename(outside)
-    if what == "pipe":
-        os.mkfifo(file)
-    elif what == "folder":
-        (file / "inside").mkdir(parents=True)
-    elif what == "device":
-        file.symlink_to("/dev/zero")
-    elif what == "link to nothing":
-        file.symlink_to("nothing")
-    elif what == "link to itself":
-        file.symlink_to(file)
-    elif what == "link out":
-        file.symlink_to(outside)
-    message = outcome(path)
-    assert message
-    assert what != "link out" or "leads out of the store" in message
-
-
-@pytest.mark.parametrize("key", ["zarr.json", "logits/c/1/0/0", "markers/c/0/1/0", "samples/ids/c/0"])
-def test_a_link_that_stays_within_the_store_is_followed(path, key):
-    (path / key).rename(path / "moved")
-    (path / key).symlink_to(path / "moved")
-    assert outcome(path) == ""
-
-
-def test_linked_store_is_opened(path, tmp_path):
-    (tmp_path / "link.zarr").symlink_to(path)
-    assert outcome(tmp_path / "link.zarr") == ""
-
-
-@pytest.mark.parametrize("folder", ["logits", "logits/c/1", "markers", "samples"])
-def test_a_folder_that_leads_out_is_not_followed(path, tmp_path, folder):
-    (path / folder).rename(tmp_path / "outside")
-    (path / folder).symlink_to(tmp_path / "outside")
-    assert "leads out of the store" in outcome(path)
 
 
 MARKER_CHANGES: dict[str, Callable[[Record], object]] = {
