@@ -11,7 +11,7 @@ import torch
 
 from kdpipe.pipeline.commands.plan.costs import StageCost, student_costs, teacher_cost, total
 from kdpipe.pipeline.commands.plan.existing import find_students
-from kdpipe.pipeline.commands.plan.probe import SPREAD, Probe, Seconds, probed_cache, sample_context
+from kdpipe.pipeline.commands.plan.probe import SPREAD, Probe, Seconds, deciding_sample, probed_cache, sample_context
 from kdpipe.pipeline.preflight import preflight
 from kdpipe.pipeline.run import Run
 from kdpipe.pipeline.session.run_record import peak_memory
@@ -24,6 +24,7 @@ from kdpipe.stages.data.image_files import ImageFiles
 from kdpipe.stages.data.image_set import ImageSet
 from kdpipe.stages.data.tasks import CLASSIFICATION
 from kdpipe.stages.errors import ModelError
+from kdpipe.stages.evaluation.intervals import wilson
 from kdpipe.stages.evaluation.metrics import evaluate_in_depth
 from kdpipe.stages.given_teacher import findings, require_given
 from kdpipe.stages.models.bundle import ModelBundle
@@ -35,8 +36,11 @@ from kdpipe.stages.workspace import shown
 from kdpipe.store import encode_topk, open_store
 from kdpipe.store.format.topk import TAIL
 
-MAX_TRIAL_S = 60.0
+MAX_TRIAL_S = 30.0
 """Time that trying scalings and class orders of a given teacher may take."""
+
+MAX_TRIED = 1000
+"""Test images on which a given teacher is examined, at most."""
 
 TRIED_IMAGES = 2500
 """Passes of an image through the teacher that this takes, about."""
@@ -125,11 +129,16 @@ def _try_given(run: Run, teacher: ModelBundle, sample: StageContext) -> str:
     """Return what other scalings and class orders would reach with a given teacher, on a sample of the test images."""
     if run.recipe.teacher.train is not None or teacher.is_headless or not run.context.test_set.is_labeled:
         return ""
-    test, started = sample.evaluation(teacher.normalize), time.monotonic()
-    report = evaluate_in_depth(teacher.model, test, sample.device)
-    if TRIED_IMAGES / report.num_samples * (time.monotonic() - started) > MAX_TRIAL_S:
+    started = time.monotonic()
+    few = evaluate_in_depth(teacher.model, sample.evaluation(teacher.normalize), sample.device)
+    if TRIED_IMAGES / few.num_samples * (time.monotonic() - started) > MAX_TRIAL_S:
         return "other input scalings and class orders are tried by `kdpipe train-teacher`"
-    reached = f"it reaches {100 * report.top1:.1f} % of {report.num_samples:,} test images"
+    test = replace(sample, test_set=deciding_sample(run.context, MAX_TRIED)).evaluation(teacher.normalize)
+    report = evaluate_in_depth(teacher.model, test, sample.device)
+    reached = f"it reaches {100 * report.top1:.1f} % {report.metric.title} on {report.num_samples:,} test images"
+    if report.metric.is_share:
+        among = wilson(report.top1, report.num_samples).in_percent
+        reached += f" (95 % interval {among.low:.1f} to {among.high:.1f})"
     more = findings(teacher, report, test)
     return f"{reached}. {more}" if more else reached
 

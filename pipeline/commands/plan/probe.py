@@ -93,7 +93,7 @@ def sample_context(run: Run) -> Iterator[StageContext]:
             context,
             run_dir=Path(folder),
             train_set=_sample(context.train_set, count),
-            test_set=_sample(context.deciding.test_set, evaluated(context)),
+            test_set=deciding_sample(context, MAX_EVALUATED),
             validation_set=None,
             views=replace(context.views, num_views=1),
             mix_partners=None,
@@ -103,9 +103,14 @@ def sample_context(run: Run) -> Iterator[StageContext]:
         )
 
 
-def evaluated(context: StageContext) -> int:
+def evaluated(context: StageContext, most: int = MAX_EVALUATED) -> int:
     """Return the number of images that are evaluated at once: few large ones, so that a plan needs little memory."""
-    return max(1, min(MAX_EVALUATED, EVALUATED_BYTES // (4 * math.prod(context.image_shape))))
+    return max(1, min(most, EVALUATED_BYTES // (4 * math.prod(context.image_shape))))
+
+
+def deciding_sample(context: StageContext, most: int) -> ImageSet:
+    """Return `most` of the images that decide, or fewer large ones."""
+    return _sample(context.deciding.test_set, evaluated(context, most))
 
 
 def probed_cache(config: CacheConfig, context: StageContext) -> CacheConfig:
