@@ -25,7 +25,7 @@ from kdpipe.stages.data.image_set import ImageSet
 from kdpipe.stages.data.tasks import CLASSIFICATION
 from kdpipe.stages.errors import ModelError
 from kdpipe.stages.evaluation.intervals import wilson
-from kdpipe.stages.evaluation.metrics import evaluate_in_depth
+from kdpipe.stages.evaluation.metrics import EvalReport, evaluate_in_depth
 from kdpipe.stages.given_teacher import findings, require_given
 from kdpipe.stages.models.bundle import ModelBundle
 from kdpipe.stages.runtime.events import ProgressEvent
@@ -132,15 +132,20 @@ def _try_given(run: Run, teacher: ModelBundle, sample: StageContext) -> str:
     started = time.monotonic()
     few = evaluate_in_depth(teacher.model, sample.evaluation(teacher.normalize), sample.device)
     if TRIED_IMAGES / few.num_samples * (time.monotonic() - started) > MAX_TRIAL_S:
-        return "other input scalings and class orders are tried by `kdpipe train-teacher`"
+        return f"{_reached(few)}; other input scalings and class orders are tried by `kdpipe train-teacher`"
     test = replace(sample, test_set=deciding_sample(run.context, MAX_TRIED)).evaluation(teacher.normalize)
     report = evaluate_in_depth(teacher.model, test, sample.device)
-    reached = f"it reaches {100 * report.top1:.1f} % {report.metric.title} on {report.num_samples:,} test images"
-    if report.metric.is_share:
-        among = wilson(report.top1, report.num_samples).in_percent
-        reached += f" (95 % interval {among.low:.1f} to {among.high:.1f})"
     more = findings(teacher, report, test)
-    return f"{reached}. {more}" if more else reached
+    return f"{_reached(report)}. {more}" if more else _reached(report)
+
+
+def _reached(report: EvalReport) -> str:
+    """Return what a teacher reaches on a sample, with the interval of a share of its images."""
+    text = f"it reaches {100 * report.top1:.1f} % {report.metric.title} on {report.num_samples:,} test images"
+    if not report.metric.is_share:
+        return text
+    among = wilson(report.top1, report.num_samples).in_percent
+    return f"{text} (95 % interval {among.low:.1f} to {among.high:.1f})"
 
 
 def _image_sets(run: Run) -> list[ImageSet]:
