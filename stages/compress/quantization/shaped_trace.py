@@ -44,8 +44,9 @@ class ShapedProxy(fx.Proxy):
 
     def __iter__(self) -> Iterator[Any]:
         if isinstance(self.value, tuple | list):
-            return iter([self[number] for number in range(len(self.value))])
-        return super().__iter__()  # type: ignore[no-any-return]
+            own: Any = self
+            return iter([own[number] for number in range(len(self.value))])
+        return super().__iter__()
 
 
 class ShapedTracer(ContainerTracer):
