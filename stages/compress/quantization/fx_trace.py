@@ -63,27 +63,38 @@ class ContainerTracer(fx.Tracer):
 def trace(model: nn.Module, example: Tensor, graph_class: type[Traced]) -> Traced:
     """Trace `model`'s forward in eval mode as a `graph_class`, keeping its module paths.
 
+    One that branches on shapes is traced for images of the size of `example`.
+
     The nodes carry tensor shapes for `example` [B, C, H, W] (`node.meta["tensor_meta"]`). The model must not be used
     afterwards: its modules become part of the graph module.
 
     Raises:
         ModelError: If the forward cannot be traced (the message names the module) or does not run on `example`.
     """
+    from kdpipe.stages.compress.quantization.shaped_trace import ShapedTracer
+
     model.eval()  # a forward that depends on self.training is traced as in eval mode
     tracer = ContainerTracer()
     try:
         graph = tracer.trace(model)
-    except Exception as error:
-        path, kind = tracer.innermost[-1] if tracer.innermost else ("", type(model).__name__)
-        where = f"its module {path!r} ({kind})" if path else f"its forward ({kind})"
-        raise ModelError(
-            f"the model cannot be quantized: torch.fx cannot trace {where}: {cause(error).rstrip('.')}; "
-            "write it without Python branches on tensor values, or remove quantize from compress.steps."
-        ) from error
+    except Exception as plain:
+        tracer = ShapedTracer(example)
+        try:
+            graph = tracer.trace(model)
+        except Exception as error:
+            path, kind = tracer.innermost[-1] if tracer.innermost else ("", type(model).__name__)
+            where = f"its module {path!r} ({kind})" if path else f"its forward ({kind})"
+            raise ModelError(
+                f"the model cannot be quantized: torch.fx cannot trace {where}: {cause(error).rstrip('.')}; "
+                "write it without Python branches on tensor values, or remove quantize from compress.steps."
+            ) from plain
     for path in tracer.containers:
         parent, _, name = path.rpartition(".")
         setattr(model.get_submodule(parent), name, Probe(model.get_submodule(path)))
     traced = graph_class(model, graph)
+    if isinstance(tracer, ShapedTracer):
+        traced.graph.eliminate_dead_code()  # reads of weights for their type, of shapes that are known
+        traced.recompile()
     with model_errors(example), torch.no_grad():
         ShapeProp(traced).propagate(example)
     return traced

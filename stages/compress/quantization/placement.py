@@ -40,7 +40,7 @@ def rounded_nodes(traced: fx.GraphModule, model: nn.Module, logits: fx.Node, exc
 
 def quantizer_path(node: fx.Node) -> str:
     """Return the path of the quantizer that rounds the values of a node."""
-    return f"{QUANTIZERS}.{node.name}"
+    return f"{QUANTIZERS}.{node.name}{'_' if hasattr(nn.Module, node.name) else ''}"  # a node of x.float() is "float"
 
 
 def place_quantizers(traced: fx.GraphModule, nodes: Sequence[fx.Node], device: torch.device) -> None:
