@@ -112,9 +112,7 @@ def _start_server(place: Path) -> None:
         listening.bind(str(place))
         listening.listen()
         fd = listening.fileno()
-        _started.append(
-            subprocess.Popen([*command, str(fd)], env=environment, stdin=subprocess.DEVNULL, pass_fds=[fd])
-        )
+        _started.append(subprocess.Popen([*command, str(fd)], env=environment, stdin=subprocess.DEVNULL, pass_fds=[fd]))
 
 
 _started: list[subprocess.Popen[bytes]] = []
