@@ -1,4 +1,4 @@
-"""Trace a model with torch.fx, with working hooks on containers and folded batch norms.
+"""Trace a model with torch.fx, with working hooks on containers, and fold its batch norms.
 
 Hooks on containers: `layer2` keeps its path and its output.
 """
@@ -6,7 +6,6 @@ Hooks on containers: `layer2` keeps its path and its output.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
 from typing import Any, TypeVar
 
 import torch
@@ -14,6 +13,7 @@ from torch import Tensor, fx, nn
 from torch.fx.passes.shape_prop import ShapeProp
 from torch.nn.utils.fusion import fuse_conv_bn_weights, fuse_linear_bn_weights
 
+from kdpipe.stages.compress.quantization.tracers import ContainerTracer, ShapedTracer
 from kdpipe.stages.errors import ModelError, cause
 from kdpipe.stages.models.hooks import model_errors
 
@@ -38,28 +38,6 @@ class Probe(nn.Module):
         return output
 
 
-class ContainerTracer(fx.Tracer):
-    """A torch.fx tracer that also calls a container's path on the container's output."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.containers: set[str] = set()
-        self.innermost: list[tuple[str, str]] = []  # (path, class) of the running modules, the deepest last
-
-    def call_module(
-        self, m: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> Any:
-        path = self.path_of_module(m)
-        self.innermost.append((path, type(m).__name__))
-        output = super().call_module(m, forward, args, kwargs)
-        self.innermost.pop()
-        # Anything but a single tensor cannot be passed on without changing how its caller unpacks it.
-        if isinstance(output, fx.Proxy) and not self.is_leaf_module(m, path):
-            self.containers.add(path)
-            output = self.create_proxy("call_module", path, (output,), {})
-        return output
-
-
 def trace(model: nn.Module, example: Tensor, graph_class: type[Traced]) -> Traced:
     """Trace `model`'s forward in eval mode as a `graph_class`, keeping its module paths.
 
@@ -71,8 +49,6 @@ def trace(model: nn.Module, example: Tensor, graph_class: type[Traced]) -> Trace
     Raises:
         ModelError: If the forward cannot be traced (the message names the module) or does not run on `example`.
     """
-    from kdpipe.stages.compress.quantization.shaped_trace import ShapedTracer
-
     model.eval()  # a forward that depends on self.training is traced as in eval mode
     tracer = ContainerTracer()
     try:

@@ -1,4 +1,4 @@
-"""Trace with torch.fx what computes with the shapes of its values: transformers' networks, timm's Conv2dSame."""
+"""Tracers of torch.fx: with hooks on containers, and for networks that branch on shapes."""
 
 from __future__ import annotations
 
@@ -8,11 +8,31 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from kdpipe.stages.compress.quantization.fx_trace import ContainerTracer
+
+class ContainerTracer(fx.Tracer):
+    """A torch.fx tracer that also calls a container's path on the container's output."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.containers: set[str] = set()
+        self.innermost: list[tuple[str, str]] = []  # (path, class) of the running modules, the deepest last
+
+    def call_module(
+        self, m: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        path = self.path_of_module(m)
+        self.innermost.append((path, type(m).__name__))
+        output = super().call_module(m, forward, args, kwargs)
+        self.innermost.pop()
+        # Anything but a single tensor cannot be passed on without changing how its caller unpacks it.
+        if isinstance(output, fx.Proxy) and not self.is_leaf_module(m, path):
+            self.containers.add(path)
+            output = self.create_proxy("call_module", path, (output,), {})
+        return output
 
 
 class ShapedProxy(fx.Proxy):
-    """A traced value that knows its shape: numbers but for the first axis, which may be the batch."""
+    """A traced value with its shape: numbers but for the first axis, which may be the batch."""
 
     @property
     def value(self) -> Any:
@@ -51,6 +71,8 @@ class ShapedProxy(fx.Proxy):
 
 class ShapedTracer(ContainerTracer):
     """A tracer that also computes each value for an example, so that Python can branch on shapes.
+
+    It traces transformers' networks, and the "same" padding of timm.
 
     What a forward reads of shapes other than the first axis is fixed in the graph: it is for images of this size.
     """
