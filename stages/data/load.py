@@ -91,7 +91,8 @@ def load_dataset(
         task=config.task,
         targets=None if targets is None else torch.from_numpy(targets),
     )
-    if split == "train" and config.labels == "all" and targets is None:
+    may_count_from_minus_one = config.name.startswith("npz:") or is_user_dataset(config.name)
+    if split == "train" and config.labels == "all" and targets is None and may_count_from_minus_one:
         refuse_shifted(listing.name, labels, names)
     if split == "train" and config.labels != "none" and not loaded.has_labels:
         raise DataError(f"no training sample of {listing.name} has a label: set data.labels = 'none'.")

@@ -20,16 +20,8 @@ from kdpipe.stages.compute.settings import EXACT, ComputeSettings
 from kdpipe.stages.compute.threads import CheckedThreads, max_threads
 from kdpipe.stages.data.image_set import UNLABELED
 from kdpipe.stages.data.loader.image_loader import ImageLoader, ViewRequest
-from kdpipe.stages.data.tasks import (
-    CLASSIFICATION,
-    LOSS_NAMES,
-    MULTILABEL,
-    REGRESSION,
-    Task,
-    mean_average_precision,
-    r2,
-    target_losses,
-)
+from kdpipe.stages.data.measures import mean_average_precision, r2, target_losses
+from kdpipe.stages.data.tasks import CLASSIFICATION, LOSS_NAMES, MULTILABEL, REGRESSION, Task
 from kdpipe.stages.errors import DataError, NotFiniteError
 from kdpipe.stages.evaluation.main_metric import ACCURACY, DECISIONS, MAP, MainMetric, metric_for
 from kdpipe.stages.models.clone import preserve_modes

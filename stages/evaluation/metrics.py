@@ -16,15 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kdpipe.stages.data.image_set import UNLABELED, ImageSet
-from kdpipe.stages.data.tasks import (
-    CLASSIFICATION,
-    LOSS_NAMES,
-    MULTILABEL,
-    Task,
-    agreement,
-    divergences,
-    mean_average_precision,
-)
+from kdpipe.stages.data.measures import agreement, divergences, mean_average_precision
+from kdpipe.stages.data.tasks import CLASSIFICATION, LOSS_NAMES, MULTILABEL, Task
 from kdpipe.stages.evaluation.correct_images import CorrectImages, pack
 from kdpipe.stages.evaluation.evaluate import EvalAccumulator, Evaluation, OutputAccumulator, Predictions, predict
 from kdpipe.stages.evaluation.main_metric import ACCURACY, MainMetric
@@ -81,7 +74,7 @@ class EvalReport:
         correct: Which images were classified correctly; None where they have no classes.
         metric: What top1 is.
         task: What the images are labeled with. Of labels and numbers, `agreement` and `teacher_kl` compare with the
-            teacher's as `kdpipe.stages.data.tasks` says (of numbers R², and no KL); what needs classes is left out.
+            teacher's as `kdpipe.stages.data.measures` says (of numbers R², and no KL); what needs classes is left out.
         average_precision: That of each label, None if no test sample has it; of labels only.
     """
 

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from kdpipe.stages.compute.tf32 import tf32
-from kdpipe.stages.data.tasks import CLASSIFICATION, Task, agreement
+from kdpipe.stages.data.measures import agreement
+from kdpipe.stages.data.tasks import CLASSIFICATION, Task
 from kdpipe.stages.export.onnx_session import INPUT, OUTPUT, open_session
 from kdpipe.stages.models.clone import clone_without_hooks
 from kdpipe.stages.runtime.memory import run_in_chunks
@@ -21,7 +22,7 @@ class OnnxAgreement:
     """How closely a file and its network agree on `num_samples` images.
 
     Attributes:
-        agreement: The share of images with the same top-1 class, or as `kdpipe.stages.data.tasks.agreement` says.
+        agreement: The share of images with the same top-1 class, or as `kdpipe.stages.data.measures.agreement` says.
         max_logit_difference: The largest difference of any logit; NaN if either has one.
         accuracy: The file's accuracy on the labeled images, None without any.
         torch_accuracy: The network's.

@@ -216,7 +216,7 @@ def min_agreement(num_images: int) -> float:
 def require_agreement(path: Path, network: ModelBundle, test: Evaluation, *, whole_test: bool = False) -> float:
     """Return the share of test images on which the ONNX file at `path` gives the network's top-1 class.
 
-    Of other tasks than classification it is their agreement in `kdpipe.stages.data.tasks`.
+    Of other tasks than classification it is their agreement in `kdpipe.stages.data.measures`.
 
     Without `whole_test` only the first images are used. Raises ModelError, naming the first layer that diverges, if the
     share is below `min_agreement`, or the accuracies differ by more than MAX_ACCURACY_GAP.

@@ -34,7 +34,7 @@ RECIPES = {
     "nested tables": (b"[" + b".".join([b"a"] * 5000) + b"]", "is not a recipe: its nesting"),
     "a key without end": (b'name = "x"\n[data]\n' + b"k" * 10**5 + b" = 1", "unknown key 'data.kkk"),
     "keys without end": (b"".join(b"k%d = 1\n" % number for number in range(3000)), "is missing"),
-    "escape sequence": (b'name = "\\u001b[31m\\u202e"', "name = \\x1b[31m\\u202e: string should"),
+    "escape sequence": (b'name = "\\u001b[31m\\u202e"', "name = \\x1b[31m\\u202e: it does not match"),
     "nothing": (b"", "the key 'name' is missing"),
     "folder": ("folder", "Is a directory"),
     "pipe": ("pipe", "the key 'name' is missing"),

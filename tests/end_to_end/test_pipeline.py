@@ -41,8 +41,7 @@ def test_a_run_ends_with_a_table_and_its_files(done):
 
 
 def test_the_plot_shows_every_network_with_a_file(done):
-    """It is the cold process's: `test_a_finished_run_is_not_repeated` draws it again, empty."""
-    plot = (done[0] / "compressed" / "pareto.svg").read_text()
+    plot = (done[0].parent / "pareto.svg").read_text()
     assert str(done[0] / "compressed" / "pareto.svg") in full_report(done[0])
     for name in ("teacher", "student distilled", "pruned", "pruned + INT8"):
         assert f">{name}<" in plot, name

@@ -17,7 +17,8 @@ from kdpipe.stages.compress.quantization.fx_trace import module_of
 from kdpipe.stages.compress.quantization.placement import quantizer_path, quantizers_after, rounded_nodes
 from kdpipe.stages.compress.quantization.qat import calibrate, logits_of, prepare_qat, trace_folded
 from kdpipe.stages.compute.tf32 import tf32
-from kdpipe.stages.data.tasks import CLASSIFICATION, Task, divergences
+from kdpipe.stages.data.measures import divergences
+from kdpipe.stages.data.tasks import CLASSIFICATION, Task
 from kdpipe.stages.models.weights.state_dict import count_parameters
 
 
@@ -65,7 +66,7 @@ def sensitivity(
     It takes two forward passes per layer and batch. `batches` of normalized images [B, C, H, W] serve calibration and
     measurement, layers in `exclude` stay float and are not listed, and `on_progress` is called with (done, total) after
     each layer of each batch; it may raise to stop. The model stays unchanged. Of other tasks than classification the
-    divergence is that of `kdpipe.stages.data.tasks.divergences`.
+    divergence is that of `kdpipe.stages.data.measures.divergences`.
     """
     prepared = prepare_qat(model, example, exclude).eval()
     calibrate(prepared, batches)

@@ -15,7 +15,8 @@ from torch import Tensor
 
 from kdpipe.stages.data.image_set import UNLABELED
 from kdpipe.stages.data.loader.image_loader import ImageBatch, ImageLoader
-from kdpipe.stages.data.tasks import CLASSIFICATION, Task, target_losses
+from kdpipe.stages.data.measures import target_losses
+from kdpipe.stages.data.tasks import CLASSIFICATION, Task
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,8 @@ from typing import ClassVar, Literal
 from torch import Tensor
 
 from kdpipe.stages.config import section
-from kdpipe.stages.data.tasks import MULTILABEL, Task, binary_kl
+from kdpipe.stages.data.measures import binary_kl
+from kdpipe.stages.data.tasks import MULTILABEL, Task
 from kdpipe.stages.losses.base import SoftLogitLoss
 from kdpipe.stages.losses.inputs import LossInputs
 from kdpipe.stages.losses.schedules import Scheduled, Temperature, value_at

@@ -47,7 +47,7 @@ def test_bundled_recipes_are_valid_and_round_trip(path):
         ("[compress.prune_train]\nepoch = 3", "unknown key 'compress.prune_train.epoch'; did you mean 'epochs'?"),
         ("[views]\nnum_view = 3", "unknown key 'views.num_view'; did you mean 'num_views'?"),
         ("[[distill]]\nloss = 'kd'\ntempertaure = 3", "did you mean 'temperature'?"),
-        ("[data]\nzzz = 1", "unknown key 'data.zzz'; known here: name, root,"),
+        ("[data]\nzzz = 1", "unknown key 'data.zzz'; known here: name, task, root,"),
         ("[views]\nnum_views = 0", "views.num_views = 0: it must be at least 1"),
         ("[views]\nnum_views = '4'", "views.num_views = 4: it must be a whole number"),
         ("[views]\nreplay = 1", "views.replay = 1: it must be true or false"),
