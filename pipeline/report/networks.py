@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 from kdpipe.stages.compress.names import network_name
-from kdpipe.stages.training.job_dir import read_json_file
 from kdpipe.store.format.schema import ATTRIBUTE
 from kdpipe.store.fs.checksums import read_intact_json
 
@@ -101,7 +100,7 @@ def teacher_job(recipe: Mapping[str, Any], run: Path) -> Path | None:
 def num_training_images(jobs: Iterable[Path]) -> int | None:
     """Return the number of training images that the first of these jobs with such a record has; None if none has."""
     for job in jobs:
-        data = (read_json_file(job / "job.json") or {}).get("data")
+        data = (read_intact_json(job / "job.json") or {}).get("data")
         if isinstance(data, dict) and type(size := data.get("num_samples")) is int:
             return size
     return None
