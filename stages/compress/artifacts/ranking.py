@@ -39,9 +39,9 @@ def reason(networks: Mapping[str, Mapping[str, Any]]) -> str:
     accuracy = f"{100 * _deciding(networks[best]):.2f} %"
     accuracy += " on the validation images" if _validated(networks[best]) else ""
     if name == best:
-        return f"no other network reaches {MIN_SHARE:.0%} of its {accuracy} with a smaller file"
+        return f"no other network reaches {100 * MIN_SHARE:.0f} % of its {accuracy} with a smaller file"
     return (
-        f"its file is the smallest of those that reach {MIN_SHARE:.0%} of the best "
+        f"its file is the smallest of those that reach {100 * MIN_SHARE:.0f} % of the best "
         f"{metric_of(networks[best]).title} ({accuracy}, {best})"
     )
 

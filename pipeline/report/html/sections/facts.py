@@ -116,7 +116,8 @@ def _to_ship(run: PageRun) -> tuple[Row, Path, str] | None:
     best = recommended(run)
     if best is not None and (row := run.row(best[0])) is not None:
         card = read_json_file(best[1].parent / "card.json") or {}
-        return row, best[1] / "model.onnx", str(card.get("reason", ""))
+        seed = best[1].parent.name.removeprefix("artifacts-seed")
+        return row, best[1] / "model.onnx", f"{card['reason']} (seed {seed})" if card.get("reason") else ""
     student = run.row("student")
     if student is None or not student.files:
         return None

@@ -18,12 +18,12 @@ UNPRUNED_INT8_IS_BEST = {
         (
             UNPRUNED_INT8_IS_BEST,
             ["int8-unpruned", "student", "pruned", "int8"],
-            "no other network reaches 99% of its 48.00 % with a smaller file",
+            "no other network reaches 99 % of its 48.00 % with a smaller file",
         ),
         (
             {"student": {"accuracy": 0.9, "onnx_bytes": 400}, "int8": {"accuracy": 0.892, "onnx_bytes": 50}},
             ["int8", "student"],
-            "its file is the smallest of those that reach 99% of the best accuracy (90.00 %, student)",
+            "its file is the smallest of those that reach 99 % of the best accuracy (90.00 %, student)",
         ),
         (
             {
@@ -31,7 +31,7 @@ UNPRUNED_INT8_IS_BEST = {
                 "int8": {"accuracy": 0.9, "validation_accuracy": 0.8, "onnx_bytes": 50},
             },
             ["student", "int8"],
-            "no other network reaches 99% of its 90.00 % on the validation images with a smaller file",
+            "no other network reaches 99 % of its 90.00 % on the validation images with a smaller file",
         ),
         ({"student": {"accuracy": 0.0, "onnx_bytes": 400}}, ["student"], "it is the only one"),
     ],
