@@ -40,7 +40,7 @@ SENTENCES = {
     "dataclass_type": _TABLE,
     "dataclass_exact_type": _TABLE,
 }
-"""Sentences by pydantic's type of error, with its words in braces; other validators raise ValueError with theirs."""
+"""Sentences by pydantic's type of error, with its words in braces; the message of a ValueError stands as it is."""
 
 
 def fault_sentence(fault: Mapping[str, Any]) -> str:

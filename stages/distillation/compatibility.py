@@ -67,8 +67,7 @@ def check_image_size(
 
 def check_labels(losses: Sequence[Loss], teachers: TeachersConfig, train_set: ImageSet, where: str = "distill") -> None:
     """Raise RecipeError for what needs labels that the training images lack, or other outputs than these have."""
-    if train_set.task != CLASSIFICATION:
-        _check_task(losses, teachers, train_set, where)
+    _check_task(losses, teachers, train_set, where)
     if train_set.is_labeled:
         return
     num = f"{train_set.num_samples - len(train_set.labeled):,} of {train_set.num_samples:,} training images have none"
@@ -89,8 +88,8 @@ def check_labels(losses: Sequence[Loss], teachers: TeachersConfig, train_set: Im
 
 
 def _check_task(losses: Sequence[Loss], teachers: TeachersConfig, train_set: ImageSet, where: str) -> None:
-    """Raise RecipeError for what is for classes, where the outputs are labels or numbers."""
-    fitting = "binary_kd or logit_mse" if train_set.task == MULTILABEL else "logit_mse"
+    """Raise RecipeError for losses that are not for these outputs, and what is for classes where there are none."""
+    fitting = {CLASSIFICATION: "kd", MULTILABEL: "binary_kd or logit_mse"}.get(train_set.task, "logit_mse")
     for number, loss in enumerate(losses):
         entry = f"{where}.{number} ({loss.loss})"
         if train_set.task not in loss.tasks:

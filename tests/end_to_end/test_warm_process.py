@@ -1,4 +1,4 @@
-"""The processes in which the command line runs here: each that imports everything anew takes seconds."""
+"""The processes in which the command line runs here: each that imports everything again takes seconds."""
 
 from support.kdpipe_process import environment
 from support.warm_process import WarmProcess

@@ -162,7 +162,7 @@ def absent_classes(
         targets: Labels or numbers, float32 [N, K]; None of classes.
     """
     if targets is not None:
-        present = (targets != 0).any(0)  # labels that nobody has; a number that is always 0
+        present = (targets != 0).any(0)  # labels that no sample has; a number that is always 0
     else:
         present = np.zeros(len(class_names), dtype=np.bool_)
         present[labels[(labels >= 0) & (labels < len(class_names))]] = True

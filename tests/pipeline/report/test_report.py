@@ -234,7 +234,7 @@ def test_short_result_has_gain_networks_and_places(tmp_path, monkeypatch):
     ],
 )
 def test_a_sweep_or_comparison_is_judged_by_its_best_row(tmp_path, command, told):
-    """The recipe's own students are not missing: nobody has asked for them."""
+    """The recipe's own students are not missing: they were not asked for."""
     run = run_folder(tmp_path / "run", {"teacher": examined()})
     figures = {"accuracy_std": None, "interval": {"low": 1.0, "high": 3.5, "over": "images"}}
     validation = {"validation_mean": 95.0 if command == "compare" else None}

@@ -8,9 +8,10 @@ from kdpipe.stages.distillation.compatibility import check_labels, check_losses,
 from kdpipe.stages.errors import RecipeError
 from kdpipe.stages.losses.features.at import ATGradient
 from kdpipe.stages.losses.features.cosine import Cosine
+from kdpipe.stages.losses.logits.binary_kd import BinaryKD
 from kdpipe.stages.losses.logits.dist import DIST
 from kdpipe.stages.losses.logits.dkd import DKD
-from kdpipe.stages.losses.logits.kd import KD
+from kdpipe.stages.losses.logits.kd import KD, LogitMSE
 from kdpipe.stages.losses.logits.mlld import MLLD
 from kdpipe.stages.losses.logits.nkd import NKD
 from kdpipe.stages.losses.relations.crd import CRD
@@ -41,6 +42,14 @@ def test_parts_that_two_classes_make_constant_are_told():
         "distill.3 (dist)",
     ]
     assert list(class_warnings(losses, 3)) == []
+
+
+def test_losses_are_for_the_outputs_of_their_tasks():
+    with pytest.raises(
+        RecipeError, match=r"distill.0 \(binary_kd\) is for multilabel, and data.task is 'classif.*use kd"
+    ):
+        check_labels([BinaryKD()], TeachersConfig(), squares(10, 0))
+    check_labels([LogitMSE(standardize=True)], TeachersConfig(), squares(10, 0))
 
 
 def test_losses_of_labels_need_some():
