@@ -45,9 +45,7 @@ def test_parts_that_two_classes_make_constant_are_told():
 
 
 def test_losses_are_for_the_outputs_of_their_tasks():
-    with pytest.raises(
-        RecipeError, match=r"\(binary_kd\) is for multilabel, and data.task is 'class.*use kd"
-    ):
+    with pytest.raises(RecipeError, match=r"\(binary_kd\) is for multilabel, and data.task is 'class.*use kd"):
         check_labels([BinaryKD()], TeachersConfig(), squares(10, 0))
     check_labels([LogitMSE(standardize=True)], TeachersConfig(), squares(10, 0))
 
