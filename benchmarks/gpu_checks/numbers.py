@@ -19,6 +19,7 @@ from kdpipe.pipeline import steps
 from kdpipe.stages.cache_teacher.plan import CacheConfig
 from kdpipe.stages.context import StageContext
 from kdpipe.stages.data.loader.image_loader import ViewRequest
+from kdpipe.stages.data.tasks import CLASSIFICATION
 from kdpipe.stages.distillation.stores import open_distillation
 from kdpipe.stages.distillation.student_config import StudentConfig
 from kdpipe.stages.distillation.task_builder import build_student, build_task, student_shapes
@@ -105,7 +106,7 @@ def given_teacher(settings: Settings) -> list[Row]:
 def losses(settings: Settings) -> Iterator[Row]:
     """Compare each loss's first step with the CPU's, and count synchronizations of the host in later steps."""
     folder = settings.folder("losses")
-    kinds = LOSSES.builtin
+    kinds = {name: kind for name, kind in LOSSES.builtin.items() if CLASSIFICATION in kind.tasks}
     configs = {name: _example(kind) for name, kind in kinds.items()}
     on_cpu, on_device = (_context(folder, device) for device in (CPU, settings.torch_device))
     student = StudentConfig(model=ModelConfig(name="cnn_average", args={"width": 8}), seeds=(0,))

@@ -10,6 +10,7 @@ from support.device import DEVICE
 from support.tiny_run import CACHE, STUDENT, TEACHER, StopAfter, squares, tiny_context
 
 from kdpipe.pipeline.steps import cache_teacher, train_student, train_teacher
+from kdpipe.stages.data.tasks import CLASSIFICATION
 from kdpipe.stages.distillation.stores import open_distillation
 from kdpipe.stages.distillation.task_builder import build_student, student_shapes
 from kdpipe.stages.errors import StoppedEarly
@@ -46,7 +47,7 @@ def entry(kind):
     return kind(loss=name, **{key: value for key, value in changes.items() if key in keys})
 
 
-ENTRIES = [entry(kind) for kind in LOSSES.builtin.values()]
+ENTRIES = [entry(kind) for kind in LOSSES.builtin.values() if CLASSIFICATION in kind.tasks]
 
 
 @pytest.fixture(scope="module")
