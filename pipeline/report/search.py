@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from kdpipe.pipeline.recipe.sweep import short_names
@@ -16,6 +16,31 @@ MAX_TRIALS = 20
 """Trials that the table lists; the record has all."""
 
 NAMES = {"best": "the search's best", "one-epoch": "best of {kept} after one epoch", "recipe": "the recipe"}
+
+
+def search_tables(recipe: str, found: Mapping[str, Any]) -> Iterator[Table]:
+    """Yield the tables of a search: the winner's, if it is finished, and the trials'."""
+    if "final" in found:
+        yield final_table(recipe, found)
+    yield trials_table(recipe, found)
+
+
+def best_of_search(found: Mapping[str, Any]) -> str:
+    """Return in a sentence what a search found; nothing before it is finished."""
+    if "final" not in found:
+        return ""
+    rows = {row["name"]: row for row in found["final"]["rows"]}
+    best, base = rows["best"], rows.get("recipe")
+    settings = found["trials"][found["final"]["winner"]]["settings"]
+    names = short_names(found["keys"])
+    named = ", ".join(f"{names[key]} {value_text(value)}" for key, value in settings.items())
+    text = f"The best of {counts_text(found)} on the validation images is {named}: "
+    text += f"{mean_std(best['accuracy_mean'], best['accuracy_std'])} % test {metric_of(best).title}"
+    if base is None:
+        return f"{text}."
+    gain = best["accuracy_mean"] - base["accuracy_mean"]
+    interval = interval_text(Interval(**best["interval"]), signed=True) if best["interval"] else "unknown"
+    return f"{text}, {gain:+.2f} points over the recipe as it is (95 % interval {interval})."
 
 
 def final_table(recipe: str, found: Mapping[str, Any]) -> Table:

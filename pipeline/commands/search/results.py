@@ -53,12 +53,13 @@ def best_trial(search: SearchStudy) -> optuna.trial.FrozenTrial | None:
 
 def _trial_json(search: SearchStudy, trial: optuna.trial.FrozenTrial) -> dict[str, Any]:
     """Return a trial's settings and what it reached; values are shares of 1, or counts."""
+    known = trial.user_attrs.get(EPOCHS)
     return {
         "number": trial.number,
         "state": trial.state.name.lower(),
         "values": trial.values if trial.state.is_finished() else None,
         "settings": search.settings_of(trial),
-        "num_epochs": trial.user_attrs.get(EPOCHS, epochs_so_far(search, trial.number)),
+        "num_epochs": epochs_so_far(search, trial.number) if known is None else known,
         **({"why": trial.user_attrs["why"]} if "why" in trial.user_attrs else {}),
     }
 

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from kdpipe.pipeline.recipe.search.config import ACCURACIES, SearchConfig
 from kdpipe.pipeline.recipe.search.space import Parameter, SearchSpace
+from kdpipe.pipeline.report.variants import SEARCH_JOURNAL
 from kdpipe.stages.errors import RecipeError, RunError, cause
 from kdpipe.stages.numerics import derive_seed
 from kdpipe.store.fs.lock import Holder, acquire, release
@@ -20,7 +21,7 @@ from kdpipe.store.fs.lock import Holder, acquire, release
 if TYPE_CHECKING:
     import optuna
 
-JOURNAL = "journal.log"
+JOURNAL = Path(SEARCH_JOURNAL).name
 """The journal of the study, in the folder `search` of a run; the study is named after the recipe."""
 
 

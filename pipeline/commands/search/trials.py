@@ -106,6 +106,7 @@ class Trials:
             self.run.monitor.check()
             with self.alone():
                 taken, running = self.search.take(), self.search.trials("RUNNING")
+                write_results(self.search)
             if taken is not None:
                 try:
                     self._finish(taken)
