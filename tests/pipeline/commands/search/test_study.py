@@ -18,7 +18,7 @@ VALIDATED = RECIPE.replace("num_train = 200 }", "num_train = 200, validation_sha
 SPACE = """
 distill.0.temperature = { low = 1, high = 20, log = true }
 distill.1.loss = ["hint", "rkd", "off"]
-distill.1.layers = { when = { "distill.1.loss" = ["hint"] }, choices = [[["stage1", "stage1"]], [["stage2", "stage2"]]] }
+distill.1.layers = { when = { "distill.1.loss" = ["hint"] }, choices = [[["stage1", "stage1"]]] }
 student.train.epochs = { low = 2, high = 6, step = 2 }
 """
 
