@@ -79,7 +79,7 @@ def trials_table(recipe: str, found: Mapping[str, Any]) -> Table:
             f"{100 * one['values'][0]:.2f}",
             *(f"{value:,.0f}" for value in one["values"][1:]),
             str(one["num_epochs"]),
-            one["state"],
+            "on the front" if others and one["number"] in found["front"] else one["state"],
         ]
         for one in ranked
     ]

@@ -50,6 +50,10 @@ def record_of(run):
     return json.loads((run / "search" / "results.json").read_text())
 
 
+def winner_of(run):
+    return run / "search" / "final" / f"trial{record_of(run)['best']:04d}"
+
+
 def test_every_trial_ends_and_none_is_trained_twice(searched):
     run, printed = searched
     found = record_of(run)
@@ -84,7 +88,7 @@ def test_trials_are_judged_on_validation_images_alone(searched):
             result = json.loads((job / "result.json").read_text())
             assert result["accuracy"] == pytest.approx(lines[-1]["accuracy"])
             assert json.loads((job / "job.json").read_text())["test"]["split"] == VALIDATION
-    final = json.loads((run / "search" / "final" / "best" / "seed0" / "job.json").read_text())
+    final = json.loads((winner_of(run) / "seed0" / "job.json").read_text())
     assert final["test"]["split"] == "test"
 
 
@@ -96,7 +100,7 @@ def test_the_winner_is_a_recipe_that_uses_the_store(searched, monkeypatch):
     ended = kdpipe_here("train-student", run / "best.toml", "--workspace", run.parent)
     assert ended.exit_code == 0, ended.stderr
     own = Path("runs/tiny-best/students/distilled-seed0/model.safetensors")
-    assert own.read_bytes() == (run / "search/final/best/seed0/model.safetensors").read_bytes()
+    assert own.read_bytes() == (winner_of(run) / "seed0" / "model.safetensors").read_bytes()
     assert not Path("runs/tiny-best/store.zarr").exists()
     table = tomllib.loads((run / "best.toml").read_text())
     settings = record_of(run)["trials"][record_of(run)["best"]]["settings"]
@@ -122,6 +126,31 @@ def test_one_worker_makes_the_same_trials_also_if_it_is_stopped(alone):
     stopped, whole = alone
     assert stopped["trials"] == whole["trials"]
     assert stopped["final"] == whole["final"]
+
+
+def test_failed_trials_are_told_and_several_objectives_have_a_front(recipe, tmp_path):
+    space = ("search.space.student.train.lr=[0.05, 1e6]", "search.space.student.model.args.width=[2, 4]")
+    more = (*space, "search.space.distill.1.loss=['off']", "search.sampler='grid'", "student.train.epochs=1")
+    objective = ("search.objective=['accuracy', 'parameters']", "student.train.warmup_epochs=0")
+    options = [part for change in (*more, *objective) for part in ("--set", change)]
+    ended = kdpipe_here("search", recipe, "--run", tmp_path / "run", *SHORT, *options)
+    assert ended.exit_code == 0, ended.stderr
+    found = record_of(tmp_path / "run")
+    assert found["counts"] == {"complete": 2, "fail": 2} and "failed: " in ended.stderr
+    failed = [trial for trial in found["trials"] if trial["state"] == "fail"]
+    assert all(trial["settings"]["student.train.lr"] == 1e6 and trial["why"] for trial in failed)
+    small, large = sorted((one["values"] for one in found["trials"] if one["values"]), key=lambda values: values[1])
+    assert len(found["front"]) == (2 if small[0] < large[0] else 1) and small[1] < large[1]
+    assert "on the front" in ended.stdout and "2 trials failed" in ended.stdout
+
+
+def test_a_finished_search_goes_on_with_more_trials(searched, recipe):
+    run, _ = searched
+    before = record_of(run)["trials"]
+    ended = kdpipe_here("search", recipe, "--run", run, *SHORT, "--set", f"search.trials={NUM_TRIALS + 2}")
+    assert ended.exit_code == 0, ended.stderr
+    found = record_of(run)
+    assert found["trials"][:NUM_TRIALS] == before and len(found["trials"]) == NUM_TRIALS + 2 and "final" in found
 
 
 def test_another_space_in_the_same_run_folder_is_refused(searched, recipe):

@@ -21,7 +21,7 @@ from kdpipe.stages.train_student.student import StudentRun
 from kdpipe.stages.training.job_dir import JobDir
 from kdpipe.store.fs.checksums import remove_with_sum
 
-WINNER, ONE_EPOCH, RECIPE = "best", "one-epoch", "recipe"
+COMPARED = WINNER, ONE_EPOCH, RECIPE = "best", "one-epoch", "recipe"
 """The students that are compared: of the winner, of "keep the best after one epoch", and of the recipe as it is."""
 
 
@@ -34,10 +34,10 @@ def compare_winner(run: Run, trials: Trials) -> dict[str, Any]:
     assert winner is not None, "a trial is complete"
     kept = after_one_epoch(trials)
     early = _best_of_kept(run, trials, kept)
-    points = {WINNER: trials.point(winner)}
-    points |= {} if early is None else {ONE_EPOCH: _point(trials, early)}
-    points[RECIPE] = SweepPoint(RECIPE, {}, run.recipe.student, tuple(run.recipe.distill))
-    results = train_all(run, "search", list(_final_trainings(run, points)))
+    chosen = {WINNER: trials.point(winner), ONE_EPOCH: None if early is None else _point(trials, early)}
+    chosen[RECIPE] = SweepPoint(RECIPE, {}, run.recipe.student, tuple(run.recipe.distill))
+    points = {name: point for name, point in chosen.items() if point is not None}
+    results = train_all(run, "search", list(_final_trainings(run, {own.name: own for own in points.values()})))
     rows = _rows(run, points, results)
     num_epochs = sum(trial.user_attrs.get(EPOCHS, 0) for trial in trials.search.trials("COMPLETE", "PRUNED", "FAIL"))
     final = {
@@ -99,7 +99,10 @@ def _job_dir(trials: Trials, number: int, seed: int) -> JobDir:
 
 
 def _final_trainings(run: Run, points: Mapping[str, SweepPoint]) -> Iterator[Training]:
-    """Yield the trainings of the comparison, seed by seed; the student alone has the recipe's settings."""
+    """Yield the trainings of the comparison, seed by seed; the student alone has the recipe's settings.
+
+    Their folders are named after the trials: a search that goes on may find another winner.
+    """
     specs = {
         name: run.open_distillation(point.losses, point.student) if point.losses else None
         for name, point in points.items()
@@ -114,8 +117,10 @@ def _final_trainings(run: Run, points: Mapping[str, SweepPoint]) -> Iterator[Tra
 
 def _rows(run: Run, points: Mapping[str, SweepPoint], results: Results) -> list[dict[str, Any]]:
     """Return the results of each student over seeds, with its difference from the recipe's."""
-    names = [*points, *([ALONE] if run.recipe.student.baseline else [])]
-    by_name = {name: [results[name, seed] for seed in run.recipe.student.seeds] for name in names}
+    trained = {name: point.name for name, point in points.items()} | (
+        {ALONE: ALONE} if run.recipe.student.baseline else {}
+    )
+    by_name = {name: [results[own, seed] for seed in run.recipe.student.seeds] for name, own in trained.items()}
     done = {name: [one for one in own if one is not None] for name, own in by_name.items()}
     if not done[WINNER]:
         raise NotFiniteError("the winner diverged with every seed of student.seeds: try lower learning rates.")

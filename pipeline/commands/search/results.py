@@ -28,6 +28,7 @@ def write_results(search: SearchStudy, **more: Any) -> dict[str, Any]:
     known = read_json_file(path) or {}
     trials = search.trials()
     best = best_trial(search)
+    is_over = len(trials) >= search.num_trials and all(one.state.is_finished() for one in trials)
     record = {
         "objectives": list(search.config.objectives),
         "sampler": search.config.sampler,
@@ -38,7 +39,7 @@ def write_results(search: SearchStudy, **more: Any) -> dict[str, Any]:
         "best": None if best is None else best.number,
         "front": sorted(one.number for one in search.study.best_trials) if best is not None else [],
         "trials": [_trial_json(search, one) for one in trials],
-        **({"final": known["final"]} if "final" in known else {}),
+        **({"final": known["final"]} if "final" in known and is_over else {}),
         **more,
     }
     write_json_file(path, record)

@@ -143,7 +143,10 @@ class Trials:
 
         if why:
             taken.trial.set_user_attr("why", why)
-        taken.trial.set_user_attr(EPOCHS, epochs_so_far(self.search, taken.number))
+        done = epochs_so_far(self.search, taken.number)
+        if state == "PRUNED" and len(self.config.seeds) == 1:  # another run may have trained it to its end
+            done = max(self.search.trials()[taken.number].intermediate_values)
+        taken.trial.set_user_attr(EPOCHS, done)
         self.search.study.tell(taken.trial, values, state=TrialState[state])
 
     def _values(self, taken: Taken) -> list[float] | None:
@@ -164,7 +167,7 @@ class Trials:
 
     def point(self, trial: optuna.trial.FrozenTrial) -> SweepPoint:
         """Return the student and losses of a trial."""
-        return self.search.space.point(self.search.settings_of(trial), f"trial {trial.number}")
+        return self.search.space.point(self.search.settings_of(trial), f"trial{trial.number:04d}")
 
     def train(self, point: SweepPoint, number: int, seed: int, trial: optuna.Trial) -> dict[str, Any] | None:
         """Train a student of a trial and return its results; None if the pruner ended it."""
