@@ -101,11 +101,13 @@ def as_override(key: str, value: Any) -> str:
 
 def inline_toml(value: Any) -> str:
     """Return a value as TOML on one line."""
-    if isinstance(value, list):
+    if isinstance(value, list | tuple):
         return f"[{', '.join(map(inline_toml, value))}]"
     if isinstance(value, dict):
         return f"{{{', '.join(f'{_toml_key(key)} = {inline_toml(one)}' for key, one in value.items())}}}"
-    return json.dumps(value) if isinstance(value, str | bool) else str(value)
+    if isinstance(value, str):
+        return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
+    return json.dumps(value) if isinstance(value, bool) else str(value)
 
 
 def _toml_key(key: str) -> str:

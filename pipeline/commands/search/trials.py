@@ -22,6 +22,7 @@ from kdpipe.stages.errors import ModelError, NotFiniteError, RecipeError, Stoppe
 from kdpipe.stages.evaluation.main_metric import main_value
 from kdpipe.stages.runtime.callbacks import Callback, CallbackState
 from kdpipe.stages.runtime.events import ProgressEvent
+from kdpipe.stages.runtime.memory import is_out_of_memory
 from kdpipe.stages.train_student.student import StudentRun
 from kdpipe.stages.training.job_dir import JobDir
 from kdpipe.store import exclusive
@@ -128,7 +129,9 @@ class Trials:
         try:
             values = self._values(taken)
             state = "PRUNED" if values is None else "COMPLETE"
-        except (RecipeError, ModelError, NotFiniteError) as error:  # the others go on
+        except Exception as error:  # the others go on
+            if not (isinstance(error, RecipeError | ModelError | NotFiniteError) or is_out_of_memory(error)):
+                raise
             why = str(error).replace(str(self.run.folder), self.run.folder.name)
             self.run.monitor.warn("search", f"trial {taken.number} failed: {why}")
         with self.alone():

@@ -25,7 +25,11 @@ OFF = "off"
 """The choice of `distill.NUMBER.loss` that leaves the loss out."""
 
 RANGE, CHOICES = {"low", "high", "step", "log"}, {"choices"}
-MAX_COMBINATIONS = 2000
+MAX_STRUCTURES = 500
+"""Combinations of what decides about others, each of which is tried on blank images before anything is trained."""
+
+MAX_COMBINATIONS = 10_000
+"""Combinations of a grid, and steps of a range."""
 
 Settings = Mapping[str, Any]
 """Values by dotted key."""
@@ -139,7 +143,7 @@ class SearchSpace:
         for one in self.parameters:
             if one.low is not None and one.step is None:
                 raise RecipeError(f"search.space.{one.key}: sampler = 'grid' needs choices, or a range with a step.")
-        return _limited(self.combinations(self.parameters, {}), "combinations")
+        return _limited(self.combinations(self.parameters, {}), MAX_COMBINATIONS, "combinations")
 
 
 def search_space(config: SearchConfig, student: StudentConfig, losses: Sequence[Loss]) -> SearchSpace:
@@ -152,16 +156,17 @@ def search_space(config: SearchConfig, student: StudentConfig, losses: Sequence[
     entries = {**preset, **dict(flattened(config.space, _is_parameter))}
     parameters = [_parameter(key, value) for key, value in entries.items()]
     space = SearchSpace(tuple(_ordered(parameters)), student, tuple(losses))
-    _limited(space.combinations(space.deciding, {}), "combinations of losses and of keys with a `when`")
+    what = "combinations of losses and of keys in a `when`"
+    _limited(space.combinations(space.deciding, {}), MAX_STRUCTURES, what)
     if config.sampler == "grid":
         space.grid()
     return space
 
 
-def _limited(combinations: Iterator[dict[str, Any]], what: str) -> list[dict[str, Any]]:
-    found = list(itertools.islice(combinations, MAX_COMBINATIONS + 1))
-    if len(found) > MAX_COMBINATIONS:
-        raise RecipeError(f"search.space has more than {MAX_COMBINATIONS:,} {what}: leave some out.")
+def _limited(combinations: Iterator[dict[str, Any]], most: int, what: str) -> list[dict[str, Any]]:
+    found = list(itertools.islice(combinations, most + 1))
+    if len(found) > most:
+        raise RecipeError(f"search.space has more than {most:,} {what}: leave some out.")
     return found
 
 
