@@ -14,7 +14,15 @@ import torch
 from kdpipe.stages.errors import RecipeError
 from kdpipe.stages.runtime.gpu.nccl import BACKEND, gpu_backend
 from kdpipe.stages.runtime.gpu.nvml import EXCLUSIVE, ORDER, PROHIBITED, VISIBLE, Gpu, list_gpus, visible_gpus
-from kdpipe.stages.runtime.gpu.users import CLAIMS, claim_gpu, gpu_user, is_foreign, is_launched, release_gpu
+from kdpipe.stages.runtime.gpu.users import (
+    CLAIMS,
+    claim_gpu,
+    gpu_user,
+    is_ancestor,
+    is_foreign,
+    is_launched,
+    release_gpu,
+)
 from kdpipe.stages.runtime.launcher import local_rank
 from kdpipe.store import LockedError
 from kdpipe.store.fs.lock import Holder
@@ -147,10 +155,10 @@ class GpuSelector:
         return gpu_user(gpu, is_launched(self.environ))
 
     def _is_sibling(self, holder: Holder | None) -> bool:
-        """Return whether the holder of a claim is another process of this job."""
-        if holder is None or holder.host != socket.gethostname() or not is_launched(self.environ):
+        """Return whether the holder of a claim is another process of this job, or the one that started it."""
+        if holder is None or holder.host != socket.gethostname():
             return False
-        return not is_foreign(holder.pid, launched=True)
+        return is_ancestor(holder.pid) or (is_launched(self.environ) and not is_foreign(holder.pid, launched=True))
 
     def _reserve(self, gpu: Gpu, *, is_named: bool) -> None:
         if gpu.compute_mode == PROHIBITED:
@@ -200,7 +208,7 @@ class GpuSelector:
 
     def _share_with_sibling(self, gpu: Gpu) -> None:
         """Raise RecipeError for more processes than GPUs, unless sharing is asked for."""
-        if not self.share and gpu_backend(self.environ) == "nccl":
+        if is_launched(self.environ) and not self.share and gpu_backend(self.environ) == "nccl":
             raise RecipeError(
                 f"another process of this job uses {gpu}, and there is none left for process {self._rank} of this "
                 f"machine: start one process for each GPU, or let them share it with --share (those that train "

@@ -17,6 +17,7 @@ from support.paths import ROOT
 
 from kdpipe.stages.errors import RecipeError
 from kdpipe.stages.runtime.gpu import device as device_module
+from kdpipe.stages.runtime.gpu import users
 from kdpipe.stages.runtime.gpu.device import GpuSelector, select_device
 from kdpipe.stages.runtime.gpu.nvml import EXCLUSIVE, PROHIBITED, Gpu, GpuProcess
 from kdpipe.stages.runtime.gpu.users import _claims, claim_gpu, is_launched, release_gpu
@@ -174,6 +175,17 @@ def test_jobs_starting_at_once_select_different_gpus(
     assert job.take(SECOND, share=True) == SECOND.uuid
     assert len(job.warnings) == 1
     assert [path.name for path in tmp_path.iterdir() if SECOND.uuid in path.name] == [f"kdpipe-{SECOND.uuid}.lock"]
+
+
+def test_gpu_of_the_process_that_started_this_one_is_used(
+    job: TrainJob, claimed_elsewhere: Callable[..., int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    notebook = claimed_elsewhere(SECOND)
+    monkeypatch.setattr(users, "_lineage", lambda pid: [pid, notebook])
+    assert job.take(FIRST, SECOND) == FIRST.uuid
+    assert job.take(SECOND) == SECOND.uuid
+    assert job.take(SECOND, name="cuda:0") is None
+    assert job.warnings == []
 
 
 def test_claim_ends_with_its_process(tmp_path: Path) -> None:
