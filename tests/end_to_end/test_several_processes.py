@@ -63,8 +63,9 @@ KINDS = ("alone", "distilled")
 
 
 def start_two(*arguments: str | Path) -> list[WarmProcess]:
-    """Start two processes as torchrun does."""
+    """Start two processes as torchrun does; they share a GPU, which NCCL refuses."""
     of_both = environment() | {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
+    of_both["KDPIPE_DIST_BACKEND"] = "gloo"
     ranks = ({"RANK": rank, "LOCAL_RANK": rank} for rank in "01")
     return [WarmProcess(["kdpipe", *map(str, arguments)], of_both | own) for own in ranks]
 
