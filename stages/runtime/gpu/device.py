@@ -89,6 +89,14 @@ def choose_device(name: str) -> torch.device:
     return torch.device("cuda", (local_rank(os.environ) or 0) % count if number is None else number)
 
 
+def torch_device(name: str | torch.device) -> torch.device:
+    """Return the device that torch means, the current GPU by "cuda"; raises RecipeError where it is absent."""
+    choose_device(str(name))
+    device = torch.device(name)
+    has_number = device.type != "cuda" or device.index is not None
+    return device if has_number else torch.device("cuda", torch.cuda.current_device())
+
+
 def check_device(given: str | torch.device) -> str | torch.device:
     """Return an argument `device` if it is one that kdpipe computes on. Raises RecipeError otherwise."""
     if isinstance(given, torch.device):
