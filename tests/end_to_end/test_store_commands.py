@@ -34,7 +34,7 @@ def test_two_concurrent_jobs_fill_one_store(done, recipe, tmp_path):
     jobs = []
     for rank in range(2):
         os.environ |= {"RANK": str(rank), "WORLD_SIZE": "2"}
-        jobs.append(start("cache-teacher", recipe, "--run", run, "--share", "--json"))
+        jobs.append(start("cache-teacher", recipe, "--run", run, "--json"))
     for name in ("RANK", "WORLD_SIZE"):
         del os.environ[name]
     results = [json.loads(job.communicate(timeout=120)[0])["store"] for job in jobs]

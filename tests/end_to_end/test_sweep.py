@@ -25,7 +25,7 @@ def recipe(tmp_path_factory):
 def swept(recipe, tmp_path_factory):
     """A sweep by two processes, one of which is killed in its first student."""
     run = tmp_path_factory.mktemp("swept") / "run"
-    first, second = (start("sweep", recipe, "--run", run, "--share", *SWEEP, *SHORT) for _ in range(2))
+    first, second = (start("sweep", recipe, "--run", run, *SWEEP, *SHORT) for _ in range(2))
     signal_when(first, lambda: any((run / "sweep").glob("*/seed*/checkpoint.safetensors")), signal.SIGKILL)
     ended = [process.communicate() for process in (first, second)]
     assert first.returncode == -signal.SIGKILL and second.returncode == 0, ended

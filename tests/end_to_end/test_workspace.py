@@ -11,7 +11,7 @@ from support.kdpipe_process import start
 def test_two_runs_at_once_train_one_teacher_and_fill_one_store(recipe: Path, tmp_path: Path) -> None:
     quick = ["student.export=false", "teacher.export=false", "student.train.epochs=1", "views.num_views=2"]
     sets = [word for change in quick for word in ("--set", change)]
-    common = ["run", recipe, *sets, "--share", "--workspace", tmp_path]
+    common = ["run", recipe, *sets, "--workspace", tmp_path]
     runs = [tmp_path / "a", tmp_path / "b"]
     jobs = [start(*common, "--run", run, "--set", f"distill.0.temperature={n}") for n, run in enumerate(runs, 2)]
     ended = [job.communicate(timeout=300) for job in jobs]
