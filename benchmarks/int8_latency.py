@@ -5,9 +5,9 @@
 
 torchvision's resnet18, vgg11_bn and mobilenet_v2 and timm's tf_efficientnet_lite0 with ten classes, on random images of
 64x64, each whole and with half the channels of every layer pruned, in FP32 and in INT8: prepared, calibrated on random
-images and exported by the code of `kdpipe compress`. VGG ends in global average pooling and one linear layer of 512 x 10, as for small images;
-torchvision's own head of 120 million weights is for 224x224. Weights are random with a seed, and batch norms have seen
-random images: the multiplied numbers do not change the time.
+images and exported by the code of `kdpipe compress`. VGG ends in global average pooling and one linear layer of
+512 x 10, as for small images; torchvision's own head of 120 million weights is for 224x224. Weights are random with a
+seed, and batch norms have seen random images: the multiplied numbers do not change the time.
 
 All files take turns in one process, round by round. The table has the medians of both, the median of the ratio INT8 /
 FP32 within a round, the range of nine of ten ratios, and the ratio of the fastest rounds. If the last two are far from

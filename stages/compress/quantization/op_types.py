@@ -63,7 +63,7 @@ def unmarked_kind_of(traced: fx.GraphModule, node: fx.Node) -> Kind:
 def _pads_with_zeros(node: fx.Node) -> bool:
     """Return whether a node adds zeros around its input: every range includes them."""
     named = dict(zip(("input", "pad", "mode", "value"), node.args, strict=False)) | node.kwargs
-    return node.target is F.pad and named.get("mode", "constant") == "constant" and not named.get("value")
+    return bool(node.target is F.pad and named.get("mode", "constant") == "constant" and not named.get("value"))
 
 
 def is_float_tensor(node: fx.Node) -> bool:

@@ -46,16 +46,8 @@ def _pad_before(traced: fx.GraphModule, node: fx.Node, same: nn.Conv2d) -> None:
             padded = traced.graph.call_function(F.pad, (source, tuple(padding)))
         padded.meta = dict(source.meta)
         node.args = (padded,)
-    kernel, stride, dilation = same.kernel_size, same.stride, same.dilation
-    plain = nn.Conv2d(  # type: ignore[call-overload]
-        same.in_channels,
-        same.out_channels,
-        kernel,
-        stride,
-        dilation=dilation,
-        groups=same.groups,
-        device="meta",
-    )
+    settings: dict[str, Any] = {key: getattr(same, key) for key in ("kernel_size", "stride", "dilation", "groups")}
+    plain = nn.Conv2d(same.in_channels, same.out_channels, **settings, device="meta")
     plain.weight, plain.bias = same.weight, same.bias
     traced.set_submodule(str(node.target), plain)
 
