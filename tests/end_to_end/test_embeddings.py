@@ -93,13 +93,16 @@ def test_an_image_tower_of_transformers_teaches_a_cnn(kind, width, tmp_path):
     text = RECIPE.replace('{ loss = "cosine" }', losses).replace("batch_size = 50", "batch_size = 50, lr = 0.01")
     recipe.write_text("\n".join(teacher if "timm" in line else line for line in text.splitlines()))
     for command in ("run",) if kind == "siglip" else ("train-teacher", "cache-teacher", "train-student"):
-        ended = kdpipe_here(command, recipe, "--run", run)
+        share = "0" if kind == "siglip" else "0.2"
+        ended = kdpipe_here(command, recipe, "--run", run, "--set", f"data.validation_share={share}")
         assert ended.exit_code == 0, ended.stderr
     info = json.loads(kdpipe_here("store", "info", run / "store.zarr", "--json").stdout)
     assert info["arrays"]["features/pre_logits"]["row_shape"] == [width]
     results = [json.loads(path.read_text()) for path in run.glob("**/result.json")]
     assert len(results) == (4 if kind == "siglip" else 2)  # of teacher, student, pruned and INT8
     assert all(result[judge]["accuracy"] > 0.2 for result in results for judge in ("knn", "linear_probe"))
+    assert all("validation" not in result or result["validation"]["accuracy"] > 0.2 for result in results)
+    assert all(("validation" in result) == (kind == "clip") for result in results)
     assert (run / "compressed" / "artifacts-seed0" / "int8" / "model.onnx").exists() == (kind == "siglip")
 
 
