@@ -160,6 +160,9 @@ def _train_cohort(plan: CohortPlan, seed: int, cohort: Cohort, context: StageCon
     results = []
     for number in range(config.num_members):
         folder, own = member_folder(context.run_dir, number, seed), member_history(history, number)
+        if (done := group.on_main(folder.result)) is not None:  # before this job was stopped
+            results.append(done)
+            continue
         group.on_main(partial(folder.write_metrics, own))
         stored = task.exchange.stored[number] if plan.specs else None
         more = group.on_main(partial(save_adapters, folder, stored)) | {"cohort": config.method}
