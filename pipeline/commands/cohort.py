@@ -27,6 +27,7 @@ from kdpipe.stages.distillation.spec import DistillationSpec
 from kdpipe.stages.distillation.student_config import ALONE, student_folder
 from kdpipe.stages.errors import RecipeError
 from kdpipe.stages.evaluation.main_metric import deciding, main_percent, main_value
+from kdpipe.stages.losses.logits.kd import KD
 from kdpipe.stages.models.build import ModelConfig
 from kdpipe.stages.models.safetensors_io import load_tensors
 from kdpipe.stages.teacher import TeacherConfig
@@ -165,12 +166,18 @@ def _write(run: Run, kept: Kept, found: Mapping[str, Any]) -> None:
     """Write the record of the table, and the recipe whose teacher is the kept network."""
     make_folders([run.folder / STAGE])
     write_json_file(run.folder / STAGE / RESULTS, dict(found))
-    text = toml(recipe_json(teacher_recipe(run.recipe, kept.folder)))
+    head = (
+        f"# The teacher is {kept.name} of {run.folder}. Losses on features are left out: their layers are of another."
+    )
+    text = f"{head}\n{toml(recipe_json(teacher_recipe(run.recipe, kept.folder)))}"
     write_atomically(run.folder / STAGE / TEACHER_RECIPE, text.encode())
 
 
 def teacher_recipe(recipe: Recipe, folder: Path) -> Recipe:
-    """Return the recipe with the network in a job's folder as its teacher, without a cohort."""
+    """Return the recipe with the network in a job's folder as its teacher, without a cohort.
+
+    Losses on features are left out: their layers are those of another teacher.
+    """
     weights = folder / "model.safetensors"
     record = load_tensors(weights)[1]
     architecture, scaling = record["architecture"], record["normalization"]
@@ -183,6 +190,7 @@ def teacher_recipe(recipe: Recipe, folder: Path) -> Recipe:
         name=f"{recipe.name[:180]}-taught",
         teacher=teacher,
         cohort=None,
+        distill=tuple(loss for loss in recipe.distill if not loss.student_layers()) or (KD(),),
         cache=replace(recipe.cache, store=None),
         student=replace(recipe.student, stores=()),
     )

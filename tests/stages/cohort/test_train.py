@@ -12,6 +12,7 @@ from kdpipe.stages.cohort.config import CohortConfig, CohortMember
 from kdpipe.stages.cohort.exchange import CohortPlan, build_task
 from kdpipe.stages.cohort.network import build_cohort
 from kdpipe.stages.cohort.train import ensemble_folder, member_folder, train_cohort
+from kdpipe.stages.compress.external_student import load_external
 from kdpipe.stages.context import model_normalization
 from kdpipe.stages.data.loader.image_loader import ViewRequest
 from kdpipe.stages.distillation.stores import open_distillation
@@ -162,6 +163,13 @@ def test_members_of_kdcl_see_different_views(tmp_path):
     fresh = replace(task, fresh_views=True)
     seen = [view for epoch in range(4) for view in fresh.views_at(epoch)]
     assert len(set(seen)) == len(seen)
+
+
+def test_member_is_taken_as_a_student_to_compress(tmp_path):
+    found, context = train(tmp_path, CohortConfig()), context_of(tmp_path)
+    fresh = build_student(STUDENT, 0, context)
+    network = load_external(member_folder(tmp_path, 1, 0).model, fresh, context.train_set.class_names)
+    assert network.identity == found["members"][1]["identity"]
 
 
 @pytest.mark.parametrize(
