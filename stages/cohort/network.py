@@ -64,6 +64,7 @@ def build_cohort(config: CohortConfig, student: StudentConfig, seed: int, contex
             "the members of the cohort come with different input scalings, and they get the same images: set "
             "student.mean and student.std."
         )
+    _require_different_starts(config, members)
     context = context.resized(student.image_size)
     network: nn.Module
     if config.method == "one":
@@ -79,6 +80,18 @@ def build_cohort(config: CohortConfig, student: StudentConfig, seed: int, contex
         args = {"members": [_named(model) for model in models]}
         record = context.architecture(ModelConfig(name=ENSEMBLE, args=args))
     return Cohort(members, ModelBundle(network, record, normalize))
+
+
+def _require_different_starts(config: CohortConfig, members: list[ModelBundle]) -> None:
+    """Raise RecipeError for two members with the same weights, which would stay equal if they see the same images."""
+    weights = [member.identity["weights_sha256"] for member in members]
+    again = next((number for number, own in enumerate(weights) if own in weights[:number]), None)
+    if again is not None and not config.own_views:
+        raise RecipeError(
+            f"members {weights.index(weights[again]) + 1} and {again + 1} of the cohort start from the same weights, "
+            "and would have nothing to teach each other: leave out the weights, in Python name the network, or use "
+            "method = 'kdcl', which gives each its own views."
+        )
 
 
 def _named(model: ModelConfig) -> dict[str, Any]:
