@@ -31,8 +31,11 @@ if TYPE_CHECKING:
     from kdpipe.stages.runtime.launcher import WorkShard
     from kdpipe.stages.workspace import Workspace
 
-DISTRIBUTED = ("train-teacher", "train-student", "compare", "sweep")
+DISTRIBUTED = ("train-teacher", "train-student", "compare", "sweep", "cohort")
 """Commands whose processes train on shares of one batch."""
+
+SAME_COMMAND = ("compare", "generations", "cohort", "search")
+"""Commands that are advised themselves for a new run folder; for the others it is `kdpipe run`."""
 
 
 def _say_at_once(recipe: Path, options: CommonOptions) -> None:
@@ -153,7 +156,7 @@ def _new_run_advised(command: str, recipe: Path, options: JobOptions, folder: Pa
         yield
     except FingerprintMismatch as error:
         new = next(path for n in count(2) if not (path := folder.with_name(f"{folder.name}-{n}")).exists())
-        words = ["kdpipe", command if command in ("compare", "generations", "search") else "run", str(recipe)]
+        words = ["kdpipe", command if command in SAME_COMMAND else "run", str(recipe)]
         kept = [change for change in options.set_ or () if not change.startswith("cache.store=")]
         words += [word for change in kept for word in ("--set", redacted_options(change))] + ["--run", str(new)]
         words += ["--workspace", str(options.workspace)] if options.workspace else []
@@ -280,6 +283,7 @@ def _print_data_warning(event: ProgressEvent) -> None:
 
 
 def _work(command: str, count: int, only: Step | None) -> Callable[[Run], dict[str, Any]]:
+    from kdpipe.pipeline.commands.cohort import run_cohort
     from kdpipe.pipeline.commands.generations import run_generations
     from kdpipe.pipeline.commands.search.search import run_search
     from kdpipe.pipeline.commands.variants.compare import run_compare
@@ -293,6 +297,7 @@ def _work(command: str, count: int, only: Step | None) -> Callable[[Run], dict[s
         "compare": run_compare,
         "sweep": run_sweep,
         "search": run_search,
+        "cohort": run_cohort,
         "generations": partial(run_generations, count=count),
     }
     return functions[command]
@@ -314,6 +319,7 @@ def _write_page(folder: Path) -> Path | None:
 
 def _print_results(command: str, run: Run, results: dict[str, Any], as_json: bool) -> int:
     """Print the results to stdout, and write the page of a whole run; return the exit status."""
+    from kdpipe.pipeline.commands.cohort import print_cohort
     from kdpipe.pipeline.commands.generations import print_generations
     from kdpipe.pipeline.commands.search.search import print_search
     from kdpipe.pipeline.commands.summary import print_summary
@@ -335,6 +341,8 @@ def _print_results(command: str, run: Run, results: dict[str, Any], as_json: boo
         print_sweep(run.recipe.name, run.folder, results)
     elif command == "search":
         print_search(run.recipe.name, run.folder, results)
+    elif command == "cohort":
+        print_cohort(run.recipe.name, run.folder, results)
     elif command == "generations":
         print_generations(run.recipe.name, results)
     else:

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from kdpipe.stages.losses.features.srd import SRD
     from kdpipe.stages.losses.features.vid import VID
     from kdpipe.stages.losses.features.vkd import VkD
+    from kdpipe.stages.losses.features.wkd import WKDF
     from kdpipe.stages.losses.inputs import LossInputs, Negatives
     from kdpipe.stages.losses.logits.binary_kd import BinaryKD
     from kdpipe.stages.losses.logits.dist import DIST
@@ -65,6 +66,7 @@ _MODULES = {
     "losses.features.srd": "SRD",
     "losses.features.vid": "VID",
     "losses.features.vkd": "VkD",
+    "losses.features.wkd": "WKDF",
     "losses.inputs": "LossInputs Negatives",
     "losses.logits.binary_kd": "BinaryKD",
     "losses.logits.dist": "DIST",
@@ -92,7 +94,7 @@ _MODULE_OF = {name: module for module, names in _MODULES.items() for name in nam
 # fmt: off
 __all__ = [  # literal, so that linters and type checkers see it; a test compares it with _MODULES
     "AT", "CC", "CRD", "CWD", "DIST", "DKD", "KD", "MLLD", "NKD", "NST", "PEFD", "PKT", "RKD", "SP", "SRD", "TTM",
-    "VID", "WSLD", "WTTM", "ATGradient", "BinaryKD", "Cosine", "FeatureLoss", "FeatureSpec", "FitNet",
+    "VID", "WKDF", "WSLD", "WTTM", "ATGradient", "BinaryKD", "Cosine", "FeatureLoss", "FeatureSpec", "FitNet",
     "HardDistillation", "Hint", "LogitLoss", "LogitMSE", "Loss", "LossInputs", "MapLoss", "ModelOutput", "Negatives",
     "PooledLoss", "RelationLoss", "ReviewKD", "SampleSelection", "Schedule", "Scheduled", "SimKD", "SoftLogitLoss",
     "TrainProgress", "VkD", "all_gather_with_grad", "functional",

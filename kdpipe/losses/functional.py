@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from kdpipe.stages.losses.features.srd import srd_loss
     from kdpipe.stages.losses.features.vid import vid_loss
     from kdpipe.stages.losses.features.vkd import vkd_loss
+    from kdpipe.stages.losses.features.wkd import wkd_f_loss
     from kdpipe.stages.losses.logits.binary_kd import binary_kd_loss
     from kdpipe.stages.losses.logits.dist import dist_loss
     from kdpipe.stages.losses.logits.dkd import dkd_loss, nckd_loss, tckd_loss
@@ -44,6 +45,7 @@ _MODULES = {
     "features.srd": "srd_loss",
     "features.vid": "vid_loss",
     "features.vkd": "vkd_loss",
+    "features.wkd": "wkd_f_loss",
     "logits.binary_kd": "binary_kd_loss",
     "logits.dist": "dist_loss",
     "logits.dkd": "dkd_loss nckd_loss tckd_loss",
@@ -93,6 +95,7 @@ __all__ = [  # literal, so that linters and type checkers see it; a test compare
     "ttm_loss",
     "vid_loss",
     "vkd_loss",
+    "wkd_f_loss",
     "wsld_loss",
     "wttm_loss",
 ]

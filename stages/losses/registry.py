@@ -25,6 +25,7 @@ from kdpipe.stages.losses.features.simkd import SimKD
 from kdpipe.stages.losses.features.srd import SRD
 from kdpipe.stages.losses.features.vid import VID
 from kdpipe.stages.losses.features.vkd import VkD
+from kdpipe.stages.losses.features.wkd import WKDF
 from kdpipe.stages.losses.logits.binary_kd import BinaryKD
 from kdpipe.stages.losses.logits.dist import DIST
 from kdpipe.stages.losses.logits.dkd import DKD
@@ -48,7 +49,7 @@ L = TypeVar("L", bound=type[Loss])
 # In the order in which `kdpipe losses` lists them.
 _BUILTIN: tuple[type[Loss], ...] = (
     *(KD, DKD, DIST, NKD, TTM, WTTM, WSLD, MLLD, HardDistillation, LogitMSE, BinaryKD),
-    *(Hint, Cosine, PEFD, SRD, VkD, FitNet, AT, ATGradient, CWD, NST, VID, ReviewKD, SimKD),
+    *(Hint, Cosine, PEFD, SRD, VkD, FitNet, AT, ATGradient, CWD, WKDF, NST, VID, ReviewKD, SimKD),
     *(RKD, SP, PKT, CC, CRD),
 )
 

@@ -92,8 +92,8 @@ def test_micro_batches_train_the_same_student(tmp_path):
     assert all(torch.allclose(whole[name], parts[name], rtol=1e-4, atol=1e-5) for name in whole)
     assert whole_losses == pytest.approx(part_losses, rel=1e-5)
     assert warnings == [
-        "out of memory with batches of 32: continuing with micro-batches of 8 whose gradients are accumulated; the "
-        "effective batch size stays 32."
+        f"out of {'GPU ' * (DEVICE.type == 'cuda')}memory with batches of 32: continuing with micro-batches of 8 whose "
+        "gradients are accumulated; the effective batch size stays 32."
     ]
 
 
@@ -289,7 +289,7 @@ def test_no_loss_waits_for_the_device(tmp_path):
     context = tiny_context(tmp_path)
     required = required_of(losses, student_shapes(STUDENT, losses, context), 0)
     bundle = build_student(STUDENT, 0, context, losses)
-    teacher = ModelBundle(context.build_model(TEACHER.model, seed=0), {}, bundle.normalize)
+    teacher = ModelBundle(context.build_model(TEACHER.model, seed=0).to(DEVICE), {}, bundle.normalize)
     cache_teacher(CACHE, tmp_path / "store", teacher, required, context)
     task = build_task(bundle, open_distillation([tmp_path / "store"], losses, STUDENT, {}, context), 0, context)
     job = TrainJob("x", "x", bundle.model, task, None, TRAIN, 0, JobDir(tmp_path), student_layers(losses))

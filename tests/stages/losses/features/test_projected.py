@@ -1,4 +1,4 @@
-"""Losses on projected vectors and channels (PEFD, SRD, VkD, CWD) against their formulas, in float64."""
+"""Losses on projected vectors and channels (PEFD, SRD, VkD, CWD, WKD-F) against their formulas, in float64."""
 
 import math
 
@@ -11,7 +11,9 @@ from kdpipe.stages.losses.features.cwd import CWD, cwd_loss
 from kdpipe.stages.losses.features.pefd import PEFD
 from kdpipe.stages.losses.features.srd import SRD, srd_loss
 from kdpipe.stages.losses.features.vkd import VkD, vkd_loss
+from kdpipe.stages.losses.features.wkd import WKDF, wkd_f_loss
 from kdpipe.stages.targets.feature_spec import FeatureSpec
+from kdpipe.stages.targets.statistics import mean_std
 
 LAYERS = (("a", "b"),)
 
@@ -86,6 +88,27 @@ def test_cwd_adapts_channels_and_sizes():
     assert CWD(layers=LAYERS).required_features({"a": (16, 4, 4)}) == (FeatureSpec("b", size=(4, 4)),)
     with pytest.raises(RecipeError, match="cwd cannot join the student's a"):
         built(CWD(layers=LAYERS), STUDENT_VECTORS, TEACHER_MAPS)
+
+
+def test_wkd_f_is_the_distance_of_means_and_deviations():
+    student, teacher = drawn(3, 4, 2, 5, seed=1), drawn(3, 4, 6, 6, seed=2)
+    expected = torch.zeros(3, dtype=torch.float64)
+    for sample, (one, other) in enumerate(zip(student, teacher, strict=True)):
+        for s, t in zip(one, other, strict=True):
+            deviations = [(x.flatten().var() + 1e-5).sqrt() for x in (s, t)]
+            expected[sample] += 3 * (s.mean() - t.mean()) ** 2 + (deviations[0] - deviations[1]) ** 2
+    torch.testing.assert_close(wkd_f_loss(student, teacher, mean_weight=3.0), expected)
+    assert mean_std(torch.ones(2, 4, 1, 1)).isfinite().all()
+
+
+def test_wkd_f_needs_two_numbers_a_channel():
+    config = WKDF(layers=LAYERS)
+    assert config.required_features({"a": (16, 4, 4)}) == (FeatureSpec("b", "mean_std"),)
+    module, losses = built(config, STUDENT_MAPS, TEACHER_MAPS)
+    adapted = module.adapter(STUDENT_MAPS)
+    torch.testing.assert_close(losses, wkd_f_loss(adapted, TEACHER_MAPS))
+    with pytest.raises(RecipeError, match="wkd_f cannot join"):
+        config.build({"a": (16,)}, {FeatureSpec("b", "mean_std"): (2, 32)}, None)
 
 
 @pytest.mark.parametrize("function", [srd_loss, vkd_loss])
