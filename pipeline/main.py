@@ -213,6 +213,9 @@ _add_job("run", "Run all stages, skipping finished work. Prints the results.")
 _add_job("compare", "Train a student with each set of losses in the recipe. Prints accuracies over seeds, and costs.")
 
 
+_add_job("cohort", "Train students that teach each other. Prints each alone, in the cohort, and the ensemble.")
+
+
 @app.command()
 @with_options
 def sweep(recipe: RecipePath, options: JobOptions, *, baseline: Baseline = None) -> None:

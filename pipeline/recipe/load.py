@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from types import MappingProxyType
 from typing import Annotated, Any
@@ -17,6 +17,7 @@ from kdpipe.pipeline.recipe.messages import fault_messages, first_and_more, one_
 from kdpipe.pipeline.recipe.overrides import Overrides, Settings, read_with_overrides, settings_of
 from kdpipe.pipeline.recipe.sweep import SweepPoint, sweep_points
 from kdpipe.stages.cache_teacher.plan import CacheConfig
+from kdpipe.stages.cohort.config import CohortConfig, check_peer_losses
 from kdpipe.stages.compress.compress import CompressConfig
 from kdpipe.stages.config import Seed, section
 from kdpipe.stages.data.config import DataConfig
@@ -53,6 +54,7 @@ class Recipe:
         num_threads: CPU threads of each operation; by default OMP_NUM_THREADS, else what is fastest for each kind of
             work, up to the cores that this process may use. Networks of a few thousand parameters train fastest on one.
         gpu_memory_fraction: Fraction of the GPU's memory that this job may use; beyond it, it is out of memory.
+        cohort: Students that teach each other, for `kdpipe cohort`.
         sweep: Values to try with `kdpipe sweep`: a list for each key of student and distill, in all combinations.
         callbacks: What observes every training: csv, tensorboard, wandb, mlflow, trackio and others, or
             "python:MODULE:CLASS"; a table of name and arguments where it has some.
@@ -71,6 +73,7 @@ class Recipe:
     student: StudentConfig
     distill: tuple[AnyLoss, ...] = ()
     compare: dict[VariantName, CompareEntry] = Field(default_factory=dict)
+    cohort: CohortConfig | None = None
     sweep: dict[str, Any] = Field(default_factory=dict)
     compress: CompressConfig = Field(default_factory=CompressConfig)
 
@@ -170,6 +173,11 @@ def _contradictions(recipe: Recipe) -> Iterator[str]:
             check_losses(some, recipe.views, recipe.student.teachers, where)
 
         yield from dict.fromkeys(faults_of_each(losses, where, check))
+    if recipe.cohort is not None:
+        check = partial(check_peer_losses, config=recipe.cohort)
+        yield from faults_of_each(recipe.cohort.distill, "cohort.distill", check)
+        check_all = partial(check_losses, views=recipe.views, teachers=recipe.student.teachers, where="cohort.distill")
+        yield from faults_of_each(recipe.cohort.distill, "cohort.distill", check_all)
     if any(loss.input_gradient for losses in all_losses(recipe).values() for loss in losses):
         students = {key: train for key, train in trainings_of(recipe).items() if key != "teacher.train"}
         yield from (no_second_derivative(f"{key}.compile") for key, train in students.items() if train.compile)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import socket
 import time
 from collections import Counter
@@ -36,6 +37,11 @@ STATES = {DONE: "done", DONE_IN_PART: "done in part", STOPPED_EARLY: "stopped ea
 
 VARIANTS = {"compare": "variants", "sweep": "settings"}
 """Commands that train several variants of the student, and what these are called."""
+
+COHORT = "cohort"
+"""The command whose networks are in the folder of the students, as in COHORT_JOB."""
+
+COHORT_JOB = re.compile(r"cohort-(?:\d+|(ensemble))-seed\d+")
 
 COMPUTED = ("step", "unit", "turn")
 """Units of the progress of work, unlike those of checks."""
@@ -122,10 +128,11 @@ def run_status(folder: Path, size: Measure, budget: Budget) -> RunStatus:
     stored = read_intact_json(folder / RECIPE)
     networks = _networks(stored or {}, folder)
     in_python, command = (folder / MADE_IN_PYTHON).exists(), progress.last.command if progress else ""
-    only_begun = in_python or command in VARIANTS  # which do not make all networks of the recipe
+    only_begun = in_python or command in (*VARIANTS, COHORT)  # which do not make all networks of the recipe
     jobs = [job for network in networks for job in network.jobs if not only_begun or job.exists()]
     if command in VARIANTS:
         jobs += [job for _, own in _variants(folder / command, budget) for job in own]
+    jobs += [job for own in _cohort(folder, budget).values() for job in own] if command == COHORT else []
     num_done, num_networks = sum((job / "result.json").exists() for job in jobs), len(jobs)
     state, who = _state(folder, progress, now)
     if state == "idle" and num_done == num_networks > 0:
@@ -179,12 +186,15 @@ def _networks(recipe: Mapping[str, Any], folder: Path) -> list[NetworkEntry]:
 
 
 def _accuracies(networks: list[NetworkEntry], folder: Path, budget: Budget) -> Iterator[tuple[str, float]]:
-    """Yield the mean test accuracy in percent of the main networks, and of the best of `kdpipe compare` and `sweep`."""
+    """Yield the mean test accuracy in percent of the main networks, of a cohort, and of the best variants."""
     by_kind = {network.kind: network for network in networks}
     smallest = next((by_kind[kind] for kind in ("int8", "int4", "pruned") if kind in by_kind), None)
     for network in (by_kind.get("alone"), by_kind.get("student"), smallest):
         if network and (known := _known(network.jobs)):
             yield network.name.removeprefix("student ") + known.what, mean(known.percents)
+    for name, jobs in _cohort(folder, budget).items():
+        if known := _known(jobs):
+            yield name + known.what, mean(known.percents)
     for command, what in VARIANTS.items():
         yield from _best_of(folder / command, what, budget)
 
@@ -201,6 +211,15 @@ def _best_of(folder: Path, what: str, budget: Budget) -> Iterator[tuple[str, flo
     if means:
         best = max(means, key=(deciding if len(deciding) == len(means) else means).__getitem__)
         yield f"best of {len(means)} {what}: {best}", means[best]
+
+
+def _cohort(folder: Path, budget: Budget) -> dict[str, list[Path]]:
+    """Return the folders of a cohort's jobs: those of its members, and of the ensembles."""
+    found: dict[str, list[Path]] = {}
+    for entry in budget.entries(folder / "students", MAX_SEEDS):
+        if match := COHORT_JOB.fullmatch(entry.name):
+            found.setdefault("cohort ensemble" if match[1] else "cohort members", []).append(Path(entry.path))
+    return found
 
 
 def _variants(folder: Path, budget: Budget) -> Iterator[tuple[str, list[Path]]]:
