@@ -3,15 +3,15 @@
     uv run python benchmarks/int8_latency.py [--networks NAME ...] [--batch-sizes B ...] [--threads N] [--rounds N]
         [--image-size S] [--round-to N] [--quick]
 
-torchvision's resnet18, vgg11_bn and mobilenet_v2 with ten classes, on random images of 64x64, each whole and with half
-the channels of every layer pruned, in FP32 and in INT8: prepared, calibrated on random images and exported by the code
-of `kdpipe compress`. VGG ends in global average pooling and one linear layer of 512 x 10, as for small images;
-torchvision's own head of 120 million weights is for 224x224. Weights are random with a seed, and batch norms have seen
-random images: the multiplied numbers do not change the time.
+torchvision's resnet18, vgg11_bn and mobilenet_v2 and timm's tf_efficientnet_lite0 with ten classes, on random images of
+64x64, each whole and with half the channels of every layer pruned, in FP32 and in INT8: prepared, calibrated on random
+images and exported by the code of `kdpipe compress`. VGG ends in global average pooling and one linear layer of
+512 x 10, as for small images; torchvision's own head of 120 million weights is for 224x224. Weights are random with a
+seed, and batch norms have seen random images: the multiplied numbers do not change the time.
 
 All files take turns in one process, round by round. The table has the medians of both, the median of the ratio INT8 /
 FP32 within a round, the range of nine of ten ratios, and the ratio of the fastest rounds. If the last two are far from
-the third, the machine is busy. The targets are for a CPU with AVX512-VNNI, for ResNet and VGG; MobileNetV2 is only
+the third, the machine is busy. The targets are for a CPU with AVX512-VNNI, for ResNet and VGG; the others are only
 reported. Below the table are the operators that INT8 leaves in float.
 
 --quick: resnet18 alone and 5 rounds.
@@ -44,7 +44,8 @@ from kdpipe.stages.runtime.cpu import cpu_features, cpu_name, num_cores
 
 TARGET, TARGET_BATCH_SIZE = 0.40, 16
 TARGETED = ("resnet18", "vgg11_bn")
-NETWORKS = (*TARGETED, "mobilenet_v2")
+TIMM = ("tf_efficientnet_lite0",)
+NETWORKS = (*TARGETED, "mobilenet_v2", *TIMM)
 NUM_CLASSES = 10
 
 
@@ -108,8 +109,12 @@ def variants(name: str, image_size: int, round_to: int) -> Iterator[tuple[str, n
 
 
 def network(name: str) -> nn.Module:
-    """Build torchvision's network with ten classes and random weights."""
+    """Build torchvision's or timm's network with ten classes and random weights."""
     torch.manual_seed(0)
+    if name in TIMM:
+        import timm
+
+        return timm.create_model(name, num_classes=NUM_CLASSES)
     model: nn.Module = torchvision.models.get_model(name, num_classes=NUM_CLASSES)
     if isinstance(model, torchvision.models.VGG):
         model.avgpool, model.classifier = nn.AdaptiveAvgPool2d(1), nn.Linear(512, NUM_CLASSES)

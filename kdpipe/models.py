@@ -162,6 +162,7 @@ def create_model(
         image_size=size,
         seed=seed,
         notify=lambda notice: warnings.warn(notice, stacklevel=5),
+        task=images.task,
     )
     drawn = weights_sha256(model) if output == "logits" and has_new_head(config, images.num_classes) else None
     remember(model, ModelInfo(config, str(model), drawn_sha256=drawn))

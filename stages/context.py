@@ -226,6 +226,7 @@ class StageContext:
             image_size=self.image_shape[1:],
             seed=seed,
             notify=partial(self.monitor.warn_once, "model"),
+            task=self.train_set.task,
         )
 
     def view_identity(self) -> dict[str, Any]:

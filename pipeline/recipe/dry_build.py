@@ -212,7 +212,8 @@ def _faults_of_names(recipe: Recipe) -> Iterator[str]:
     channels, side = recipe.data.channels or 3, recipe.data.image_size or SIDES[0]
     for role, config in (("teacher", recipe.teacher.model), ("student", recipe.student.model)):
         try:
-            build_model(config, num_classes=NUM_CLASSES, in_channels=channels, image_size=(side, side), seed=0)
+            shape: Any = {"num_classes": NUM_CLASSES, "in_channels": channels, "image_size": (side, side)}
+            build_model(config, **shape, seed=0, task=recipe.data.task)
         except (UnknownModelError, NotLogitsError) as error:
             yield f"{role}: {error}"
         except ModelError:  # it does not fit images of the assumed size

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from kdpipe.stages.config import PathStr, section
+from kdpipe.stages.data.tasks import CLASSIFICATION, REGRESSION, Task
 from kdpipe.stages.errors import ModelError, NotLogitsError, UnknownModelError, cause
 from kdpipe.stages.models.clone import clone_without_hooks, unwrap, unwrap_all
 from kdpipe.stages.models.joint_networks import JOINT_NETWORKS, build_joint_network
@@ -83,10 +84,12 @@ def build_model(
     image_size: tuple[int, int],
     seed: int,
     notify: Callable[[str], None] = lambda notice: None,
+    task: Task = CLASSIFICATION,
 ) -> nn.Module:
     """Build the network on the CPU, in training mode: images [B, in_channels, *image_size] -> logits [B, num_classes].
 
-    With `num_classes` 0 it has no classifier, and returns embeddings [B, D].
+    With `num_classes` 0 it has no classifier, and returns embeddings [B, D]. With the task "regression" it returns any
+    numbers [B, num_classes], else probabilities are refused.
 
     Equal seeds give equal weights, and torch's global generators are left unchanged. `notify` receives sentences on
     what was changed or chosen: main logits of several outputs, the entries of a weights file. Raises ModelError for an
@@ -97,7 +100,7 @@ def build_model(
         name = type(config.module).__name__
         given = _copy(name, config.module)
         keep_main_logits(name, given, image_shape, notify)
-        _check_fit(name, given, num_classes, image_shape)
+        _check_fit(name, given, num_classes, image_shape, task)
         require_repeatable(name, given, image_shape)
         return given
     # On the CPU only: torch.manual_seed would also reset the generators of every GPU.
@@ -107,7 +110,7 @@ def build_model(
         if _may_return_more(config.name):
             is_known = prefix_of(config.name) is not None  # transformers always returns an object
             keep_main_logits(config.name, model, image_shape, _silent if is_known else notify)
-        _check_fit(config.name, model, num_classes, image_shape)
+        _check_fit(config.name, model, num_classes, image_shape, task)
     if config.weights is not None and config.weights != PUBLISHED:
         load_weights(
             model,
@@ -264,7 +267,7 @@ def _default_args(name: str) -> dict[str, Any]:
     return {each.name: each.default for each in parameters if each.default is not inspect.Parameter.empty}
 
 
-def _check_fit(name: str, model: nn.Module, num_classes: int, image_shape: tuple[int, int, int]) -> None:
+def _check_fit(name: str, model: nn.Module, num_classes: int, image_shape: tuple[int, int, int], task: Task) -> None:
     """Run two black images through the network, to find a misfit before any data is read."""
     images = " x ".join(str(side) for side in image_shape)
     model.eval()
@@ -288,7 +291,7 @@ def _check_fit(name: str, model: nn.Module, num_classes: int, image_shape: tuple
         raise ModelError(
             f"{name} makes {list(logits.shape)} of two images of {images}, wanted {kind} [2, {width}].{advice}"
         )
-    may_be_probabilities = not logits.is_meta and bool(((logits >= 0) & (logits <= 1)).all())
+    may_be_probabilities = task != REGRESSION and not logits.is_meta and bool(((logits >= 0) & (logits <= 1)).all())
     if may_be_probabilities and (last := _probabilities_of(model, image_shape)):
         raise NotLogitsError(
             f"{name} ends in a {last}: its outputs are probabilities, and losses and stores take logits. Return what "

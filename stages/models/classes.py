@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from kdpipe.stages.data.tasks import CLASSIFICATION, Task
 from kdpipe.stages.errors import ModelError, RecipeError, cause, first_few
 from kdpipe.stages.models.build import PUBLISHED, ModelConfig, build_model, weights_path
 from kdpipe.stages.models.libraries.by_name import class_names_of_weights, num_published_classes, prefix_of
@@ -29,6 +30,7 @@ def build_for_classes(
     image_size: tuple[int, int],
     seed: int,
     notify: Callable[[str], None] = lambda notice: None,
+    task: Task = CLASSIFICATION,
 ) -> nn.Module:
     """Build a network for these classes: as `build_model`, or with the rows of those among `config.classes`.
 
@@ -38,7 +40,8 @@ def build_for_classes(
         RecipeError: A class is not among the network's, or several of that name are.
         ModelError: As `build_model`, or the network does not end in a classifier of one layer.
     """
-    shape: dict[str, Any] = {"in_channels": in_channels, "image_size": image_size, "seed": seed, "notify": notify}
+    shape: dict[str, Any] = {"in_channels": in_channels, "image_size": image_size, "seed": seed}
+    shape |= {"notify": notify, "task": task}
     if config.classes is None:
         if class_names:
             _require_same_order(config, class_names, notify)

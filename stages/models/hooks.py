@@ -163,6 +163,11 @@ class FeatureExtractor:
             raise ModelError(f"module {absent[0]!r} is not used in the forward pass: choose another layer.")
         return ModelOutput(record.logits, record.features)
 
+    @property
+    def compiles(self) -> bool:
+        """Whether torch.compile compiles the pass."""
+        return self._compile_key is not None
+
     def stop_compiling(self) -> None:
         """Run without torch.compile from now on; frees CUDA's graphs with their memory, once nothing else has them."""
         self._compile_key = self._compiled = self._joined = None

@@ -1,9 +1,11 @@
 """Teachers without a classifier: from the command line to the quantized student, and in Python."""
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 from safetensors.torch import save_file
 from support.device import DEVICE
 from support.kdpipe_process import kdpipe_here
@@ -64,11 +66,72 @@ def test_a_vit_without_a_classifier_teaches_a_cnn(tmp_path):
     assert "distill.1 (kd) needs the teacher's logits" in ended.stdout
 
 
-@pytest.mark.filterwarnings("error::UserWarning")
+TINY = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+IMAGES = {**TINY, "patch_size": 4, "image_size": 8}
+
+
+def tower_folder(kind: str, folder: Path) -> Path:
+    """Save a tiny CLIP of both towers, or a SigLIP image tower, as the hub has them."""
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    if kind == "clip":
+        texts = {**TINY, "vocab_size": 32, "bos_token_id": 0, "eos_token_id": 1}
+        config = transformers.CLIPConfig(vision_config=IMAGES, text_config=texts, projection_dim=6)
+        transformers.CLIPModel(config).save_pretrained(folder)
+    else:
+        transformers.SiglipVisionModel(transformers.SiglipVisionConfig(**IMAGES)).save_pretrained(folder)
+    scaling = {"image_mean": [0.3] * 3, "image_std": [0.4] * 3, "size": {"height": 8, "width": 8}}
+    (folder / "preprocessor_config.json").write_text(json.dumps(scaling))
+    return folder
+
+
+@pytest.mark.parametrize(("kind", "width"), [("clip", 6), ("siglip", 16)])
+def test_an_image_tower_of_transformers_teaches_a_cnn(kind, width, tmp_path):
+    folder, recipe, run = tower_folder(kind, tmp_path / kind), tmp_path / "tower.toml", tmp_path / "run"
+    losses = '{ loss = "hint", layers = [["pre_logits", "pre_logits"]], weight = 1.0 }, { loss = "cosine" }'
+    teacher = f'model = {{ name = "hf:{folder}", weights = "published" }}'
+    text = RECIPE.replace('{ loss = "cosine" }', losses).replace("batch_size = 50", "batch_size = 50, lr = 0.01")
+    recipe.write_text("\n".join(teacher if "timm" in line else line for line in text.splitlines()))
+    for command in ("run",) if kind == "siglip" else ("train-teacher", "cache-teacher", "train-student"):
+        share = "0" if kind == "siglip" else "0.2"
+        ended = kdpipe_here(command, recipe, "--run", run, "--set", f"data.validation_share={share}")
+        assert ended.exit_code == 0, ended.stderr
+    info = json.loads(kdpipe_here("store", "info", run / "store.zarr", "--json").stdout)
+    assert info["arrays"]["features/pre_logits"]["row_shape"] == [width]
+    results = [json.loads(path.read_text()) for path in run.glob("**/result.json")]
+    assert len(results) == (4 if kind == "siglip" else 2)  # of teacher, student, pruned and INT8
+    assert all(result[judge]["accuracy"] > 0.2 for result in results for judge in ("knn", "linear_probe"))
+    assert all("validation" not in result or result["validation"]["accuracy"] > 0.2 for result in results)
+    assert all(("validation" in result) == (kind == "clip") for result in results)
+    assert (run / "compressed" / "artifacts-seed0" / "int8" / "model.onnx").exists() == (kind == "siglip")
+
+
+def test_class_embeddings_make_a_clip_tower_classify(tmp_path):
+    folder, recipe, run = tower_folder("clip", tmp_path / "clip"), tmp_path / "zero_shot.toml", tmp_path / "run"
+    train, _ = kd.load_dataset("digits", num_train=200, channels=3)
+    tower = kd.create_model(f"hf:{folder}", train, weights="published", output="embeddings").eval()
+    with torch.no_grad():
+        vectors = F.normalize(tower((torch.as_tensor(train.images) / 255 - 0.3) / 0.4), dim=1)
+    means = [vectors[torch.as_tensor(train.labels) == label].mean(0) for label in range(10)]
+    names = json.dumps([str(digit) for digit in reversed(range(10))])
+    save_file({"classes": torch.stack(means[::-1])}, tmp_path / "names.safetensors", {"names": names})
+    text = RECIPE.replace('[{ loss = "cosine" }, { loss = "rkd" }]', '[{ loss = "kd" }]').replace(
+        'output = "embeddings"', f'class_embeddings = "{tmp_path / "names.safetensors"}"\nlogit_scale = 2000.0'
+    )
+    teacher = f'model = {{ name = "hf:{folder}", weights = "published" }}'
+    recipe.write_text("\n".join(teacher if "timm" in line else line for line in text.splitlines()))
+    for command in ("train-teacher", "cache-teacher", "train-student"):
+        ended = kdpipe_here(command, recipe, "--run", run, "--set", "student.train.epochs=12")
+        assert ended.exit_code == 0, ended.stderr
+    for job in ("teacher", "students/distilled-seed0"):
+        assert json.loads((run / job / "result.json").read_text())["accuracy"] > 0.2
+
+
+@pytest.mark.filterwarnings("error::UserWarning", "ignore:Attempting to run cuBLAS")  # torch's own, once
 def test_embeddings_in_python(tmp_path, without_onnx):
     train, test = kd.load_dataset("digits", test_share=0.8)
     teacher = kd.create_model("resnet8", train, output="embeddings")
-    settings = {"mean": [0.3], "std": [0.4], "progress": False}
+    settings = {"mean": [0.3], "std": [0.4], "progress": False, "device": DEVICE}
     store = kd.cache_teacher(teacher, train, tmp_path / "store.zarr", test=test, output="embeddings", **settings)
     assert store.layers == ("pre_logits",)
     assert kd.evaluate_embeddings(store)["linear_probe"]["accuracy"] > 0.8
@@ -77,7 +140,7 @@ def test_embeddings_in_python(tmp_path, without_onnx):
     batch = next(iter(kd.DistillationLoader(store, train, batch_size=50)))
     assert batch.features["pre_logits"].shape == (50, 64)
     assert "teacher_logits" not in batch
-    common = {"test": test, "epochs": 1, "progress": False, "seed": 1}
+    common = {"test": test, "epochs": 1, "progress": False, "seed": 1, "device": DEVICE}
     run = tmp_path / "run"
     student = kd.train_student("resnet8", train, store, losses="cosine", hard_label_weight=0.0, run=run, **common)
     assert (store.path.parent / "store.test.zarr").exists()

@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 import torch
 from support.device import DEVICE
-from support.kdpipe_process import environment, kdpipe, kdpipe_here, signal_when
+from support.kdpipe_process import kdpipe, kdpipe_here, signal_when, start
 from support.two_processes import free_port
 from support.warm_process import WarmProcess
 
@@ -63,10 +63,9 @@ KINDS = ("alone", "distilled")
 
 
 def start_two(*arguments: str | Path) -> list[WarmProcess]:
-    """Start two processes as torchrun does."""
-    of_both = environment() | {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
-    ranks = ({"RANK": rank, "LOCAL_RANK": rank} for rank in "01")
-    return [WarmProcess(["kdpipe", *map(str, arguments)], of_both | own) for own in ranks]
+    """Start two processes as torchrun does; they share a GPU, which NCCL refuses."""
+    of_both = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port(), "KDPIPE_DIST_BACKEND": "gloo"}
+    return [start(*arguments, **of_both, RANK=rank, LOCAL_RANK=rank) for rank in "01"]
 
 
 def ended(processes: Sequence[WarmProcess]) -> list[subprocess.CompletedProcess[str]]:

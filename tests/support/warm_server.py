@@ -75,6 +75,7 @@ LATE_IMPORTS = (
 def warm_up() -> None:
     os.environ["ORT_DISABLE_TELEMETRY"] = "1"  # telemetry would start a thread
     os.environ["JE_ARROW_MALLOC_CONF"] = "background_thread:false"  # pyarrow's allocator, which sklearn imports, too
+    sys.modules["pynvml"] = None  # type: ignore[assignment] # as kdpipe_process.NO_CHECK says
     gc.disable()
     for name in EARLY_IMPORTS:
         importlib.import_module(name)

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from kdpipe.stages.compress.quantize_student import config_of, prepare
 from kdpipe.stages.compress.resume import with_widths
+from kdpipe.stages.data.tasks import REGRESSION
 from kdpipe.stages.distillation.classifier_reuse import add_projector
 from kdpipe.stages.errors import ModelError, cause
 from kdpipe.stages.losses.features.simkd import SimKD
@@ -134,6 +135,7 @@ def _build(
         in_channels=channels,
         image_size=(height, width),
         seed=0,
+        task=REGRESSION,  # its outputs were checked before it was trained
     )
     if is_zero_shot:
         return ZeroShot(model, torch.zeros_like(tensors["head.weight"]), 1.0)

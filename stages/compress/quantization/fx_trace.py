@@ -13,6 +13,7 @@ from torch import Tensor, fx, nn
 from torch.fx.passes.shape_prop import ShapeProp
 from torch.nn.utils.fusion import fuse_conv_bn_weights, fuse_linear_bn_weights
 
+from kdpipe.stages.compress.quantization.timm_layers import plain_layers
 from kdpipe.stages.compress.quantization.tracers import ContainerTracer, ShapedTracer
 from kdpipe.stages.errors import ModelError, cause
 from kdpipe.stages.models.hooks import model_errors
@@ -73,6 +74,7 @@ def trace(model: nn.Module, example: Tensor, graph_class: type[Traced]) -> Trace
         traced.recompile()
     with model_errors(example), torch.no_grad():
         ShapeProp(traced).propagate(example)
+    plain_layers(traced)
     return traced
 
 

@@ -57,7 +57,13 @@ def unmarked_kind_of(traced: fx.GraphModule, node: fx.Node) -> Kind:
     for kind, (modules, functions) in OPERATIONS.items():
         if isinstance(module, modules) or (node.op in ("call_function", "call_method") and node.target in functions):
             return kind
-    return "float"
+    return "move" if _pads_with_zeros(node) else "float"
+
+
+def _pads_with_zeros(node: fx.Node) -> bool:
+    """Return whether a node adds zeros around its input: every range includes them."""
+    named = dict(zip(("input", "pad", "mode", "value"), node.args, strict=False)) | node.kwargs
+    return bool(node.target is F.pad and named.get("mode", "constant") == "constant" and not named.get("value"))
 
 
 def is_float_tensor(node: fx.Node) -> bool:

@@ -140,11 +140,9 @@ def _int8_nodes_in(traced: fx.GraphModule, model: nn.Module, path: str) -> list[
 
 
 def _modules_around(model: nn.Module, node: fx.Node) -> Iterator[nn.Module]:
-    """Yield the modules in whose forward a node is, and the one that it calls."""
+    """Yield the modules in whose forward a node is; the one that it calls is among them."""
     for path, _ in node.meta.get("nn_module_stack", {}).values():
         yield model.get_submodule(path)
-    if node.op == "call_module":
-        yield model.get_submodule(str(node.target))
 
 
 def _joins_in_float(traced: fx.GraphModule, excluded: Sequence[fx.Node]) -> list[fx.Node]:

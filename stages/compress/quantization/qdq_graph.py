@@ -59,7 +59,12 @@ def int8_graph(prepared: fx.GraphModule) -> fx.GraphModule:
 
 
 def _requantize_after_move(copy: fx.GraphModule, node: fx.Node) -> None:
-    """Quantize moved values once more: that changes none of them, but lets integers be moved."""
+    """Quantize moved values once more: that changes none of them, but lets integers be moved.
+
+    Zeros around the input of convolutions become their padding in the file.
+    """
+    if node.target is F.pad and all(isinstance(module_of(copy, user), QuantConv2d) for user in node.users):
+        return
     if kind_of(copy, node) == "move" and is_float_tensor(node) and grid_of(copy, node) is not None:
         insert_after(copy, node, str(origin(copy, node).target))
 

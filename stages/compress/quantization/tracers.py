@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from kdpipe.stages.compress.quantization.timm_layers import is_timm_layer
+
 
 class ContainerTracer(fx.Tracer):
     """A torch.fx tracer that also calls a container's path on the container's output."""
@@ -16,6 +18,9 @@ class ContainerTracer(fx.Tracer):
         super().__init__()
         self.containers: set[str] = set()
         self.innermost: list[tuple[str, str]] = []  # (path, class) of the running modules, the deepest last
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        return is_timm_layer(m) or super().is_leaf_module(m, module_qualified_name)
 
     def call_module(
         self, m: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -72,7 +77,7 @@ class ShapedProxy(fx.Proxy):
 class ShapedTracer(ContainerTracer):
     """A tracer that also computes each value for an example, so that Python can branch on shapes.
 
-    It traces transformers' networks, and the "same" padding of timm.
+    It traces transformers' networks.
 
     What a forward reads of shapes other than the first axis is fixed in the graph: it is for images of this size.
     """

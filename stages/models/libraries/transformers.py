@@ -206,7 +206,11 @@ def _trunk(library: ModuleType, name: str, config: Any, published: bool) -> nn.M
     """
     tower = TOWERS.get(config.model_type)
     loader: Any = getattr(library, tower) if tower else library.AutoModel
+    if tower and hasattr(config, "projection_dim"):  # the width that weights of both towers have
+        config.vision_config.projection_dim = config.projection_dim
     config = config.vision_config if tower else config
+    if TOWERS["clip"] in (config.architectures or []):  # saved without the other tower
+        tower, loader = TOWERS["clip"], library.CLIPVisionModelWithProjection
     build = loader if tower else loader.from_config
     model: Any = _pretrained(loader, name, config) if published else build(config)
     if hasattr(getattr(model, "pooler", None), "dense"):

@@ -59,6 +59,17 @@ def test_probabilities_are_refused(monkeypatch, last, kind):
             build("mine")
 
 
+@pytest.mark.parametrize("task", ["multilabel", "regression"])
+def test_only_numbers_may_end_in_a_sigmoid(task):
+    config = GivenModel(name="own", module=nn.Sequential(nn.Flatten(), nn.Linear(3 * 8 * 8, 4), nn.Sigmoid()))
+    shape = {"num_classes": 4, "in_channels": 3, "image_size": (8, 8), "seed": 0, "task": task}
+    if task == "regression":
+        assert build_model(config, **shape)(torch.rand(2, 3, 8, 8)).shape == (2, 4)
+    else:
+        with pytest.raises(ModelError, match="ends in a sigmoid"):
+            build_model(config, **shape)
+
+
 class Applied(nn.Module):
     def __init__(self, function: Callable[[torch.Tensor], torch.Tensor]) -> None:
         super().__init__()

@@ -53,6 +53,11 @@ def fine(images: ImageSet) -> ImageSet:
     return dataclasses.replace(images, labels=kinds, class_names=FINE_NAMES)
 
 
+def with_unlabeled(images: ImageSet) -> ImageSet:
+    """Return the images without the labels of every third sample."""
+    return dataclasses.replace(images, labels=images.labels.masked_fill(images.sample_ids % 3 == 0, -1))
+
+
 def of_classes(images: ImageSet, labels: list[int], names: tuple[str, ...]) -> ImageSet:
     """Return the images of some classes, numbered by their index in `labels`; `names` may have more."""
     own = images.take(torch.isin(images.labels, torch.tensor(labels)).nonzero()[:, 0])
@@ -63,10 +68,11 @@ def of_classes(images: ImageSet, labels: list[int], names: tuple[str, ...]) -> I
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
-    """Stores of untrained teachers of finer classes, of a and b, of b and c, and of the student's own."""
+    """Stores of untrained teachers of finer classes, of a and b, of b and c, and of the student's own, and others."""
     folder = tmp_path_factory.mktemp("class_map")
     seen = {
         "fine": fine(OURS),
+        "unlabeled": with_unlabeled(fine(OURS)),
         "ab": of_classes(OURS, [1, 0], ("b", "a", "zebra")),
         "bc": of_classes(OURS, [1, 2], ("b", "c")),
         "same": OURS,
@@ -243,6 +249,15 @@ def test_teacher_with_finer_classes_trains_a_student(run):
     student = drawn(60, 4, seed=4).float()
     expected = kd_loss(student, 4 * target.log(), 4.0).mean().item()
     assert losses_of(task, student, batch)["kd_0"].item() == pytest.approx(expected, rel=1e-5)
+
+
+def test_unlabeled_samples_stay_so_in_mapped_classes(run):
+    task = task_of(run, ["unlabeled"], (FINE_TABLE,), images=with_unlabeled(OURS))
+    batch, ids, labels = whole_batch(task)
+    assert batch.has_targets is None
+    assert labels[ids % 3 == 0].tolist() == [-1] * int((ids % 3 == 0).sum())
+    with pytest.raises(FingerprintMismatch, match=r"label of sample \d+: stored -1, wanted [0123]"):
+        task_of(run, ["unlabeled"], (FINE_TABLE,))
 
 
 def test_samples_of_classes_without_a_teacher_are_an_error(run):

@@ -25,7 +25,7 @@ from kdpipe.stages.data.sources.split_folders import Role, role_of
 from kdpipe.stages.data.sources.table import Columns
 from kdpipe.stages.data.splits import Indices, Split
 from kdpipe.stages.data.tasks import CLASSIFICATION, MULTILABEL, Task
-from kdpipe.stages.errors import DataError, cause
+from kdpipe.stages.errors import DataError, cause, first_few
 
 
 @dataclass(frozen=True, eq=False)
@@ -110,7 +110,7 @@ def list_hf_dataset(
         class_names, labels = _labels(title, where, chosen, train[1], label)
     else:
         class_names, targets = _targets(
-            title, where, chosen, several or (label or _column_of_lists(title, chosen),), task
+            where, chosen, train[1], several or (label or _column_of_lists(title, chosen),), task
         )
         labels = has_target(targets)
     ids = np.arange(len(labels), dtype=np.int64)
@@ -224,8 +224,7 @@ def _labels(
         if isinstance(cell, bool) or not isinstance(cell, int | str | None):
             raise DataError(f"{where}, row {row}: the label must be a whole number or a name, found {cell!r:.60}.")
     if isinstance(feature, datasets.ClassLabel):
-        if feature.names != train.features[column].names:
-            raise DataError(f"{where}: the names of the classes of {column!r} are not those of the train split.")
+        _require_same_names(where, column, feature, train.features.get(column))
         return tuple(map(str, feature.names)), np.array([_or_none(cell) for cell in cells], dtype=np.int64)
     packed, known = (
         pack_names("" if _or_none(cell) == UNLABELED else str(cell) for cell in each)
@@ -234,8 +233,18 @@ def _labels(
     return classes_of_labels(title, packed, known, lambda row: f"{where}, row {row}", lambda row: f"{title}, row {row}")
 
 
+def _require_same_names(where: str, column: str, feature: Any, of_train: Any) -> None:
+    """Raise DataError unless a column of classes (ClassLabel) has those of the train split, in the same order."""
+    names, wanted = feature.names, getattr(of_train, "names", [])
+    if names != wanted:
+        raise DataError(
+            f"{where}: the names of the classes of {column!r} ({first_few(names, 5)}) are not those of the train split "
+            f"({first_few(wanted, 5)}): give both the same, in the same order."
+        )
+
+
 def _targets(
-    title: str, where: str, chosen: Any, columns: Sequence[str], task: Task
+    where: str, chosen: Any, train: Any, columns: Sequence[str], task: Task
 ) -> tuple[tuple[str, ...], Targets]:
     """Return the names of the K labels or numbers, and their values, float32 [N, K].
 
@@ -250,6 +259,7 @@ def _targets(
     feature = chosen.features[columns[0]]
     inner = getattr(feature, "feature", None)
     if task == MULTILABEL and len(columns) == 1 and isinstance(inner, datasets.ClassLabel):
+        _require_same_names(where, columns[0], inner, getattr(train.features.get(columns[0]), "feature", None))
         rows = np.zeros((len(chosen), len(inner.names)), dtype=np.float32)
         for row, some in zip(rows, cells[0], strict=True):
             row[some if some is not None else slice(None)] = 1 if some is not None else np.nan
@@ -267,7 +277,7 @@ def _targets(
             f"{where}: the labels in {', '.join(columns)} must be numbers, lists of as many numbers, or lists of "
             f"ClassLabel ({cause(error)})."
         ) from error
-    return names, target_rows(title, task, values, names)
+    return names, target_rows(where, task, values, names)
 
 
 def _column_of_lists(title: str, chosen: Any) -> str:

@@ -192,6 +192,21 @@ def test_missing_library_is_named(tmp_path, monkeypatch):
     assert "pip install 'kdpipe[datasets]'" in refusal(tmp_path)
 
 
+@pytest.mark.parametrize("names", [["dog", "cat"], ["cat", "cow"]])
+def test_lists_of_other_classes_than_the_train_split_are_refused(names, tmp_path):
+    train, test = (
+        made(datasets.Sequence(datasets.ClassLabel(names=each)), [[0], [1]], first)
+        for each, first in ((["cat", "dog"], 0), (names, 5))
+    )
+    datasets.DatasetDict(train=train, test=test).save_to_disk(tmp_path / "tags")
+    assert load(tmp_path / "tags", task="multilabel").class_names == ("cat", "dog")
+    said = refusal(tmp_path / "tags", "test", task="multilabel")
+    assert said.endswith(
+        f"the names of the classes of 'label' ({', '.join(names)}) are not those of the train split "
+        "(cat, dog): give both the same, in the same order."
+    )
+
+
 def test_lists_of_classes_and_columns_of_numbers_are_targets(tmp_path):
     lists = datasets.Sequence(CLASSES)
     save(tmp_path / "tags", made(lists, [[0], [], None, [0, 1]], age=(datasets.Value("float32"), [1.5, 2, None, 4])))
