@@ -34,9 +34,6 @@ if TYPE_CHECKING:
 DISTRIBUTED = ("train-teacher", "train-student", "compare", "sweep", "cohort")
 """Commands whose processes train on shares of one batch."""
 
-SAME_COMMAND = ("compare", "generations", "cohort", "search")
-"""Commands that are advised themselves for a new run folder; for the others it is `kdpipe run`."""
-
 
 def _say_at_once(recipe: Path, options: CommonOptions) -> None:
     """Print a first line on a terminal: loading torch takes seconds."""
@@ -156,7 +153,8 @@ def _new_run_advised(command: str, recipe: Path, options: JobOptions, folder: Pa
         yield
     except FingerprintMismatch as error:
         new = next(path for n in count(2) if not (path := folder.with_name(f"{folder.name}-{n}")).exists())
-        words = ["kdpipe", command if command in SAME_COMMAND else "run", str(recipe)]
+        own = command in ("compare", "generations", "cohort", "search")
+        words = ["kdpipe", command if own else "run", str(recipe)]
         kept = [change for change in options.set_ or () if not change.startswith("cache.store=")]
         words += [word for change in kept for word in ("--set", redacted_options(change))] + ["--run", str(new)]
         words += ["--workspace", str(options.workspace)] if options.workspace else []
@@ -296,8 +294,8 @@ def _work(command: str, count: int, only: Step | None) -> Callable[[Run], dict[s
         "compress": partial(run_compress, only=only),
         "compare": run_compare,
         "sweep": run_sweep,
-        "search": run_search,
         "cohort": run_cohort,
+        "search": run_search,
         "generations": partial(run_generations, count=count),
     }
     return functions[command]
@@ -339,10 +337,10 @@ def _print_results(command: str, run: Run, results: dict[str, Any], as_json: boo
         print_compare(run.recipe.name, run.folder, results)
     elif command == "sweep":
         print_sweep(run.recipe.name, run.folder, results)
-    elif command == "search":
-        print_search(run.recipe.name, run.folder, results)
     elif command == "cohort":
         print_cohort(run.recipe.name, run.folder, results)
+    elif command == "search":
+        print_search(run.recipe.name, run.folder, results)
     elif command == "generations":
         print_generations(run.recipe.name, results)
     else:

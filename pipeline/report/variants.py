@@ -1,4 +1,4 @@
-"""The tables of `kdpipe compare`, `sweep`, `search` and `cohort`, on the terminal, in files and on the page."""
+"""The tables of `kdpipe compare`, `sweep`, `cohort` and `search`, on the terminal, in files and on the page."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from kdpipe.stages.training.job_dir import read_json_file
 T = TypeVar("T")
 
 RESULTS = "results.json"
-"""The record of a comparison, sweep, search or cohort, in the folder of its command in a run."""
+"""The record of a comparison, sweep, cohort or search, in the folder of its command in a run."""
 
 SEARCH_JOURNAL = "search/journal.log"
 """The journal of a search, in a run."""
@@ -109,7 +109,7 @@ def cohort_table(recipe: str, found: Mapping[str, Any]) -> Table:
 
 
 def recorded_tables(run: Path, recipe: str) -> Iterator[Table]:
-    """Yield the tables of a run's comparison, sweep, search and cohort, as far as they were made.
+    """Yield the tables of a run's comparison, sweep, cohort and search, as far as they were made.
 
     Raises:
         RunError: If a record is damaged.
@@ -125,7 +125,7 @@ def recorded_tables(run: Path, recipe: str) -> Iterator[Table]:
 
 
 def best_variants(run: Path) -> str:
-    """Return in sentences what is the best of a run's comparison, sweep, search and cohort, as far as they were made.
+    """Return in sentences the best variant of a run's comparison, sweep, cohort and search.
 
     Raises:
         RunError: If a record is damaged.
@@ -156,8 +156,8 @@ def _best(command: str, found: Mapping[str, Any]) -> str:
 
 
 def _recorded(run: Path, make: Callable[[str, Mapping[str, Any]], T]) -> Iterator[T]:
-    """Yield what `make` returns for the records of a run's comparison, sweep, search and cohort."""
-    for command in ("compare", "sweep", "search", "cohort"):
+    """Yield what `make` returns for the records of a run's comparison, sweep, cohort and search."""
+    for command in ("compare", "sweep", "cohort", "search"):
         path = run / command / RESULTS
         try:
             if found := read_json_file(path):

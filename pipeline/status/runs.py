@@ -132,7 +132,7 @@ def run_status(folder: Path, size: Measure, budget: Budget) -> RunStatus:
     stored = read_intact_json(folder / RECIPE)
     networks = _networks(stored or {}, folder)
     in_python, command = (folder / MADE_IN_PYTHON).exists(), progress.last.command if progress else ""
-    only_begun = in_python or command in (*VARIANTS, SEARCH, COHORT)  # which do not make all networks of the recipe
+    only_begun = in_python or command in (*VARIANTS, COHORT, SEARCH)  # which do not make all networks of the recipe
     jobs = [job for network in networks for job in network.jobs if not only_begun or job.exists()]
     if command in VARIANTS:
         jobs += [job for _, own in _variants(folder / command, budget) for job in own]

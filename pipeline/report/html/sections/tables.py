@@ -25,11 +25,11 @@ def results(run: PageRun) -> dict[str, object]:
 
 
 def has_variants(run: PageRun) -> bool:
-    return any((run.path / command).is_dir() for command in ("compare", "sweep", "search", "cohort"))
+    return any((run.path / command).is_dir() for command in ("compare", "sweep", "cohort", "search"))
 
 
 def variants(run: PageRun) -> dict[str, object]:
-    """Return the tables of the run's comparison, sweep, search and cohort.
+    """Return the tables of the run's comparison, sweep, cohort and search.
 
     Raises:
         LeftOutError: If none is finished.
