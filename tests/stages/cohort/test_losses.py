@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from scipy.special import log_softmax, softmax
+from support.device import DEVICE
 from support.tiny_run import STUDENT, squares, tiny_context
 
 from kdpipe.stages.cohort.config import CohortConfig
@@ -30,7 +31,8 @@ class Setting:
         self.config = config
         self.cohort = build_cohort(config, STUDENT, 0, self.context)
         self.task = build_task(CohortPlan(config, STUDENT), self.cohort, 0, self.context)
-        self.network = self.cohort.joint.model
+        self.network = self.cohort.joint.model.to(DEVICE)
+        self.task.distillation.to(DEVICE)
         torch.manual_seed(1)
         with torch.no_grad():  # logits that differ clearly
             for parameter in self.network.parameters():
@@ -62,11 +64,11 @@ def cross_entropy(logits, labels):
 
 
 def as_numpy(tensors):
-    return [one.detach().double().numpy() for one in tensors]
+    return [one.detach().cpu().double().numpy() for one in tensors]
 
 
 def labels_of(setting):
-    return setting.batch.hard.labels.numpy()
+    return setting.batch.hard.labels.cpu().numpy()
 
 
 @pytest.mark.parametrize("members", [2, 3])
