@@ -22,7 +22,7 @@ from kdpipe.pipeline.terminal.output import console
 from kdpipe.pipeline.terminal.tables import print_short_table
 from kdpipe.stages.cohort.config import CohortConfig
 from kdpipe.stages.cohort.exchange import CohortPlan
-from kdpipe.stages.cohort.train import STAGE, check_cohort, ensemble_folder, member_folder, train_cohort
+from kdpipe.stages.cohort.train import STAGE, check_cohort, ensemble_folder, member_folder, train_cohort, try_cohort
 from kdpipe.stages.distillation.spec import DistillationSpec
 from kdpipe.stages.distillation.student_config import ALONE, student_folder
 from kdpipe.stages.errors import RecipeError
@@ -54,7 +54,8 @@ def run_cohort(run: Run) -> dict[str, Any]:
     if (config := recipe.cohort) is None:
         raise RecipeError(f"the recipe {recipe.name} has no cohort: add a section [cohort], as in recipes/cohort.toml.")
     check_cohort(config, recipe.student, context.resized(recipe.student.image_size))
-    specs = _specs(run, config)
+    plan = CohortPlan(config, recipe.student, _specs(run, config))
+    try_cohort(plan, context)
     if context.validation_set is None and config.keep == "best":
         run.monitor.warn(
             STAGE,
@@ -66,7 +67,7 @@ def run_cohort(run: Run) -> dict[str, Any]:
     for seed in recipe.student.seeds:
         if recipe.student.baseline:
             alone.append(_train_alone(run, config, seed))
-        together.append(train_cohort(CohortPlan(config, recipe.student, specs), seed, context))
+        together.append(train_cohort(plan, seed, context))
     kept = _kept(run, config, together)
     found = {
         "method": config.method,

@@ -20,10 +20,10 @@ from kdpipe.stages.numerics import soften, to_float32
 
 Combine = Literal["naive", "linear", "min_logit", "general"]
 
-BARRIERS = tuple(0.25**n for n in range(12))
+BARRIERS = tuple(0.1**n for n in range(8))
 """Weights of the logarithmic barrier of `linear_weights`, one Newton phase each: K times the last bounds the error."""
 
-NEWTON_STEPS, HALVINGS = 4, 12
+NEWTON_STEPS, NUM_SIZES = 4, 12
 RIDGE = 1e-6
 
 
@@ -62,7 +62,7 @@ def linear_weights(logits: Tensor, labels: Tensor) -> Tensor:
     """Return for each sample the convex weights [K, B], float64, that minimize the cross entropy of their mixture.
 
     The problem min over the simplex of CE(sum_k a_k z_k, y) is convex. An interior-point method solves it in float64:
-    damped Newton steps with a barrier -t sum_k log a_k that shrinks to t = 6e-8. The cross entropy is within K t of
+    damped Newton steps with a barrier -t sum_k log a_k that shrinks to t = 1e-7. The cross entropy is within K t of
     the lowest.
     """
     own = logits.gather(2, labels[None, :, None].expand(len(logits), -1, 1))
@@ -74,15 +74,11 @@ def linear_weights(logits: Tensor, labels: Tensor) -> Tensor:
     return weights.T
 
 
-def _objective(z: Tensor, weights: Tensor, barrier: float) -> Tensor:
-    """Return the cross entropy of each mixture with the barrier, [B]."""
-    return torch.einsum("bk,bkc->bc", weights, z).logsumexp(1) - barrier * weights.log().sum(1)
-
-
 def _newton_step(z: Tensor, weights: Tensor, barrier: float) -> Tensor:
     """Return the weights after a damped Newton step within the simplex; those that it would not improve stay."""
     num = z.shape[1]
-    p = torch.einsum("bk,bkc->bc", weights, z).softmax(1)
+    mixed = torch.einsum("bk,bkc->bc", weights, z)
+    p = mixed.softmax(1)
     mean = torch.einsum("bkc,bc->bk", z, p)
     centered = (z - mean[:, :, None]) * p.sqrt()[:, None]
     gradient = mean - barrier / weights
@@ -92,14 +88,15 @@ def _newton_step(z: Tensor, weights: Tensor, barrier: float) -> Tensor:
     right = torch.cat([-gradient, z.new_zeros(len(z), 1)], 1)
     step = torch.linalg.solve(system, right)[:, :num]
     room = torch.where(step < 0, -weights / step, torch.inf).amin(1)
-    size = (0.99 * room).clamp(max=1.0)
-    before = _objective(z, weights, barrier)
-    for _ in range(HALVINGS):
-        after = _objective(z, weights + size[:, None] * step, barrier)
-        size = torch.where(after <= before, size, size / 2)
-    moved = weights + size[:, None] * step
-    improves = _objective(z, moved, barrier) <= before
-    return torch.where(improves[:, None], moved, weights)
+    # Halved sizes, and 0 as the last: the first that does not raise the cross entropy with the barrier is taken.
+    halves = F.pad(0.5 ** torch.arange(NUM_SIZES, dtype=z.dtype, device=z.device), (0, 1))
+    sizes = (0.99 * room).clamp(max=1.0) * halves[:, None]  # [S, B]
+    moved = weights + sizes[:, :, None] * step
+    mixtures = mixed + sizes[:, :, None] * torch.einsum("bk,bkc->bc", step, z)
+    values = mixtures.logsumexp(2) - barrier * moved.log().sum(2)
+    chosen = (values <= values[-1]).int().argmax(0)
+    found: Tensor = moved[chosen, torch.arange(len(z), device=z.device)]
+    return found
 
 
 def general_weights(probabilities: Tensor, labels: Tensor) -> Tensor:

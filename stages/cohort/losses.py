@@ -30,7 +30,6 @@ from kdpipe.stages.losses.schedules import TrainProgress, value_at
 from kdpipe.stages.losses.weighted import WeightedLoss
 from kdpipe.stages.models.clone import clone_without_hooks
 from kdpipe.stages.models.hooks import ModelOutput
-from kdpipe.stages.models.joint_networks import Ensemble
 from kdpipe.stages.targets.ensemble import TeacherEnsemble, TeachersConfig
 from kdpipe.stages.targets.feature_spec import FeatureSpec, compute_statistic, statistic_shape
 from kdpipe.stages.targets.outputs import DenseTargets
@@ -114,7 +113,12 @@ class CohortLosses(Distillation):
         return float(self.config.method != "codistillation" or progress.epoch >= 1)  # peers have to be trained first
 
     def targets(
-        self, logits: Sequence[Tensor], ensemble: Tensor, images: Sequence[Tensor], labels: Tensor, epoch: TrainProgress
+        self,
+        logits: Sequence[Tensor],
+        ensemble: Tensor,
+        images: Sequence[Tensor],
+        labels: Tensor,
+        progress: TrainProgress,
     ) -> list[list[Tensor]]:
         """Return for each member the logits [B, C] that it learns from, without gradient.
 
@@ -123,7 +127,7 @@ class CohortLosses(Distillation):
             ensemble: Those of the joint network.
             images: The images of each member.
             labels: int64 [B].
-            epoch: The progress, on which the temperature may depend.
+            progress: The epoch, on which the temperature may depend.
         """
         count, method = len(logits), self.config.method
         logits = [one.detach() for one in logits]
@@ -134,7 +138,7 @@ class CohortLosses(Distillation):
         if method == "codistillation":
             with torch.no_grad():
                 found = [peer(own).float() for peer, own in zip(self.peers, images, strict=True)]
-            temperature = value_at(self.config.softened, epoch)
+            temperature = value_at(self.config.softened, progress)
             others = [torch.stack([one for n, one in enumerate(found) if n != number]) for number in range(count)]
             return [[average(each, temperature)] for each in others]
         return [[one for n, one in enumerate(logits) if n != number] for number in range(count)]
@@ -194,8 +198,3 @@ def members_of(network: nn.Module) -> list[nn.Module]:
     """Return the members of a joint network."""
     assert isinstance(network.members, nn.ModuleList)
     return list(network.members)
-
-
-def inputs_of(network: nn.Module, images: Tensor) -> Sequence[Tensor]:
-    """Return the images of each member of a joint network."""
-    return network.inputs(images) if isinstance(network, Ensemble) else [images] * len(members_of(network))

@@ -73,6 +73,16 @@ def check_cohort(config: CohortConfig, student: StudentConfig, context: StageCon
         )
 
 
+def try_cohort(plan: CohortPlan, context: StageContext) -> None:
+    """Build a first cohort with its losses, so that errors come before any training. Raises like `train_cohort`."""
+    config, student = plan.config, plan.student
+    context = context.resized(student.image_size)
+    check_cohort(config, student, context)
+    check_teacher_losses(plan.specs[0].losses if plan.specs else (), config)
+    context.process_group.require_shares(student.train.batch_size, context.train_set.num_samples)
+    build_task(plan, build_cohort(config, student, student.seeds[0], context), student.seeds[0], context)
+
+
 def train_cohort(plan: CohortPlan, seed: int, context: StageContext) -> dict[str, Any]:
     """Train the members of a seed together, evaluate and export each, and their ensemble.
 
@@ -83,6 +93,10 @@ def train_cohort(plan: CohortPlan, seed: int, context: StageContext) -> dict[str
 
     Returns:
         The results of the `members`, in their order, and of the `ensemble`.
+
+    Raises:
+        RecipeError: The cohort cannot be trained on this data, these views or stores.
+        ModelError: A network cannot be divided into branches, or lacks a layer.
     """
     config, student = plan.config, plan.student
     context, group = context.resized(student.image_size), context.process_group

@@ -12,7 +12,7 @@ from support.tiny_run import LOSSES, STUDENT, VIEWS, StopAfter, make_tiny_store,
 from kdpipe.stages.cohort.config import CohortConfig, CohortMember
 from kdpipe.stages.cohort.exchange import CohortPlan, build_task
 from kdpipe.stages.cohort.network import build_cohort
-from kdpipe.stages.cohort.train import ensemble_folder, member_folder, train_cohort
+from kdpipe.stages.cohort.train import ensemble_folder, member_folder, train_cohort, try_cohort
 from kdpipe.stages.compress.external_student import load_external
 from kdpipe.stages.context import model_normalization
 from kdpipe.stages.data.loader.image_loader import ViewRequest
@@ -187,7 +187,7 @@ def test_member_is_taken_as_a_student_to_compress(tmp_path):
 )
 def test_impossible_cohort_is_refused(config, changes, message, tmp_path):
     with pytest.raises((RecipeError, ModelError), match=message):
-        train_cohort(CohortPlan(config, replace(STUDENT, **changes)), 0, context_of(tmp_path))
+        try_cohort(CohortPlan(config, replace(STUDENT, **changes)), context_of(tmp_path))
     assert not (tmp_path / "students").exists()
 
 
