@@ -124,9 +124,9 @@ def test_one_learns_from_its_gated_ensemble(tmp_path):
     assert losses["hard_labels_ensemble"] == pytest.approx(cross_entropy(e, labels), rel=1e-5)
     for i in range(3):
         assert losses[f"peers_{i}"] == pytest.approx(weight * kl(e, z[i], 3.0), rel=1e-5)
-    gates = setting.network.gate(torch.randn(8, 4))
+    gates = setting.network.gate(torch.randn(8, 4).to(DEVICE))
     assert gates.shape == (8, 3)
-    torch.testing.assert_close(gates.sum(1), torch.ones(8))
+    torch.testing.assert_close(gates.sum(1).cpu(), torch.ones(8))
     assert [type(layer).__name__ for layer in setting.network.gate] == ["Linear", "BatchNorm1d", "ReLU", "Softmax"]
 
 
