@@ -2,11 +2,12 @@
 
 import pytest
 import torch
+from support.device import DEVICE
 
 import kdpipe as kd
 from kdpipe.stages.errors import RecipeError
 
-QUIET = {"progress": False, "device": "cpu", "options": {"export": False}, "epochs": 1, "batch_size": 32}
+QUIET = {"progress": False, "device": DEVICE, "options": {"export": False}, "epochs": 1, "batch_size": 32}
 
 
 @pytest.fixture(scope="module")
@@ -31,7 +32,7 @@ def test_members_and_ensemble_go_on(digits, tmp_path):
     again = kd.train_cohort(["cnn", other], train, **call)
     assert again.ensemble.figures == result.ensemble.figures
     store = kd.cache_teacher(
-        result.ensemble.model, train, tmp_path / "store.zarr", views=views, device="cpu", progress=False
+        result.ensemble.model, train, tmp_path / "store.zarr", views=views, device=DEVICE, progress=False
     )
     taught = kd.train_cohort("cnn", train, store, test=test, method="kdcl", run=tmp_path / "taught", **QUIET)
     assert "adapters_sha256" not in taught.members[0].figures

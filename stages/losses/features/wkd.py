@@ -6,11 +6,12 @@ NeurIPS (arXiv 2412.08139), section 3.2, with diagonal covariances as in the aut
 
 from __future__ import annotations
 
-from typing import ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
+from pydantic import Field
 from torch import Tensor, nn
 
-from kdpipe.stages.config import section
+from kdpipe.stages.config import max_value, section
 from kdpipe.stages.losses.base import FeatureLoss
 from kdpipe.stages.losses.schedules import Scheduled
 from kdpipe.stages.losses.shapes import Pair, map_size, shape_mismatch_error
@@ -37,7 +38,7 @@ class WKDF(FeatureLoss):
 
     loss: Literal["wkd_f"] = "wkd_f"
     weight: Scheduled = 0.08
-    mean_weight: float = 4.0
+    mean_weight: Annotated[float, Field(ge=0), max_value(1e6)] = 4.0
 
     def teacher_feature(self, layer: str, student: Shape) -> FeatureSpec:
         return FeatureSpec(layer, MEAN_STD)

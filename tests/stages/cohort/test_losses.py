@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from scipy.special import log_softmax, softmax
+from support.device import DEVICE
 from support.tiny_run import STUDENT, squares, tiny_context
 
 from kdpipe.stages.cohort.config import CohortConfig
@@ -30,7 +31,8 @@ class Setting:
         self.config = config
         self.cohort = build_cohort(config, STUDENT, 0, self.context)
         self.task = build_task(CohortPlan(config, STUDENT), self.cohort, 0, self.context)
-        self.network = self.cohort.joint.model
+        self.network = self.cohort.joint.model.to(DEVICE)
+        self.task.distillation.to(DEVICE)
         torch.manual_seed(1)
         with torch.no_grad():  # logits that differ clearly
             for parameter in self.network.parameters():
@@ -62,11 +64,11 @@ def cross_entropy(logits, labels):
 
 
 def as_numpy(tensors):
-    return [one.detach().double().numpy() for one in tensors]
+    return [one.detach().cpu().double().numpy() for one in tensors]
 
 
 def labels_of(setting):
-    return setting.batch.hard.labels.numpy()
+    return setting.batch.hard.labels.cpu().numpy()
 
 
 @pytest.mark.parametrize("members", [2, 3])
@@ -122,9 +124,9 @@ def test_one_learns_from_its_gated_ensemble(tmp_path):
     assert losses["hard_labels_ensemble"] == pytest.approx(cross_entropy(e, labels), rel=1e-5)
     for i in range(3):
         assert losses[f"peers_{i}"] == pytest.approx(weight * kl(e, z[i], 3.0), rel=1e-5)
-    gates = setting.network.gate(torch.randn(8, 4))
+    gates = setting.network.gate(torch.randn(8, 4).to(DEVICE))
     assert gates.shape == (8, 3)
-    torch.testing.assert_close(gates.sum(1), torch.ones(8))
+    torch.testing.assert_close(gates.sum(1).cpu(), torch.ones(8))
     assert [type(layer).__name__ for layer in setting.network.gate] == ["Linear", "BatchNorm1d", "ReLU", "Softmax"]
 
 

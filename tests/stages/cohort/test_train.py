@@ -6,6 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 from safetensors.torch import load_file
+from support.device import DEVICE
 from support.tiny_run import LOSSES, STUDENT, VIEWS, StopAfter, make_tiny_store, squares, tiny_context
 
 from kdpipe.stages.cohort.config import CohortConfig, CohortMember
@@ -86,9 +87,8 @@ def test_stopped_cohort_resumes_bit_for_bit(name, tmp_path):
 def loaded(result, folder, context):
     """The network of a finished job, built as a recipe would from its record."""
     record = result["identity"]["architecture"]
-    return context.build_model(
-        ModelConfig(name=record["model"], args=record["args"], weights=str(folder.model)), seed=5
-    )
+    config = ModelConfig(name=record["model"], args=record["args"], weights=str(folder.model))
+    return context.build_model(config, seed=5).to(DEVICE)
 
 
 @pytest.mark.parametrize("config", [CohortConfig(members=BOTH), CONFIGS["one"]])
@@ -99,7 +99,7 @@ def test_members_and_ensemble_load_as_networks(config, tmp_path):
     ensemble = loaded(found["ensemble"], ensemble_folder(tmp_path, 0), context)
     for network, result in zip([*members, ensemble], [*found["members"], found["ensemble"]], strict=True):
         assert evaluate(network, test, context.device).value == result["accuracy"]
-    images = torch.randn(4, 1, 8, 8)
+    images = torch.randn(4, 1, 8, 8).to(DEVICE)
     with torch.no_grad():
         logits = torch.stack([member.eval()(images) for member in members])
         if config.method == "dml":
@@ -148,7 +148,7 @@ def test_members_learn_from_a_stored_teacher(tmp_path):
 
 def batch_indices(task, batch):
     """The positions of a batch's samples in the data set."""
-    return torch.stack([(task.ranks == rank).nonzero()[0, 0] for rank in batch.ranks])
+    return torch.stack([(task.ranks == rank).nonzero()[0, 0] for rank in batch.ranks.cpu()])
 
 
 def test_members_of_kdcl_see_different_views(tmp_path):
