@@ -27,6 +27,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 if TYPE_CHECKING:
     from kdpipe import losses
+    from kdpipe.cohorts import CohortResult, train_cohort
     from kdpipe.compression import compress, prune, quantize
     from kdpipe.datasets import as_image_set, load_dataset
     from kdpipe.models import create_model, load_student
@@ -51,6 +52,7 @@ if TYPE_CHECKING:
     from kdpipe.teachers import cache_teacher, train_teacher
 
 _MODULES = {
+    "cohorts": "CohortResult train_cohort",
     "compression": "compress prune quantize",
     "datasets": "as_image_set load_dataset",
     "models": "create_model load_student",
@@ -75,12 +77,12 @@ _SOURCES = {
 
 # fmt: off
 __all__ = [  # literal, so that linters and type checkers see it; a test compares it with _MODULES
-    "Callback", "CallbackState", "CompressedResult", "DistillationLoader", "FingerprintMismatch", "ImageSet",
-    "KdpipeError", "StudentResult", "TargetStore", "TeacherResult", "Views", "__version__", "as_image_set",
+    "Callback", "CallbackState", "CohortResult", "CompressedResult", "DistillationLoader", "FingerprintMismatch",
+    "ImageSet", "KdpipeError", "StudentResult", "TargetStore", "TeacherResult", "Views", "__version__", "as_image_set",
     "cache_teacher", "compress", "create_model", "evaluate", "evaluate_embeddings", "extract_features", "load_dataset",
     "load_student", "losses", "open_store", "prune", "quantize", "register_callback", "register_dataset",
-    "register_loss", "register_model", "register_optimizer", "register_schedule", "report", "train_student",
-    "train_teacher", "verify",
+    "register_loss", "register_model", "register_optimizer", "register_schedule", "report", "train_cohort",
+    "train_student", "train_teacher", "verify",
 ]
 # fmt: on
 

@@ -20,6 +20,7 @@ from kdpipe.stages.compress.artifacts.load import rebuild
 from kdpipe.stages.compress.compress import CompressConfig, dry_run
 from kdpipe.stages.compress.pruning.prune import PruneConfig
 from kdpipe.stages.compress.quantize_student import QuantizeConfig
+from kdpipe.stages.distillation.student_config import DISTILLED, student_folder
 from kdpipe.stages.errors import RecipeError
 from kdpipe.stages.models.build import GivenModel
 from kdpipe.stages.training.job_dir import JobDir, read_json_file
@@ -212,6 +213,8 @@ def _compress(
     folder: str | Path | None,
 ) -> CompressedResult:
     context = replace(job.context(run_options), run_dir=job.run)
+    if student.folder != student_folder(student.job.run, DISTILLED, student.job.seed).path:  # a cohort's member
+        config = replace(config, student=str(student.folder / "model.safetensors"))
     dry_run(config, job.config, context)
     spec = job.open_stores(context)
     assert spec is not None, "_job refuses students without losses"

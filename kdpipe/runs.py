@@ -27,7 +27,7 @@ from kdpipe.stages.errors import RecipeError, StoppedEarly
 from kdpipe.stages.runtime.callbacks import Callback
 from kdpipe.stages.runtime.distributed import SINGLE, ProcessGroup, init_distributed
 from kdpipe.stages.runtime.events import WARNING, ProgressEvent, RunMonitor
-from kdpipe.stages.runtime.gpu.device import choose_device, select_device
+from kdpipe.stages.runtime.gpu.device import choose_device, select_device, torch_device
 from kdpipe.stages.runtime.memory import disable_malloc_trim
 from kdpipe.stages.training.job_dir import note_on_old_jobs, read_json_file, sweep_run
 from kdpipe.stages.views.config import Views
@@ -275,7 +275,7 @@ def _built(callbacks: Sequence[CallbackLike]) -> tuple[Callback, ...]:
 
 def _device(name: str | torch.device) -> torch.device:
     if isinstance(name, torch.device):
-        return name
+        return torch_device(name)
     if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]  # too late to choose among the machine's GPUs
         return choose_device(name)
     return select_device(name, warn=lambda text: warnings.warn(text, stacklevel=3))

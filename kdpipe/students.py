@@ -145,7 +145,7 @@ def train_student(
         places=places,
         train_set=train_set,
         test_set=datasets.as_image_set(test, "test", like=train_set),
-        views=_views(places, views),
+        views=views_of(places, views),
         run=Path(),
         validation_set=datasets.as_validation(validation, train_set),
     )
@@ -176,7 +176,8 @@ def store_places(store: Store | Sequence[Store] | None) -> tuple[Path | str, ...
     return tuple(one if is_url(one) else Path(one).expanduser().absolute() for one in named)
 
 
-def _views(places: Sequence[Path | str], views: Views | None) -> Views:
+def views_of(places: Sequence[Path | str], views: Views | None) -> Views:
+    """Return the views of the first store, or without one those that are given."""
     if not places:
         return as_views(views)
     return views_of_store(open_store(local_store_path(places[0], RunMonitor())))

@@ -213,11 +213,17 @@ _add_job("run", "Run all stages, skipping finished work. Prints the results.")
 _add_job("compare", "Train a student with each set of losses in the recipe. Prints accuracies over seeds, and costs.")
 
 
+_add_job("cohort", "Train students that teach each other. Prints each alone, in the cohort, and the ensemble.")
+
+
 @app.command()
 @with_options
 def sweep(recipe: RecipePath, options: JobOptions, *, baseline: Baseline = None) -> None:
     """Train students with all combinations of some settings. From one store, as in --set student.train.lr=0.05,0.1."""
     run_job("sweep", recipe, _with_baseline(options, baseline))
+
+
+_add_job("search", "Search the best settings of a student's training. From one store, as [search.space] says.")
 
 
 @app.command()

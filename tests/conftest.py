@@ -30,16 +30,23 @@ MIN_FREE_BYTES = 4 << 30
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--device", default="cpu", help="the device that tests compute on: cpu or cuda:0")
+    if "PYTEST_XDIST_WORKER" not in os.environ:  # workers inherit it
+        # Now: conftest.py of a folder on the command line is imported next, and with it support.device.
+        os.environ["TESTS_DEVICE"] = full_name(parser.parse_known_args(sys.argv[1:]).device)
+
+
+def full_name(device: str) -> str:
+    return "cuda:0" if device == "cuda" else device
 
 
 def pytest_configure(config: pytest.Config) -> None:
     """Keep the tests' folders in memory where there is room: stores sync every file, which is slow on disks."""
-    device = config.getoption("--device")
-    os.environ["TESTS_DEVICE"] = "cuda:0" if device == "cuda" else device  # read by support.device
     if IN_MEMORY.is_dir() and os.access(IN_MEMORY, os.W_OK) and shutil.disk_usage(IN_MEMORY).free > MIN_FREE_BYTES:
         os.environ.setdefault("PYTEST_DEBUG_TEMPROOT", str(IN_MEMORY))
     if not hasattr(config, "workerinput"):  # which inherits it
         os.environ[FOLDER] = tempfile.mkdtemp(dir=os.environ.get("PYTEST_DEBUG_TEMPROOT"))
+    if full_name(config.getoption("--device")) != os.environ["TESTS_DEVICE"]:
+        raise pytest.UsageError("give --device on the command line itself")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

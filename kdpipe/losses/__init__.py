@@ -16,22 +16,30 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from kdpipe.losses import functional
-    from kdpipe.stages.losses.base import FeatureLoss, LogitLoss, Loss, MapLoss, SoftLogitLoss
+    from kdpipe.stages.losses.base import FeatureLoss, LogitLoss, Loss, MapLoss, PooledLoss, SoftLogitLoss
     from kdpipe.stages.losses.features.at import AT, ATGradient
     from kdpipe.stages.losses.features.cosine import Cosine
+    from kdpipe.stages.losses.features.cwd import CWD
     from kdpipe.stages.losses.features.fitnet import FitNet
     from kdpipe.stages.losses.features.hint import Hint
     from kdpipe.stages.losses.features.nst import NST
+    from kdpipe.stages.losses.features.pefd import PEFD
     from kdpipe.stages.losses.features.review_kd import ReviewKD
     from kdpipe.stages.losses.features.simkd import SimKD
+    from kdpipe.stages.losses.features.srd import SRD
     from kdpipe.stages.losses.features.vid import VID
+    from kdpipe.stages.losses.features.vkd import VkD
+    from kdpipe.stages.losses.features.wkd import WKDF
     from kdpipe.stages.losses.inputs import LossInputs, Negatives
     from kdpipe.stages.losses.logits.binary_kd import BinaryKD
     from kdpipe.stages.losses.logits.dist import DIST
     from kdpipe.stages.losses.logits.dkd import DKD
+    from kdpipe.stages.losses.logits.hard_distillation import HardDistillation
     from kdpipe.stages.losses.logits.kd import KD, LogitMSE
     from kdpipe.stages.losses.logits.mlld import MLLD
     from kdpipe.stages.losses.logits.nkd import NKD
+    from kdpipe.stages.losses.logits.ttm import TTM, WTTM
+    from kdpipe.stages.losses.logits.wsld import WSLD
     from kdpipe.stages.losses.relations.cc import CC
     from kdpipe.stages.losses.relations.crd import CRD
     from kdpipe.stages.losses.relations.pkt import PKT
@@ -45,22 +53,30 @@ if TYPE_CHECKING:
     from kdpipe.stages.targets.feature_spec import FeatureSpec
 
 _MODULES = {
-    "losses.base": "FeatureLoss LogitLoss Loss MapLoss SoftLogitLoss",
+    "losses.base": "FeatureLoss LogitLoss Loss MapLoss PooledLoss SoftLogitLoss",
     "losses.features.at": "AT ATGradient",
     "losses.features.cosine": "Cosine",
+    "losses.features.cwd": "CWD",
     "losses.features.fitnet": "FitNet",
     "losses.features.hint": "Hint",
     "losses.features.nst": "NST",
+    "losses.features.pefd": "PEFD",
     "losses.features.review_kd": "ReviewKD",
     "losses.features.simkd": "SimKD",
+    "losses.features.srd": "SRD",
     "losses.features.vid": "VID",
+    "losses.features.vkd": "VkD",
+    "losses.features.wkd": "WKDF",
     "losses.inputs": "LossInputs Negatives",
     "losses.logits.binary_kd": "BinaryKD",
     "losses.logits.dist": "DIST",
     "losses.logits.dkd": "DKD",
+    "losses.logits.hard_distillation": "HardDistillation",
     "losses.logits.kd": "KD LogitMSE",
     "losses.logits.mlld": "MLLD",
     "losses.logits.nkd": "NKD",
+    "losses.logits.ttm": "TTM WTTM",
+    "losses.logits.wsld": "WSLD",
     "losses.relations.cc": "CC",
     "losses.relations.crd": "CRD",
     "losses.relations.pkt": "PKT",
@@ -77,10 +93,11 @@ _MODULE_OF = {name: module for module, names in _MODULES.items() for name in nam
 
 # fmt: off
 __all__ = [  # literal, so that linters and type checkers see it; a test compares it with _MODULES
-    "AT", "CC", "CRD", "DIST", "DKD", "KD", "MLLD", "NKD", "NST", "PKT", "RKD", "SP", "VID", "ATGradient", "BinaryKD",
-    "Cosine", "FeatureLoss", "FeatureSpec", "FitNet", "Hint", "LogitLoss", "LogitMSE", "Loss", "LossInputs", "MapLoss",
-    "ModelOutput", "Negatives", "RelationLoss", "ReviewKD", "SampleSelection", "Schedule", "Scheduled", "SimKD",
-    "SoftLogitLoss", "TrainProgress", "all_gather_with_grad", "functional",
+    "AT", "CC", "CRD", "CWD", "DIST", "DKD", "KD", "MLLD", "NKD", "NST", "PEFD", "PKT", "RKD", "SP", "SRD", "TTM",
+    "VID", "WKDF", "WSLD", "WTTM", "ATGradient", "BinaryKD", "Cosine", "FeatureLoss", "FeatureSpec", "FitNet",
+    "HardDistillation", "Hint", "LogitLoss", "LogitMSE", "Loss", "LossInputs", "MapLoss", "ModelOutput", "Negatives",
+    "PooledLoss", "RelationLoss", "ReviewKD", "SampleSelection", "Schedule", "Scheduled", "SimKD", "SoftLogitLoss",
+    "TrainProgress", "VkD", "all_gather_with_grad", "functional",
 ]
 # fmt: on
 

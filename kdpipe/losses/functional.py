@@ -11,16 +11,23 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from kdpipe.stages.losses.features.at import at_loss
     from kdpipe.stages.losses.features.cosine import cosine_loss
+    from kdpipe.stages.losses.features.cwd import cwd_loss
     from kdpipe.stages.losses.features.hint import hint_loss
     from kdpipe.stages.losses.features.nst import nst_loss
     from kdpipe.stages.losses.features.review_kd import hcl_loss
+    from kdpipe.stages.losses.features.srd import srd_loss
     from kdpipe.stages.losses.features.vid import vid_loss
+    from kdpipe.stages.losses.features.vkd import vkd_loss
+    from kdpipe.stages.losses.features.wkd import wkd_f_loss
     from kdpipe.stages.losses.logits.binary_kd import binary_kd_loss
     from kdpipe.stages.losses.logits.dist import dist_loss
     from kdpipe.stages.losses.logits.dkd import dkd_loss, nckd_loss, tckd_loss
+    from kdpipe.stages.losses.logits.hard_distillation import hard_distillation_loss
     from kdpipe.stages.losses.logits.kd import kd_loss, logit_mse_loss
     from kdpipe.stages.losses.logits.mlld import mlld_loss
     from kdpipe.stages.losses.logits.nkd import nkd_loss
+    from kdpipe.stages.losses.logits.ttm import ttm_loss, wttm_loss
+    from kdpipe.stages.losses.logits.wsld import wsld_loss
     from kdpipe.stages.losses.relations.cc import cc_loss, correlation_loss
     from kdpipe.stages.losses.relations.nce import nce_loss
     from kdpipe.stages.losses.relations.pkt import pkt_loss
@@ -31,16 +38,23 @@ if TYPE_CHECKING:
 _MODULES = {
     "features.at": "at_loss",
     "features.cosine": "cosine_loss",
+    "features.cwd": "cwd_loss",
     "features.hint": "hint_loss",
     "features.nst": "nst_loss",
     "features.review_kd": "hcl_loss",
+    "features.srd": "srd_loss",
     "features.vid": "vid_loss",
+    "features.vkd": "vkd_loss",
+    "features.wkd": "wkd_f_loss",
     "logits.binary_kd": "binary_kd_loss",
     "logits.dist": "dist_loss",
     "logits.dkd": "dkd_loss nckd_loss tckd_loss",
+    "logits.hard_distillation": "hard_distillation_loss",
     "logits.kd": "kd_loss logit_mse_loss",
     "logits.mlld": "mlld_loss",
     "logits.nkd": "nkd_loss",
+    "logits.ttm": "ttm_loss wttm_loss",
+    "logits.wsld": "wsld_loss",
     "relations.cc": "cc_loss correlation_loss",
     "relations.nce": "nce_loss",
     "relations.pkt": "pkt_loss",
@@ -58,9 +72,11 @@ __all__ = [  # literal, so that linters and type checkers see it; a test compare
     "cc_loss",
     "correlation_loss",
     "cosine_loss",
+    "cwd_loss",
     "dist_loss",
     "distance_loss",
     "dkd_loss",
+    "hard_distillation_loss",
     "hcl_loss",
     "hint_loss",
     "kd_loss",
@@ -73,9 +89,15 @@ __all__ = [  # literal, so that linters and type checkers see it; a test compare
     "pkt_loss",
     "rkd_loss",
     "sp_loss",
+    "srd_loss",
     "standardize_logits",
     "tckd_loss",
+    "ttm_loss",
     "vid_loss",
+    "vkd_loss",
+    "wkd_f_loss",
+    "wsld_loss",
+    "wttm_loss",
 ]
 # fmt: on
 

@@ -72,8 +72,8 @@ def _incomplete(recipe: Recipe) -> Iterator[str]:
     model = recipe.teacher.model
     if recipe.teacher.train is None and model.weights is None and not is_user_model(model.name):
         yield "the teacher has neither [teacher.train] nor teacher.model.weights: add one of them."
-    if not recipe.distill and not recipe.compare:
-        yield "there is neither [[distill]] nor [compare]: add a loss (`kdpipe losses` lists them)."
+    if not recipe.distill and not recipe.compare and not recipe.cohort:
+        yield "there is neither [[distill]] nor [compare] nor [cohort]: add a loss (`kdpipe losses` lists them)."
     if recipe.cache.store and is_url(recipe.cache.store):
         yield f"cache.store = {recipe.cache.store!r}: stores are written to a local folder; upload it afterwards."
     yield from callback_faults(recipe.callbacks)

@@ -42,7 +42,7 @@ class _RecipeSchema(GenerateJsonSchema):
 def recipe_json_schema() -> dict[str, Any]:
     """Return the schema: every key with its type, bounds, default and description."""
     schema = TypeAdapter(Recipe).json_schema(schema_generator=_RecipeSchema)
-    for section in (schema, schema["$defs"]["CompareEntry"]):
+    for section in (schema, schema["$defs"]["CompareEntry"], schema["$defs"]["CohortConfig"]):
         section["properties"]["distill"]["items"] = _items_of_losses(section["properties"]["distill"]["items"])
     schema["properties"]["compare"] |= {
         "additionalProperties": False,  # the names have a pattern

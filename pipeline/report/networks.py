@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from kdpipe.stages.compress.names import network_name
+from kdpipe.stages.compress.names import compressed_name, network_name
 from kdpipe.store.format.schema import ATTRIBUTE
 from kdpipe.store.fs.checksums import read_intact_json
 
@@ -47,8 +47,7 @@ class NetworkEntry:
 
 def compressed_folder(recipe: Mapping[str, Any], run: Path) -> Path:
     """Return the folder of the compressed students."""
-    given = recipe["compress"].get("student")
-    return run / ("compressed" if given is None else f"compressed-{Path(given).stem}")
+    return run / compressed_name(recipe["compress"].get("student"))
 
 
 def network_entries(recipe: Mapping[str, Any], run: Path, root: Path | None = None) -> list[NetworkEntry]:

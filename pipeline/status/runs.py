@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+import re
 import socket
 import time
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
 from statistics import mean
@@ -36,6 +37,14 @@ STATES = {DONE: "done", DONE_IN_PART: "done in part", STOPPED_EARLY: "stopped ea
 
 VARIANTS = {"compare": "variants", "sweep": "settings"}
 """Commands that train several variants of the student, and what these are called."""
+
+COHORT = "cohort"
+"""The command whose networks are in the folder of the students, as in COHORT_JOB."""
+
+COHORT_JOB = re.compile(r"cohort-(?:\d+|(ensemble))-seed\d+")
+SEARCH = "search"
+
+TRIAL_STATES = ("complete", "pruned", "fail", "running", "waiting")
 
 COMPUTED = ("step", "unit", "turn")
 """Units of the progress of work, unlike those of checks."""
@@ -83,6 +92,8 @@ class RunStatus:
         eta_s: Seconds left.
         last_active: Time of the last activity, in seconds since 1970.
         accuracies: Test accuracy in percent, mean over seeds, by the network's name.
+        trials: Numbers of the trials of a search by their state, of all under "planned", and of the best one under
+            "best"; empty without a search.
     """
 
     path: str
@@ -102,6 +113,7 @@ class RunStatus:
     num_networks_done: int
     num_networks: int
     accuracies: dict[str, float]
+    trials: dict[str, int] = field(default_factory=dict)
 
 
 def is_run(folder: Path, names: set[str]) -> bool:
@@ -122,10 +134,13 @@ def run_status(folder: Path, size: Measure, budget: Budget) -> RunStatus:
     stored = read_intact_json(folder / RECIPE)
     networks = _networks(stored or {}, folder)
     in_python, command = (folder / MADE_IN_PYTHON).exists(), progress.last.command if progress else ""
-    only_begun = in_python or command in VARIANTS  # which do not make all networks of the recipe
+    only_begun = in_python or command in (*VARIANTS, COHORT, SEARCH)  # which do not make all networks of the recipe
     jobs = [job for network in networks for job in network.jobs if not only_begun or job.exists()]
     if command in VARIANTS:
         jobs += [job for _, own in _variants(folder / command, budget) for job in own]
+    jobs += [job for own in _cohort(folder, budget).values() for job in own] if command == COHORT else []
+    if command == SEARCH:
+        jobs += [job for _, own in _variants(folder / SEARCH / "final", budget) for job in own]
     num_done, num_networks = sum((job / "result.json").exists() for job in jobs), len(jobs)
     state, who = _state(folder, progress, now)
     if state == "idle" and num_done == num_networks > 0:
@@ -152,6 +167,7 @@ def run_status(folder: Path, size: Measure, budget: Budget) -> RunStatus:
         num_networks_done=num_done,
         num_networks=num_networks,
         accuracies=dict(_accuracies(networks, folder, budget)),
+        trials=_trials(folder),
     )
 
 
@@ -179,14 +195,39 @@ def _networks(recipe: Mapping[str, Any], folder: Path) -> list[NetworkEntry]:
 
 
 def _accuracies(networks: list[NetworkEntry], folder: Path, budget: Budget) -> Iterator[tuple[str, float]]:
-    """Yield the mean test accuracy in percent of the main networks, and of the best of `kdpipe compare` and `sweep`."""
+    """Yield the mean test accuracy in percent of the main networks, of a cohort, and of the best variants."""
     by_kind = {network.kind: network for network in networks}
     smallest = next((by_kind[kind] for kind in ("int8", "int4", "pruned") if kind in by_kind), None)
     for network in (by_kind.get("alone"), by_kind.get("student"), smallest):
         if network and (known := _known(network.jobs)):
             yield network.name.removeprefix("student ") + known.what, mean(known.percents)
+    for name, jobs in _cohort(folder, budget).items():
+        if known := _known(jobs):
+            yield name + known.what, mean(known.percents)
     for command, what in VARIANTS.items():
         yield from _best_of(folder / command, what, budget)
+    if (accuracy := _best_of_search(folder)) is not None:
+        yield "search's best", accuracy
+
+
+def _best_of_search(folder: Path) -> float | None:
+    """Return the mean test accuracy of a search's winner in percent; the record is untrusted."""
+    final = (read_intact_json(folder / SEARCH / "results.json") or {}).get("final")
+    rows = final.get("rows") if isinstance(final, dict) else None
+    best = (
+        [row for row in rows if isinstance(row, dict) and row.get("name") == "best"] if isinstance(rows, list) else []
+    )
+    accuracy = best[0].get("accuracy_mean") if best else None
+    return accuracy if isinstance(accuracy, float) and 0 <= accuracy <= 100 else None
+
+
+def _trials(folder: Path) -> dict[str, int]:
+    """Return the numbers of trials by state, as the untrusted record of a search has them."""
+    record = read_intact_json(folder / SEARCH / "results.json") or {}
+    counts = record.get("counts")
+    found: dict[str, Any] = {state: counts.get(state) for state in TRIAL_STATES} if isinstance(counts, dict) else {}
+    found |= {"planned": record.get("num_trials"), "best": record.get("best")}
+    return {name: count for name, value in found.items() if (count := number(value)) is not None}
 
 
 def _best_of(folder: Path, what: str, budget: Budget) -> Iterator[tuple[str, float]]:
@@ -201,6 +242,15 @@ def _best_of(folder: Path, what: str, budget: Budget) -> Iterator[tuple[str, flo
     if means:
         best = max(means, key=(deciding if len(deciding) == len(means) else means).__getitem__)
         yield f"best of {len(means)} {what}: {best}", means[best]
+
+
+def _cohort(folder: Path, budget: Budget) -> dict[str, list[Path]]:
+    """Return the folders of a cohort's jobs: those of its members, and of the ensembles."""
+    found: dict[str, list[Path]] = {}
+    for entry in budget.entries(folder / "students", MAX_SEEDS):
+        if match := COHORT_JOB.fullmatch(entry.name):
+            found.setdefault("cohort ensemble" if match[1] else "cohort members", []).append(Path(entry.path))
+    return found
 
 
 def _variants(folder: Path, budget: Budget) -> Iterator[tuple[str, list[Path]]]:

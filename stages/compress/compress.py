@@ -14,7 +14,7 @@ from pydantic import AfterValidator, Field
 
 from kdpipe.stages.compress.external_student import load_external, measure_external
 from kdpipe.stages.compress.fine_tune import FineTuneContext
-from kdpipe.stages.compress.names import network_name
+from kdpipe.stages.compress.names import compressed_name, network_name
 from kdpipe.stages.compress.prune_student import prune_fingerprint, prune_student
 from kdpipe.stages.compress.pruning.prune import PruneConfig, prune
 from kdpipe.stages.compress.quantization.qat import calibrate
@@ -85,8 +85,8 @@ class CompressConfig:
 
 
 def compressed_root(run: Path, config: CompressConfig) -> Path:
-    """Return the folder of a run's compressed students; for an external student it has its file's name."""
-    return run / ("compressed" if config.student is None else f"compressed-{Path(config.student).stem}")
+    """Return the folder of a run's compressed students; for an external student it has that one's name."""
+    return run / compressed_name(config.student)
 
 
 def compress(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 
 def network_name(kind: str, *, prunes: bool) -> str:
     """Return the name of a kind of compressed network, such as "pruned + INT8"; `prunes` if the chain does."""
@@ -13,3 +15,11 @@ def network_name(kind: str, *, prunes: bool) -> str:
     if variant == "ptq":
         return f"{name}, calibrated"
     return f"pruned + {name}" if is_integer and prunes and not dash else name
+
+
+def compressed_name(student: str | None) -> str:
+    """Return the name of the folder of compressed students; of a given file with its name, or that of its job."""
+    if student is None:
+        return "compressed"
+    path = Path(student)
+    return f"compressed-{path.parent.name if path.stem == 'model' and path.parent.name else path.stem}"

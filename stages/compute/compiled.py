@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import cache, partial
 from types import FunctionType
 from typing import Any, TypeVar
@@ -14,6 +14,12 @@ from kdpipe.stages.errors import RecipeError, cause
 from kdpipe.stages.runtime.memory import is_out_of_memory
 
 T = TypeVar("T")
+
+MAX_ERROR, MAX_ERROR_LOW_PRECISION = 0.01, 0.25
+"""The largest relative error of a compiled gradient in float32, and in a lower precision."""
+
+NEGLIGIBLE = 0.01
+"""The share of the norm of all gradients below which the errors of a parameter's gradient do not matter."""
 
 
 def compiled(
@@ -77,6 +83,29 @@ def require_traceable(model: nn.Module, images: Tensor, key: str) -> None:
     """Trace a network as torch.compile will. Raises RecipeError, naming the recipe key, if it is not one graph."""
     with torch.no_grad():
         compiled(model, images.device, key=key, backend="eager")(images)
+
+
+@torch.no_grad()
+def require_equal_gradients(
+    gradients: Mapping[str, Tensor], expected: Mapping[str, Tensor], precision: str, *, key: str
+) -> None:
+    """Compare the gradients of a compiled step with those computed without torch.compile, by parameter.
+
+    torch.compile (2.15) gives wrong gradients, without an error, where a forward pass reads a buffer and overwrites it
+    later. Gradients far smaller than the others are rounding errors, as of biases before a batch norm.
+
+    Raises:
+        RecipeError: They differ by more than the rounding of `precision`.
+    """
+    norms = torch.stack([one.float().norm() for one in expected.values()])
+    errors = torch.stack([(gradients[name].float() - one.float()).norm() for name, one in expected.items()])
+    relative = errors / norms.clamp_min(NEGLIGIBLE * norms.norm())
+    if relative.max() > (MAX_ERROR if precision == "float32" else MAX_ERROR_LOW_PRECISION):
+        worst = list(expected)[int(relative.argmax())]
+        raise RecipeError(
+            f"{key} = true: the compiled gradient of {worst} differs by {float(relative.max()):.2g} of its norm from "
+            "that without torch.compile, as where a forward pass reads a buffer and overwrites it: set it to false."
+        )
 
 
 def _with_own_code(function: Callable[..., T]) -> Callable[..., T]:

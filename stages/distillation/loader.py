@@ -25,7 +25,7 @@ from kdpipe.stages.errors import RecipeError
 from kdpipe.stages.models.normalization import Normalization, Numbers, as_normalization
 from kdpipe.stages.runtime.distributed import ProcessGroup
 from kdpipe.stages.runtime.events import RunMonitor
-from kdpipe.stages.runtime.gpu.device import check_device, choose_device
+from kdpipe.stages.runtime.gpu.device import check_device, torch_device
 from kdpipe.stages.targets.feature_spec import FeatureSpec, parse_feature, parse_statistic
 from kdpipe.stages.targets.join import join
 from kdpipe.stages.targets.open import open_store_anywhere, open_with_views
@@ -279,10 +279,9 @@ def _process_group(rank: int | None, count: int | None) -> ProcessGroup:
 
 
 def _device(device: torch.device | str) -> torch.device:
-    if (device := check_device(device)) != "auto":
-        choose_device(str(device))  # raises where it is absent
-        return torch.device(device)
-    return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+    if check_device(device) == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    return torch_device(device)
 
 
 def _move(value: Any, move: Callable[[Tensor], Tensor]) -> Any:

@@ -262,16 +262,28 @@ def of_teacher(test: Evaluation, model: nn.Module) -> Evaluation:
 
 def evaluate(model: nn.Module, test: Evaluation, device: torch.device) -> EvalResult:
     """Evaluate `model`, restoring its mode; raises NotFiniteError if the loss is not finite."""
+    (result,) = evaluate_all(model, test, device, 1)
+    return result
+
+
+def evaluate_all(model: nn.Module, test: Evaluation, device: torch.device, count: int) -> list[EvalResult]:
+    """Evaluate `count` networks whose outputs `model` returns side by side, [B, count C]; raises like `evaluate`."""
     is_whole = test.loader.dataset.is_labeled
-    sums = EvalAccumulator(test.metric) if test.task == CLASSIFICATION else OutputAccumulator(test.task, test.metric)
+    sums = [
+        EvalAccumulator(test.metric) if test.task == CLASSIFICATION else OutputAccumulator(test.task, test.metric)
+        for _ in range(count)
+    ]
     for predictions in predict(model, test, device):
         if not predictions.logits.isfinite().all() and test.task != CLASSIFICATION:
             raise _not_finite("outputs are NaN or infinite")
-        sums.add(predictions if is_whole else predictions.labeled)
-    result = sums.result()
-    if not math.isfinite(result.loss):
-        raise _not_finite(f"cross entropy over the test set is {result.loss}")
-    return result
+        labeled = predictions if is_whole else predictions.labeled
+        for each, logits in zip(sums, labeled.logits.chunk(count, 1), strict=True):
+            each.add(replace(labeled, logits=logits))
+    results = [each.result() for each in sums]
+    for result in results:
+        if not math.isfinite(result.loss):
+            raise _not_finite(f"cross entropy over the test set is {result.loss}")
+    return results
 
 
 def _not_finite(what: str) -> NotFiniteError:

@@ -6,6 +6,7 @@ Start from the nearest base class, and register the new class, or list it in `re
 - `LogitLoss`: a loss on logits. Override `compute`. `SoftLogitLoss` has the key `temperature` as well.
 - `FeatureLoss`: a loss at pairs of layers. Override `build_pair`, and `teacher_feature` if a statistic of the teacher's
   layer, which takes less space in the store than its map, is enough.
+- `PooledLoss`: the same for vectors, by default those before the classifiers.
 - `MapLoss`: the same for maps [C, H, W] that are pooled to one size, without parameters.
 - `RelationLoss` (`relations/relation.py`): relations between the samples of a batch, at pairs of layers.
 - `Loss`: anything else. Override `compute`, or `build` if the loss has parameters.
@@ -57,10 +58,10 @@ from kdpipe.stages.losses.alone import LossModule, StudentOutput, TeacherOutput
 from kdpipe.stages.losses.inputs import DatasetInfo, LossInputs, Negatives, Shapes, TeacherShapes
 from kdpipe.stages.losses.sample_selection import SampleSelection
 from kdpipe.stages.losses.schedules import FINISHED, Scheduled, Temperature, TrainProgress
-from kdpipe.stages.losses.shapes import Layers, Pair, Size, poolable, shape_mismatch_error
+from kdpipe.stages.losses.shapes import EMBEDDINGS, Layers, Pair, Size, poolable, shape_mismatch_error
 from kdpipe.stages.numerics import to_float32
 from kdpipe.stages.plugins.user_code import object_sha256
-from kdpipe.stages.targets.feature_spec import MAP, FeatureSpec, Shape
+from kdpipe.stages.targets.feature_spec import MAP, POOLED, FeatureSpec, Shape
 from kdpipe.stages.targets.statistics import pool_to
 
 
@@ -319,6 +320,24 @@ class PairedModule(nn.Module):
             for loss, (layer, feature) in zip(self.pairs, self.sources, strict=True)
         ]
         return torch.stack(parts).sum(0)
+
+
+@section
+class PooledLoss(FeatureLoss):
+    """Configuration of a loss on vectors, to which maps are average-pooled.
+
+    Attributes:
+        layers: pairs of (student layer, teacher layer), of which maps are average-pooled to vectors; by default what
+            goes into the classifiers, or what a teacher without one returns.
+    """
+
+    requires: ClassVar[str] = "pooled vector [C] of each layer"
+    statistic: ClassVar[str] = POOLED
+
+    layers: Layers = Field(default=EMBEDDINGS, kw_only=False)
+
+    def teacher_feature(self, layer: str, student: Shape) -> FeatureSpec:
+        return FeatureSpec(layer, self.statistic)
 
 
 @section

@@ -15,18 +15,26 @@ from kdpipe.stages.errors import RecipeError
 from kdpipe.stages.losses.base import Loss
 from kdpipe.stages.losses.features.at import AT, ATGradient
 from kdpipe.stages.losses.features.cosine import Cosine
+from kdpipe.stages.losses.features.cwd import CWD
 from kdpipe.stages.losses.features.fitnet import FitNet
 from kdpipe.stages.losses.features.hint import Hint
 from kdpipe.stages.losses.features.nst import NST
+from kdpipe.stages.losses.features.pefd import PEFD
 from kdpipe.stages.losses.features.review_kd import ReviewKD
 from kdpipe.stages.losses.features.simkd import SimKD
+from kdpipe.stages.losses.features.srd import SRD
 from kdpipe.stages.losses.features.vid import VID
+from kdpipe.stages.losses.features.vkd import VkD
+from kdpipe.stages.losses.features.wkd import WKDF
 from kdpipe.stages.losses.logits.binary_kd import BinaryKD
 from kdpipe.stages.losses.logits.dist import DIST
 from kdpipe.stages.losses.logits.dkd import DKD
+from kdpipe.stages.losses.logits.hard_distillation import HardDistillation
 from kdpipe.stages.losses.logits.kd import KD, LogitMSE
 from kdpipe.stages.losses.logits.mlld import MLLD
 from kdpipe.stages.losses.logits.nkd import NKD
+from kdpipe.stages.losses.logits.ttm import TTM, WTTM
+from kdpipe.stages.losses.logits.wsld import WSLD
 from kdpipe.stages.losses.relations.cc import CC
 from kdpipe.stages.losses.relations.crd import CRD
 from kdpipe.stages.losses.relations.pkt import PKT
@@ -40,8 +48,8 @@ L = TypeVar("L", bound=type[Loss])
 
 # In the order in which `kdpipe losses` lists them.
 _BUILTIN: tuple[type[Loss], ...] = (
-    *(KD, DKD, DIST, NKD, MLLD, LogitMSE, BinaryKD),
-    *(Hint, Cosine, FitNet, AT, ATGradient, NST, VID, ReviewKD, SimKD),
+    *(KD, DKD, DIST, NKD, TTM, WTTM, WSLD, MLLD, HardDistillation, LogitMSE, BinaryKD),
+    *(Hint, Cosine, PEFD, SRD, VkD, FitNet, AT, ATGradient, CWD, WKDF, NST, VID, ReviewKD, SimKD),
     *(RKD, SP, PKT, CC, CRD),
 )
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from kdpipe.stages.config import PathStr, section
 from kdpipe.stages.data.tasks import CLASSIFICATION, REGRESSION, Task
 from kdpipe.stages.errors import ModelError, NotLogitsError, UnknownModelError, cause
 from kdpipe.stages.models.clone import clone_without_hooks, unwrap, unwrap_all
+from kdpipe.stages.models.joint_networks import JOINT_NETWORKS, build_joint_network
 from kdpipe.stages.models.libraries.by_name import BY_PREFIX, num_published_classes, prefix_of
 from kdpipe.stages.models.libraries.torchvision import WITH_AUXILIARY_HEADS, build_classifier, classifier_names, refusal
 from kdpipe.stages.models.libraries.transformers import PREFIX as HF
@@ -199,6 +200,12 @@ def _construct(
         model = _construct(config, count, in_channels, image_size, notify)
         remove_head(model)
         return model
+    if config.name in JOINT_NETWORKS:
+
+        def construct(name: str, args: Mapping[str, Any]) -> nn.Module:
+            return _construct(ModelConfig(name=name, args=dict(args)), num_classes, in_channels, image_size, notify)
+
+        return build_joint_network(config.name, config.args, construct, (in_channels, *image_size))
     if prefix := prefix_of(config.name):
         return BY_PREFIX[prefix](
             config.name,

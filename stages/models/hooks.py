@@ -50,6 +50,9 @@ T = TypeVar("T")
 IMAGES = ""
 """The input, beside the paths of modules."""
 
+MEMBERS = "members"
+"""The path of the members in networks of several, whose layers are named as in each: `members.0.layer3`."""
+
 
 class _AllCaptured(Exception):
     """All layers have been captured."""
@@ -159,6 +162,11 @@ class FeatureExtractor:
         if absent := [layer for layer in self.layers if layer not in record.features]:
             raise ModelError(f"module {absent[0]!r} is not used in the forward pass: choose another layer.")
         return ModelOutput(record.logits, record.features)
+
+    @property
+    def compiles(self) -> bool:
+        """Whether torch.compile compiles the pass."""
+        return self._compile_key is not None
 
     def stop_compiling(self) -> None:
         """Run without torch.compile from now on; frees CUDA's graphs with their memory, once nothing else has them."""
@@ -315,14 +323,24 @@ def extract_features(
     extractor = FeatureExtractor(model, layers, no_further, None if no_further else compile_key)
     with ExitStack() as hooks:
         for layer in layers:
-            path, form = split_form(model, layer)
-            named = get_module(model, path) if path or layer != PRE_LOGITS else model
-            module = hooks.enter_context(hooked(named, layer, form))
-            hook = partial(extractor.hook, layer, token_part(model, layer, form))
+            owner, own = _owner_of(model, layer)
+            path, form = split_form(owner, own)
+            named = get_module(owner, path) if path or own != PRE_LOGITS else owner
+            module = hooks.enter_context(hooked(named, own, form))
+            hook = partial(extractor.hook, layer, token_part(owner, own, form))
             hook = partial(_hook_input, hook) if form == PRE_LOGITS else hook
             hooks.enter_context(module.register_forward_hook(hook))
         hooks.callback(extractor.stop_compiling)
         yield extractor
+
+
+def _owner_of(model: nn.Module, layer: str) -> tuple[nn.Module, str]:
+    """Return the network that a layer belongs to, and the layer's name there: a member of an ensemble, or the model."""
+    members, number, own = [*layer.split(".", 2), "", ""][:3]
+    found = getattr(model, members, None) if members == MEMBERS and number.isdigit() and own else None
+    return (
+        (found[int(number)], own) if isinstance(found, nn.ModuleList) and int(number) < len(found) else (model, layer)
+    )
 
 
 def _hook_input(hook: Callable[..., None], module: nn.Module, inputs: Any, output: Any) -> None:

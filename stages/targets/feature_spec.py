@@ -11,11 +11,12 @@ from torch import Tensor, nn
 
 from kdpipe.stages.errors import ModelError, RecipeError
 from kdpipe.stages.models.hooks import feature_shapes
-from kdpipe.stages.targets.statistics import attention, gram, input_attention, pool_to, pooled, spatial_gram
+from kdpipe.stages.targets.statistics import attention, gram, input_attention, mean_std, pool_to, pooled, spatial_gram
 
 MAP = "features"
 POOLED = "pooled"
 ATTENTION = "attention"
+MEAN_STD = "mean_std"
 SPATIAL_GRAM = "spatial_gram"
 INPUT_GRADIENT = "input_gradient"
 
@@ -119,6 +120,7 @@ def statistic_shape(feature: FeatureSpec, shape: Shape) -> Shape:
 STATISTIC_FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
     MAP: lambda maps: maps,
     POOLED: pooled,
+    MEAN_STD: mean_std,
     ATTENTION: attention,
     "gram": gram,
     SPATIAL_GRAM: spatial_gram,

@@ -1,4 +1,4 @@
-"""Statistics of feature maps: pooled vectors, attention maps and Gram matrices."""
+"""Statistics of feature maps: pooled vectors, means and deviations, attention maps and Gram matrices."""
 
 from __future__ import annotations
 
@@ -64,6 +64,17 @@ def input_attention(gradient: Tensor) -> Tensor:
     gradient = to_float32(gradient)
     largest = gradient.detach().abs().amax((1, 2, 3), keepdim=True)
     return attention(gradient / largest.clamp_min(NO_GRADIENT))
+
+
+def mean_std(maps: Tensor) -> Tensor:
+    """Compute mean and standard deviation of each channel over the positions: [B, C, H, W] to [B, 2, C].
+
+    The variance is the unbiased one plus 1e-5, as in the code of WKD (arXiv 2412.08139); of one pixel it is 1e-5. The
+    result is float32 or wider.
+    """
+    flat = to_float32(maps).flatten(2)
+    variance = flat.var(2, correction=min(1, flat.shape[2] - 1))
+    return torch.stack([flat.mean(2), (variance + 1e-5).sqrt()], 1)
 
 
 def gram(maps: Tensor) -> Tensor:

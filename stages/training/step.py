@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from kdpipe.stages.compute.compiled import require_equal_gradients
 from kdpipe.stages.errors import RecipeError
 from kdpipe.stages.losses.base import is_builtin
 from kdpipe.stages.losses.relations.nce import Memory
@@ -52,6 +53,7 @@ class TrainStep:
         added = job.task.distillation
         # Compiled, a loss that reads a buffer and then changes it would get gradients by the changed one.
         self._may_join = added is None or (not has_state(added) and all(map(is_builtin, added.configs.values())))
+        self._is_checked = False
 
     def step(self, batch: Batch) -> None:
         """Run one batch forward and backward, step the optimizer, and add the losses to the epoch's sums."""
@@ -85,12 +87,14 @@ class TrainStep:
         self._buffers.begin_step(copied=retries)
         while True:
             try:
+                expected = self._gradients_without_compiler(batch) if self._must_check(batch) else None
                 losses = self._forward_backward(batch)
             except (MemoryError, RuntimeError) as error:
                 if not (retries and is_out_of_memory(error) and progress.micro_batches < len(batch.images)):
                     raise
             else:
                 break
+            expected = None
             # Outside of `except`: the error, and with it the tensors of the failed attempt, are freed here.
             self._buffers.restore()
             self.state.optimizer.zero_grad(set_to_none=True)
@@ -99,19 +103,42 @@ class TrainStep:
             gc.collect()
             if batch.images.is_cuda:
                 torch.cuda.empty_cache()
+        if expected is not None:
+            self._is_checked = True
+            precision = self.state.settings.precision
+            require_equal_gradients(self._named_gradients(), expected, precision, key="train.compile")
         if progress.micro_batches > before:
             warning = micro_batch_warning(self._job.model, self._job.task, batch, progress.micro_batches)
             self._monitor.warn(self._job.stage, warning)
         return losses
 
-    def _forward_backward(self, batch: Batch) -> dict[str, Tensor]:
+    def _must_check(self, batch: Batch) -> bool:
+        """Return whether the batch is the first one that is compiled."""
+        return not self._is_checked and self._student.compiles and self._is_whole(batch)
+
+    def _is_whole(self, batch: Batch) -> bool:
+        return len(batch.images) == min(self._job.config.batch_size, self._job.task.num_samples)
+
+    def _gradients_without_compiler(self, batch: Batch) -> dict[str, Tensor]:
+        """Return the gradients of a batch, computed without torch.compile, and leave no trace of that."""
+        self._forward_backward(batch, eager=True)
+        gradients = {name: gradient.clone() for name, gradient in self._named_gradients().items()}
+        self._buffers.restore()
+        self._buffers.begin_step(copied=True)
+        return gradients
+
+    def _named_gradients(self) -> dict[str, Tensor]:
+        named = self.state.modules.named_parameters()
+        return {name: one.grad for name, one in named if one.grad is not None}
+
+    def _forward_backward(self, batch: Batch, *, eager: bool = False) -> dict[str, Tensor]:
         job, state, progress = self._job, self.state, self.progress
         own = (job.process_group.rank,) if job.process_group.rank else ()  # rank 0 has the dropout of a single process
         _seed(derive_seed(job.seed, "step", progress.epoch, progress.step, *own), batch.images.device)
         state.optimizer.zero_grad(set_to_none=True)
         if progress.micro_batches == 1:
             with self._gradients.sent_early():
-                return self._backward(batch)
+                return self._backward(batch, eager=eager)
         # After one process's job is continued by several, there may be more micro-batches than rows.
         count = min(progress.micro_batches, job.config.batch_size // job.process_group.count)
         whole, sums = all_reduce_sum(len(batch.images)), dict[str, Tensor]()
@@ -123,8 +150,11 @@ class TrainStep:
                 sums[name] = sums[name] + loss if name in sums else loss
         return sums
 
-    def _backward(self, batch: Batch, share: float = 1.0) -> dict[str, Tensor]:
-        """Run a batch, or a micro-batch that is `share` of one, forward and backward; returns the losses."""
+    def _backward(self, batch: Batch, share: float = 1.0, *, eager: bool = False) -> dict[str, Tensor]:
+        """Run a batch, or a micro-batch that is `share` of one, forward and backward; returns the losses.
+
+        Compiled are whole batches, and not if `eager`. Of micro-batches the next pass would overwrite the gradients.
+        """
         job = self._job
         differentiates_input = job.task.needs_input_gradient
         if differentiates_input:
@@ -132,9 +162,10 @@ class TrainStep:
         # Fused attention has no second derivative.
         kernels = sdpa_kernel(SDPBackend.MATH) if differentiates_input else nullcontext()
         with kernels, self.state.settings.active(batch.images.device):
-            # Compiled are whole batches. Of micro-batches the next pass would overwrite the gradients.
-            is_whole = len(batch.images) == min(job.config.batch_size, job.task.num_samples)
-            losses = self._losses(batch) if is_whole else job.task.losses(self._student.eager(batch.images), batch)
+            if self._is_whole(batch) and not eager:
+                losses = self._losses(batch)
+            else:
+                losses = job.task.losses(self._student.eager(batch.images), batch)
         values = torch.stack(list(losses.values()))
         if share != 1:
             values = share * values

@@ -6,6 +6,7 @@ from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from itertools import islice
 
 import torch
 from torch import Tensor
@@ -173,10 +174,12 @@ class TrainingTask:
                     positions.append(StepPosition(seed, number, position, epochs))
                     rows = process_group.rows(batch_indices(order, position, batch_size))
                     passes = (number * self.num_samples + position * batch_size) // len(self.learned)
-                    yield ViewRequest(rows, self._view(passes))
+                    yield from (ViewRequest(rows, view) for view in self.views_at(passes))
 
-        for image_batch in self.loader.stream(requests()):
-            yield self._batch(positions.popleft(), image_batch)
+        loaded = self.loader.stream(requests())
+        for first in loaded:
+            others = list(islice(loaded, len(self.views_at(0)) - 1))
+            yield self.batch_of(positions.popleft(), [first, *others])
 
     def losses(self, student: ModelOutput, batch: Batch) -> dict[str, Tensor]:
         """Return the weighted losses by name, this process's share of them; their sum is minimized.
@@ -186,27 +189,31 @@ class TrainingTask:
         """
         global_batch_size = all_reduce_sum(len(batch.hard.labels))
         if self.hints_only and self.distillation is not None:
-            only: dict[str, Tensor] = self.distillation(self._distillation_batch(student, batch, global_batch_size))
+            only: dict[str, Tensor] = self.distillation(self.distillation_batch(student, batch, global_batch_size))
             return only
-        label_losses = batch.hard.losses(student.logits, self.label_smoothing, self.class_weights)
-        weight = value_at(self.hard_label_weight, batch.progress)
-        has_targets = batch.has_targets
-        if has_targets is None:
-            hard = weight * local_share_of_mean(label_losses, global_batch_size)
-        else:
-            weights = torch.where(has_targets, weight, 1.0).to(label_losses.device, non_blocking=True)
-            hard = local_share_of_mean(weights * label_losses, global_batch_size)
+        hard = self.hard_loss(student.logits, batch, global_batch_size)
         if self.distillation is None:
             return {"hard_labels": hard}
         gradient = self._input_gradient(student, batch) if self.needs_input_gradient else None
         losses: dict[str, Tensor] = self.distillation(
-            self._distillation_batch(student, batch, global_batch_size, gradient)
+            self.distillation_batch(student, batch, global_batch_size, gradient)
         )
         return {"hard_labels": hard} | losses
 
-    def _distillation_batch(
+    def hard_loss(self, logits: Tensor, batch: Batch, global_batch_size: int) -> Tensor:
+        """Return this process's share of the weighted loss of logits [B, num_classes] with the labels."""
+        label_losses = batch.hard.losses(logits, self.label_smoothing, self.class_weights)
+        weight = value_at(self.hard_label_weight, batch.progress)
+        has_targets = batch.has_targets
+        if has_targets is None:
+            return weight * local_share_of_mean(label_losses, global_batch_size)
+        weights = torch.where(has_targets, weight, 1.0).to(label_losses.device, non_blocking=True)
+        return local_share_of_mean(weights * label_losses, global_batch_size)
+
+    def distillation_batch(
         self, student: ModelOutput, batch: Batch, global_batch_size: int, gradient: Tensor | None = None
     ) -> DistillationBatch:
+        """Return what the losses of a student get, with the targets of the batch."""
         return DistillationBatch(
             student,
             batch.teachers,
@@ -226,10 +233,13 @@ class TrainingTask:
         (gradient,) = torch.autograd.grad(loss, batch.images, create_graph=True)
         return self.normalize.to_pixel_gradient(gradient)
 
-    def _view(self, epoch: int) -> int:
-        return -1 - epoch if self.fresh_views else epoch % self.num_views
+    def views_at(self, passes: int) -> list[int]:
+        """Return the views of the images of a batch after so many passes over them; a student sees one."""
+        return [-1 - passes if self.fresh_views else passes % self.num_views]
 
-    def _batch(self, position: StepPosition, image_batch: ImageBatch) -> Batch:
+    def batch_of(self, position: StepPosition, views: Sequence[ImageBatch]) -> Batch:
+        """Return the batch at a position from its images in the views of `views_at`."""
+        image_batch = views[0]
         indices, view = image_batch.indices, position.epoch % self.num_views
         return Batch(
             images=self.normalize(image_batch.images),

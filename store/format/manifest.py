@@ -19,7 +19,7 @@ from kdpipe.store.format.topk import TAIL, TopK
 EMBEDDINGS = "features/pre_logits"
 """The array of a teacher's embeddings: the input of its classifier, or what a teacher without one returns."""
 
-STATISTICS = ("features", "pooled", "attention", "gram", "spatial_gram", "input_gradient")
+STATISTICS = ("features", "pooled", "mean_std", "attention", "gram", "spatial_gram", "input_gradient")
 """Groups of a layer's arrays: its feature map, or a statistic of it; with `-HxW` where it was pooled first."""
 
 ARRAY_NAME = re.compile(

@@ -127,11 +127,11 @@ def test_class_embeddings_make_a_clip_tower_classify(tmp_path):
         assert json.loads((run / job / "result.json").read_text())["accuracy"] > 0.2
 
 
-@pytest.mark.filterwarnings("error::UserWarning")
+@pytest.mark.filterwarnings("error::UserWarning", "ignore:Attempting to run cuBLAS")  # torch's own, once
 def test_embeddings_in_python(tmp_path, without_onnx):
     train, test = kd.load_dataset("digits", test_share=0.8)
     teacher = kd.create_model("resnet8", train, output="embeddings")
-    settings = {"mean": [0.3], "std": [0.4], "progress": False}
+    settings = {"mean": [0.3], "std": [0.4], "progress": False, "device": DEVICE}
     store = kd.cache_teacher(teacher, train, tmp_path / "store.zarr", test=test, output="embeddings", **settings)
     assert store.layers == ("pre_logits",)
     assert kd.evaluate_embeddings(store)["linear_probe"]["accuracy"] > 0.8
@@ -140,7 +140,7 @@ def test_embeddings_in_python(tmp_path, without_onnx):
     batch = next(iter(kd.DistillationLoader(store, train, batch_size=50)))
     assert batch.features["pre_logits"].shape == (50, 64)
     assert "teacher_logits" not in batch
-    common = {"test": test, "epochs": 1, "progress": False, "seed": 1}
+    common = {"test": test, "epochs": 1, "progress": False, "seed": 1, "device": DEVICE}
     run = tmp_path / "run"
     student = kd.train_student("resnet8", train, store, losses="cosine", hard_label_weight=0.0, run=run, **common)
     assert (store.path.parent / "store.test.zarr").exists()

@@ -34,7 +34,7 @@ def test_a_second_job_in_the_same_run_folder_exits_11(recipe, tmp_path):
     run = tmp_path / "run"
     first = start("train-teacher", recipe, "--run", run)
     signal_when(first, (run / "recipe.json").exists, signal.SIGSTOP)
-    second = kdpipe_here("train-teacher", recipe, "--run", run)
+    second = kdpipe_here("train-teacher", recipe, "--run", run, "--share")
     first.kill()
     first.communicate()
     assert second.exit_code == 11

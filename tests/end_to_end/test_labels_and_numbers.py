@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from support.device import DEVICE
 from support.kdpipe_process import kdpipe_here
 
 import kdpipe as kd
@@ -16,7 +17,7 @@ from kdpipe.store import FingerprintMismatch
 
 RECIPE = """
 name = "TASK"
-device = "cpu"
+device = "DEVICE"
 num_threads = 1
 data = { name = "table:images.csv", task = "TASK", label_column = ["top", "left"], channels = 1, test_share = 0.25 }
 views = { num_views = 2 }
@@ -37,7 +38,7 @@ prune_train = { epochs = 1, batch_size = 32, lr = 0.01 }
 quantize_train = { epochs = 1, batch_size = 32, lr = 0.001 }
 baselines = false
 latency_rounds = 3
-"""
+""".replace("DEVICE", str(DEVICE))
 
 
 def images_of(count):
@@ -121,7 +122,7 @@ def test_python_equals_the_command_line_and_other_labels_are_refused(run):
     train, test = kd.load_dataset("table:images.csv", root=str(folder), **columns)
     loss = losses.BinaryKD() if task == "multilabel" else losses.LogitMSE()
     settings = {"epochs": 2, "batch_size": 32, "lr": 0.02, "model_args": {"width": 4, "num_stages": 2}}
-    settings |= {"test": test, "losses": [loss], "num_workers": 0}
+    settings |= {"test": test, "losses": [loss], "num_workers": 0, "device": DEVICE}
     made = kd.train_student("cnn", train, folder / "run/store.zarr", run=folder / "python", **settings)
     wanted = json.loads((folder / "run/students/distilled-seed0/result.json").read_text())
     assert made.value == wanted[made.metric]

@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 import torch
 from support.device import DEVICE
-from support.kdpipe_process import environment, kdpipe, kdpipe_here, signal_when
+from support.kdpipe_process import kdpipe, kdpipe_here, signal_when, start
 from support.two_processes import free_port
 from support.warm_process import WarmProcess
 
@@ -63,10 +63,9 @@ KINDS = ("alone", "distilled")
 
 
 def start_two(*arguments: str | Path) -> list[WarmProcess]:
-    """Start two processes as torchrun does."""
-    of_both = environment() | {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
-    ranks = ({"RANK": rank, "LOCAL_RANK": rank} for rank in "01")
-    return [WarmProcess(["kdpipe", *map(str, arguments)], of_both | own) for own in ranks]
+    """Start two processes as torchrun does; they share a GPU, which NCCL refuses."""
+    of_both = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port(), "KDPIPE_DIST_BACKEND": "gloo"}
+    return [start(*arguments, **of_both, RANK=rank, LOCAL_RANK=rank) for rank in "01"]
 
 
 def ended(processes: Sequence[WarmProcess]) -> list[subprocess.CompletedProcess[str]]:
@@ -146,7 +145,8 @@ def test_only_the_first_process_writes_and_prints(single, two):
     run, (first, second) = two
     assert files_of(run / "students") == files_of(single / "students")
     assert "student distilled" in first.stdout
-    assert (second.stdout, second.stderr) == ("", "")
+    assert second.stdout == "" and (second.stderr == "" or DEVICE.type == "cuda")  # where each warns of its own GPU
+    assert "train-student" not in second.stderr
 
 
 def test_a_signal_to_one_process_stops_both_and_they_resume(tmp_path, recipe, two):
@@ -172,8 +172,9 @@ def test_if_one_process_is_killed_the_other_reports_it(tmp_path, recipe, two):
     signal_when(both[0], checkpoint.exists, signal.SIGKILL)
     first, second = ended(both)
     assert (first.returncode, second.returncode) == (-signal.SIGKILL, 1)
-    assert second.stderr.startswith("kdpipe: error: another of the 2 processes of this job ended")
-    assert second.stderr.count("\n") == 1
+    *warnings, error = second.stderr.splitlines()
+    assert error.startswith("kdpipe: error: another of the 2 processes of this job ended")
+    assert warnings == [] or DEVICE.type == "cuda"
 
 
 def test_a_changed_recipe_is_refused_by_both_processes(recipe, two):

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 from sklearn.datasets import load_digits
+from support.device import DEVICE
 from support.kdpipe_process import kdpipe_here
 
 from kdpipe.stages.models.build import ModelConfig, build_model
@@ -13,7 +14,7 @@ from kdpipe.stages.training.saved_model import save_model
 
 RECIPE = """
 name = "photographs"
-device = "cpu"
+device = "DEVICE"
 num_threads = 1
 data = { name = "imagefolder:photos", labels = "none", channels = 1, classes = ["a", "b", "c"], validation_share = 0.2 }
 views = { num_views = 2, operations = [{ name = "RandomCrop", padding = 1 }], mix = { mixup_alpha = 0.2 } }
@@ -34,7 +35,7 @@ steps = ["prune"]
 prune = { round_to = 1 }
 prune_train = { epochs = 1, batch_size = 32, lr = 0.01 }
 latency_rounds = 3
-"""
+""".replace("DEVICE", str(DEVICE))
 
 
 @pytest.fixture(scope="module")

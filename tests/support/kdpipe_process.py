@@ -16,7 +16,10 @@ from kdpipe.pipeline.terminal.output import Verbosity, set_verbosity
 from support.device import DEVICE
 from support.warm_process import WarmProcess
 
-COMMAND = [sys.executable, "-c", "from kdpipe.pipeline.entry import main; main()"]
+NO_CHECK = "import sys; sys.modules['pynvml'] = None"
+"""Tests share one GPU. In a container their processes would not know each other in the driver's list of its users."""
+
+COMMAND = [sys.executable, "-c", f"{NO_CHECK}; from kdpipe.pipeline.entry import main; main()"]
 
 RECIPE = """
 # Command: kdpipe run tiny.toml. Hardware: any. Time: seconds. Expect: a done run.
@@ -78,9 +81,9 @@ def kdpipe_here(*arguments: str | Path) -> Result:
     return CliRunner().invoke(app, list(map(str, arguments)))
 
 
-def start(*arguments: str | Path) -> WarmProcess:
-    """Start `kdpipe`, and return its process."""
-    return WarmProcess(["kdpipe", *map(str, arguments)], environment())
+def start(*arguments: str | Path, **variables: str) -> WarmProcess:
+    """Start `kdpipe` with further variables in its environment, and return its process."""
+    return WarmProcess(["kdpipe", *map(str, arguments)], environment() | variables)
 
 
 def start_cold(*arguments: str | Path) -> subprocess.Popen[str]:

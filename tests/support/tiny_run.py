@@ -43,7 +43,7 @@ CACHE = CacheConfig(shard_bytes=4096, batch_size=50)
 LAYERS = [FeatureSpec("stage2")]
 RECIPE = Recipe(
     name="tiny",
-    device="cpu",
+    device=str(DEVICE),
     num_threads=1,
     data=DataConfig(name="digits", num_train=64),
     views=dataclasses.replace(VIEWS, num_views=2),

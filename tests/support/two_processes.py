@@ -12,7 +12,7 @@ from support.warm_process import WarmProcess
 
 def run_two_processes(script: str, folder: Path) -> list[dict[str, Any]]:
     """Run `script`, which forks, with `folder`; return the records 0.json and 1.json that the processes leave there."""
-    environment = os.environ | {"PYTHONPATH": PYTHONPATH, "OMP_NUM_THREADS": "1"}
+    environment = os.environ | {"PYTHONPATH": PYTHONPATH, "OMP_NUM_THREADS": "1", "KDPIPE_DIST_BACKEND": "gloo"}
     process = WarmProcess([script, str(folder)], environment)
     _, errors = process.communicate(timeout=120)
     assert process.wait() == 0, errors

@@ -43,6 +43,7 @@ LATE_IMPORTS = (
     "onnxscript.function_libs.torch_lib.ops",
     "kdpipe.pipeline.commands.variants.compare",
     "kdpipe.pipeline.commands.generations",
+    "kdpipe.pipeline.commands.search.search",
     "kdpipe.pipeline.commands.variants.sweep",
     "kdpipe.pipeline.recipe.planned_jobs",
     "kdpipe.pipeline.report.html.write",
@@ -75,6 +76,7 @@ LATE_IMPORTS = (
 def warm_up() -> None:
     os.environ["ORT_DISABLE_TELEMETRY"] = "1"  # telemetry would start a thread
     os.environ["JE_ARROW_MALLOC_CONF"] = "background_thread:false"  # pyarrow's allocator, which sklearn imports, too
+    sys.modules["pynvml"] = None  # type: ignore[assignment] # as kdpipe_process.NO_CHECK says
     gc.disable()
     for name in EARLY_IMPORTS:
         importlib.import_module(name)

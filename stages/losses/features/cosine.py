@@ -8,34 +8,23 @@ from __future__ import annotations
 
 from typing import ClassVar, Literal
 
-from pydantic import Field
 from torch import Tensor, nn
 
 from kdpipe.stages.config import section
-from kdpipe.stages.losses.base import FeatureLoss
+from kdpipe.stages.losses.base import PooledLoss
 from kdpipe.stages.losses.relations.relation import Embedding
-from kdpipe.stages.losses.shapes import EMBEDDINGS, Layers, Pair
+from kdpipe.stages.losses.shapes import Pair
 from kdpipe.stages.numerics import normalize_rows, to_float32
-from kdpipe.stages.targets.feature_spec import POOLED, FeatureSpec, Shape
+from kdpipe.stages.targets.feature_spec import FeatureSpec, Shape
 
 
 @section
-class Cosine(FeatureLoss):
-    """One minus the cosine of the student's embedding, through a linear layer, and the teacher's.
-
-    Attributes:
-        layers: pairs of (student layer, teacher layer), of which maps are average-pooled to vectors; by default what
-            goes into the classifiers, or what a teacher without one returns.
-    """
+class Cosine(PooledLoss):
+    """One minus the cosine of the student's embedding, through a linear layer, and the teacher's."""
 
     paper: ClassVar[str] = "Ranzinger et al. 2024, arXiv 2312.06709"
-    requires: ClassVar[str] = "pooled vector [C] of each layer"
 
     loss: Literal["cosine"] = "cosine"
-    layers: Layers = Field(default=EMBEDDINGS, kw_only=False)
-
-    def teacher_feature(self, layer: str, student: Shape) -> FeatureSpec:
-        return FeatureSpec(layer, POOLED)
 
     def build_pair(self, pair: Pair, feature: FeatureSpec, student: Shape, teacher: Shape) -> nn.Module:
         return CosineModule(student, teacher)

@@ -5,34 +5,21 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import ClassVar
 
-from pydantic import Field
 from torch import Tensor, nn
 
 from kdpipe.stages.config import section
-from kdpipe.stages.losses.base import FeatureLoss
-from kdpipe.stages.losses.shapes import EMBEDDINGS, Layers, Pair
+from kdpipe.stages.losses.base import PooledLoss
+from kdpipe.stages.losses.shapes import Pair
 from kdpipe.stages.runtime.collectives import all_gather_with_grad
 from kdpipe.stages.targets.feature_spec import POOLED, FeatureSpec, Shape, compute_statistic, statistic_shape
 from kdpipe.stages.targets.statistics import pooled
 
 
 @section
-class RelationLoss(FeatureLoss):
-    """Configuration of a loss of the features of the batch of all processes, summed over pairs of layers.
+class RelationLoss(PooledLoss):
+    """Configuration of a loss of the features of the batch of all processes, summed over pairs of layers."""
 
-    Attributes:
-        layers: pairs of (student layer, teacher layer), of which maps are average-pooled to vectors; by default what
-            goes into the classifiers, or what a teacher without one returns.
-    """
-
-    requires: ClassVar[str] = "pooled vector [C] of each layer"
     per_sample: ClassVar[bool] = False
-    statistic: ClassVar[str] = POOLED
-
-    layers: Layers = Field(default=EMBEDDINGS, kw_only=False)
-
-    def teacher_feature(self, layer: str, student: Shape) -> FeatureSpec:
-        return FeatureSpec(layer, self.statistic)
 
     def compare(self, student: Tensor, teacher: Tensor) -> Tensor:
         """Compute the loss at one pair of layers, a scalar, from `statistic` of student and teacher, [B, ...] each."""

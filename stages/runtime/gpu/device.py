@@ -14,7 +14,15 @@ import torch
 from kdpipe.stages.errors import RecipeError
 from kdpipe.stages.runtime.gpu.nccl import BACKEND, gpu_backend
 from kdpipe.stages.runtime.gpu.nvml import EXCLUSIVE, ORDER, PROHIBITED, VISIBLE, Gpu, list_gpus, visible_gpus
-from kdpipe.stages.runtime.gpu.users import CLAIMS, claim_gpu, gpu_user, is_foreign, is_launched, release_gpu
+from kdpipe.stages.runtime.gpu.users import (
+    CLAIMS,
+    claim_gpu,
+    gpu_user,
+    is_ancestor,
+    is_foreign,
+    is_launched,
+    release_gpu,
+)
 from kdpipe.stages.runtime.launcher import local_rank
 from kdpipe.store import LockedError
 from kdpipe.store.fs.lock import Holder
@@ -79,6 +87,14 @@ def choose_device(name: str) -> torch.device:
             else f"device is {name!r}, and {CPU_ONLY}"
         )
     return torch.device("cuda", (local_rank(os.environ) or 0) % count if number is None else number)
+
+
+def torch_device(name: str | torch.device) -> torch.device:
+    """Return the device that torch means, the current GPU by "cuda"; raises RecipeError where it is absent."""
+    choose_device(str(name))
+    device = torch.device(name)
+    has_number = device.type != "cuda" or device.index is not None
+    return device if has_number else torch.device("cuda", torch.cuda.current_device())
 
 
 def check_device(given: str | torch.device) -> str | torch.device:
@@ -147,10 +163,10 @@ class GpuSelector:
         return gpu_user(gpu, is_launched(self.environ))
 
     def _is_sibling(self, holder: Holder | None) -> bool:
-        """Return whether the holder of a claim is another process of this job."""
-        if holder is None or holder.host != socket.gethostname() or not is_launched(self.environ):
+        """Return whether the holder of a claim is another process of this job, or the one that started it."""
+        if holder is None or holder.host != socket.gethostname():
             return False
-        return not is_foreign(holder.pid, launched=True)
+        return is_ancestor(holder.pid) or (is_launched(self.environ) and not is_foreign(holder.pid, launched=True))
 
     def _reserve(self, gpu: Gpu, *, is_named: bool) -> None:
         if gpu.compute_mode == PROHIBITED:
@@ -200,7 +216,7 @@ class GpuSelector:
 
     def _share_with_sibling(self, gpu: Gpu) -> None:
         """Raise RecipeError for more processes than GPUs, unless sharing is asked for."""
-        if not self.share and gpu_backend(self.environ) == "nccl":
+        if is_launched(self.environ) and not self.share and gpu_backend(self.environ) == "nccl":
             raise RecipeError(
                 f"another process of this job uses {gpu}, and there is none left for process {self._rank} of this "
                 f"machine: start one process for each GPU, or let them share it with --share (those that train "

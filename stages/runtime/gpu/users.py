@@ -58,9 +58,13 @@ def is_foreign(pid: int, launched: bool) -> bool:
     Ancestors and descendants of this process are part of it, zombies are ignored; a process of which nothing is known,
     such as one outside of a container, is foreign.
     """
-    ancestors = _lineage(os.getpid())[1:]
-    family = {os.getpid(), *ancestors[:1]} if launched else {os.getpid()}
-    return not (_is_dead(pid) or pid in ancestors or family & set(_lineage(pid)))
+    family = {os.getpid(), *_lineage(os.getpid())[1:2]} if launched else {os.getpid()}
+    return not (_is_dead(pid) or is_ancestor(pid) or family & set(_lineage(pid)))
+
+
+def is_ancestor(pid: int) -> bool:
+    """Return whether this process was started by another one, such as a notebook, or by one that it started."""
+    return pid in _lineage(os.getpid())[1:]
 
 
 def claim_gpu(uuid: str, folder: Path = CLAIMS) -> Holder | None:

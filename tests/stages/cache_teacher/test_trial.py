@@ -6,6 +6,7 @@ import re
 import numpy as np
 import pytest
 import torch
+from support.device import DEVICE, needs_cpu
 from support.made_store import folder_bytes
 from support.tiny_run import CACHE, LAYERS, TEACHER, VIEWS, StopAfter, make_tiny_store, subset, tiny_context
 from support.trials import later_is_faster
@@ -47,8 +48,9 @@ def run(tmp_path_factory):
 
 @pytest.fixture
 def always_a_trial(monkeypatch):
-    """Every job is large, and all candidates but the exact one are fast."""
-    monkeypatch.setattr(trial, "WORTH_A_TRIAL", {"cpu": 1.0})
+    """Every job is large, and bfloat16, the only fast precision, is faster than float32."""
+    monkeypatch.setattr(trial, "WORTH_A_TRIAL", {DEVICE.type: 1.0})
+    monkeypatch.setattr(trial, "fast_precisions", lambda device: ("bfloat16",))
     monkeypatch.setattr(trial, "is_worth_a_trial", lambda *_: True)
     monkeypatch.setattr(trial, "time_on_one_thread", later_is_faster)
 
@@ -69,12 +71,13 @@ def test_stored_equals_recomputed(run, tmp_path, precision, memory_format):
     assert [parameter.stride() for parameter in teacher.model.parameters()] == strides
     order = row_order(context.train_set.sample_ids.numpy(), VIEWS.seed)
     own, view = ComputeSettings(precision, memory_format), 1
-    images = context.renderer.render_batch(context.train_set.images[order], context.train_set.sample_ids[order], view)
+    ids = context.train_set.sample_ids[order]
+    images = context.renderer.render_batch(context.train_set.images[order].to(DEVICE), ids, view)
     own.place(teacher.model)
     with torch.no_grad(), extract_features(teacher.model, ["stage2"]) as extractor, own.active(context.device):
         outputs = [extractor(own.place_images(part)) for part in teacher.normalize(images).split(CACHE.batch_size)]
-    logits = torch.cat([part.logits.float() for part in outputs]).numpy()
-    features = torch.cat([part.features["stage2"].float() for part in outputs]).numpy()
+    logits = torch.cat([part.logits.float() for part in outputs]).cpu().numpy()
+    features = torch.cat([part.features["stage2"].float() for part in outputs]).cpu().numpy()
     assert np.array_equal(store.read_view("logits", view), logits)
     assert np.array_equal(store.read_view("features/stage2", view), features)
     assert store.manifest.identity.compute == own.to_json()
@@ -135,11 +138,11 @@ def test_a_trial_takes_the_fastest_that_is_faithful(run, tmp_path, capsys):
     assert info["compute"] == fast
     assert not recompute(tmp_path / "fast.zarr", teacher, context, 20, 0).differing
     found = info["trial"]
-    assert found["device"] == "cpu" and found["batch_size"] in trial.BATCH_SIZES and found["num_images"] == 18
+    assert found["device"] == DEVICE.type and found["batch_size"] in trial.BATCH_SIZES and found["num_images"] == 18
     assert 0 < found["kl"]["1"] < 1e-2 and found["kl"]["20"] < found["kl"]["1"]
     assert 0 < found["features"]["features/stage2"] < trial.MAX_FEATURE_ERROR
     print_store_info(info)
-    shown = r"computed in  bfloat16, channels_last, folded batch norms on cpu; batches of \d+; against float32: KL "
+    shown = r"computed in  bfloat16, channels_last, folded batch norms on c\w+; batches of \d+; against float32: KL "
     assert re.search(shown, capsys.readouterr().out)
     plan = plan_cache(CacheConfig(shard_bytes=4096), tmp_path / "fast.zarr", teacher, LAYERS, context, trained=True)
     assert plan["compute"]["precision"] == "bfloat16" and plan["compute"]["batch_size"] == found["batch_size"]
@@ -168,7 +171,11 @@ def test_a_trial_keeps_float32_where_bfloat16_loses(run, tmp_path):
             {"precision": "bfloat16", "max_kl": 1e-9},
             r"in bfloat16: its KL divergence .* nats at T = 1 .*raise cache.max",
         ),
-        ({"precision": "tf32"}, r"cache.precision = 'tf32': this cpu computes float32 and bfloat16 in hardware"),
+        pytest.param(
+            {"precision": "tf32"},
+            r"cache.precision = 'tf32': this cpu computes float32 and bfloat16 in hardware",
+            marks=needs_cpu("GPUs compute in TF32"),
+        ),
     ],
 )
 def test_a_precision_that_cannot_be_is_refused(run, tmp_path, changes, message):
@@ -182,15 +189,15 @@ class OwnType(nn.Module):
     """Refuses half precision, as code does that mixes types."""
 
     def forward(self, images):
-        if torch.is_autocast_enabled("cpu"):
+        if torch.is_autocast_enabled(DEVICE.type):
             raise RuntimeError("expected scalar type Float")
-        return images.mean((1, 2, 3))[:, None] * torch.arange(4.0)
+        return images.mean((1, 2, 3))[:, None] * torch.arange(4.0, device=DEVICE)
 
 
 @pytest.mark.usefixtures("always_a_trial")
 def test_a_network_that_does_not_run_drops_out(run, tmp_path):
     teacher, context = setup_of(run)
-    own = dataclasses.replace(teacher, model=nn.Sequential(OwnType(), nn.Linear(4, 4)).eval())
+    own = dataclasses.replace(teacher, model=nn.Sequential(OwnType(), nn.Linear(4, 4)).to(DEVICE).eval())
     cache_teacher(CacheConfig(shard_bytes=4096), tmp_path / "own.zarr", own, [], context)
     manifest = read_store_manifest(tmp_path / "own.zarr")
     assert manifest.identity.compute["precision"] == "float32"
@@ -210,6 +217,7 @@ def test_a_store_of_another_precision_is_another_store(run):
     assert not {"compute", "trial"} & read_store_manifest(run / "store.zarr").to_json().keys()
 
 
+@needs_cpu("it loses its bfloat16")
 def test_a_device_without_the_precision_does_not_continue(run, tmp_path, monkeypatch):
     teacher, context = setup_of(run)
     cache_teacher(FAST, tmp_path / "store.zarr", teacher, [], context)
@@ -271,6 +279,7 @@ def test_order_of_preference_is_by_exactness(run):
     assert choose(dict.fromkeys(candidates, 1.0)) == ComputeSettings()
 
 
+@needs_cpu("its threads compute")
 @pytest.mark.usefixtures("always_a_trial")
 def test_a_large_job_uses_one_thread_or_all_for_the_same_bits(run, tmp_path, monkeypatch):
     before, used = torch.get_num_threads(), []

@@ -3,7 +3,7 @@
 import pytest
 
 from kdpipe.pipeline.report.networks import network_entries
-from kdpipe.stages.compress.names import network_name
+from kdpipe.stages.compress.names import compressed_name, network_name
 
 
 @pytest.mark.parametrize(
@@ -30,3 +30,16 @@ def test_tables_have_these_names_and_no_name_twice(tmp_path, steps, scheme):
     names = {entry.kind: entry.name for entry in entries}
     assert names == {kind: network_name(kind, prunes="prune" in steps) for kind in names}
     assert len(set(names.values())) == len(names)
+
+
+@pytest.mark.parametrize(
+    ("student", "name"),
+    [
+        (None, "compressed"),
+        ("elsewhere/external.safetensors", "compressed-external"),
+        ("run/students/cohort-2-seed0/model.safetensors", "compressed-cohort-2-seed0"),
+        ("model.safetensors", "compressed-model"),
+    ],
+)
+def test_folder_is_named_after_the_student(student, name):
+    assert compressed_name(student) == name

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from kdpipe.stages.compute import folding
 from kdpipe.stages.models.hooks import extract_features
 
 
@@ -63,3 +64,34 @@ def test_batch_norms_in_training_are_not_folded() -> None:
     model.norm.train()
     with torch.no_grad(), extract_features(model, []) as extractor:
         assert extractor.folded(torch.rand(2, 3, 9, 9)).num_folded == 1
+
+
+@pytest.mark.parametrize("precision", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("activation", "layers", "number"),
+    [
+        (nn.ReLU(), ["1.2"], 2),
+        (nn.ReLU(inplace=True), [], 2),
+        (nn.ReLU6(inplace=True), ["1.2", "0"], 2),
+        (nn.Hardtanh(-1.0, 0.5), ["0.1"], 1),  # the norm's own output is a feature
+        (nn.ReLU(inplace=True), ["0.1"], 1),
+        (nn.SiLU(), [], 0),
+    ],
+)
+def test_activations_are_fused_to_the_bit(
+    monkeypatch: pytest.MonkeyPatch, activation: nn.Module, layers: list[str], number: int, precision: torch.dtype
+) -> None:
+    torch.manual_seed(0)
+    blocks = [nn.Sequential(nn.Conv2d(4, 4, 3, stride, 1), nn.BatchNorm2d(4), activation) for stride in (1, 2)]
+    model, images = nn.Sequential(*blocks).eval(), torch.randn(4, 4, 9, 9).to(memory_format=torch.channels_last)
+    with (
+        torch.no_grad(),
+        torch.autocast("cpu", precision, enabled=precision != torch.float32, cache_enabled=False),
+        extract_features(model, layers) as extractor,
+        extractor.folded(images) as folded,
+    ):
+        fused = extractor(images).tensors
+        monkeypatch.setattr(folding, "FUSED_TYPES", ())
+        separate = extractor(images).tensors
+    assert (folded.num_folded, folded.num_fused) == (2, number)
+    assert all(torch.equal(one, other) for one, other in zip(fused, separate, strict=True))

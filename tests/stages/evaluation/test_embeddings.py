@@ -3,6 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from support.device import DEVICE
 from torch import nn
 
 from kdpipe.stages.data.image_set import ImageSet
@@ -13,8 +14,6 @@ from kdpipe.stages.evaluation.knn import KNN
 from kdpipe.stages.evaluation.linear_probe import LinearProbe, fit_probe
 from kdpipe.stages.models.normalization import Normalization
 from kdpipe.stages.models.tokens import HEADLESS
-
-CPU = torch.device("cpu")
 
 
 def clusters(num_images: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -67,23 +66,23 @@ def evaluation(num_images: int) -> Evaluation:
     labels = torch.arange(num_images) % 3
     images = (F.one_hot(labels, 3) * 200).to(torch.uint8)[:, :, None, None].expand(-1, -1, 2, 2).contiguous()
     image_set = ImageSet("made", "test", images, labels, torch.arange(num_images), ("a", "b", "c"))
-    return Evaluation(ImageLoader(image_set, CPU), Normalization((0.0,) * 3, (1.0,) * 3))
+    return Evaluation(ImageLoader(image_set, DEVICE), Normalization((0.0,) * 3, (1.0,) * 3))
 
 
 def test_without_a_classifier_accuracy_is_the_probes():
-    model = Tower().eval()
+    model = Tower().to(DEVICE).eval()
     assert embeddings_of(model, evaluation(6)).vectors.shape == (6, 3)
     assert not model.training
     test, record = with_probe(model, evaluation(30), evaluation(9))
     assert isinstance(test.head, LinearProbe)
-    assert evaluate(model, test, CPU).to_json()["accuracy"] == 1.0
+    assert evaluate(model, test, DEVICE).to_json()["accuracy"] == 1.0
     assert record["knn"] == {"accuracy": 1.0, "k": 20, "num_images": 30}
     assert record["linear_probe"]["accuracy"] == 1.0
 
 
 def test_epochs_are_evaluated_by_neighbors_whatever_the_classifier_is():
-    model = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(3, 3, bias=False))
+    model = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(3, 3, bias=False)).to(DEVICE)
     nn.init.zeros_(model[2].weight)
     test = evaluation(9)
-    assert evaluate(model, test, CPU).value == pytest.approx(1 / 3)
-    assert evaluate_neighbors(model, test, CPU, labeled=evaluation(30)).value == 1.0
+    assert evaluate(model, test, DEVICE).value == pytest.approx(1 / 3)
+    assert evaluate_neighbors(model, test, DEVICE, labeled=evaluation(30)).value == 1.0

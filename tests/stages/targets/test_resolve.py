@@ -193,7 +193,7 @@ def test_every_statistic_parses_its_own_name(layer, form):
     ],
 )
 def test_invalid_statistic_error_lists_the_valid_ones(text):
-    with pytest.raises(RecipeError, match=re.escape(repr(text)) + ".*pooled, attention, gram"):
+    with pytest.raises(RecipeError, match=re.escape(repr(text)) + ".*pooled, mean_std, attention, gram"):
         parse_feature(text)
 
 

@@ -6,6 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from support.device import needs_cpu
 from support.tiny_training import equal_weights, tiny_job, tiny_network, trained, trained_in_pieces
 from support.trials import later_is_faster
 from torch import nn
@@ -96,6 +97,7 @@ def test_trainings_of_several_processes_are_not_compiled():
         require_compilable("student.train.compile", CPU, 2)
 
 
+@needs_cpu("there is no trial on CUDA")
 def test_small_jobs_have_no_trial_and_count_nothing(tmp_path, monkeypatch):
     monkeypatch.setattr(set_up, "count_macs", lambda model, shape: pytest.fail("counting takes seconds"))
     (_, history), (_, plain) = trained(tmp_path / "auto"), trained(tmp_path / "plain", memory_format="contiguous")
@@ -103,6 +105,7 @@ def test_small_jobs_have_no_trial_and_count_nothing(tmp_path, monkeypatch):
     assert "compute" not in history[0]
 
 
+@needs_cpu("there is no trial on CUDA")
 def test_a_trial_leaves_no_trace_and_is_recorded(tmp_path, trial, monkeypatch):
     chosen, history = trained(tmp_path / "auto")
     fast = ComputeSettings("bfloat16", "channels_last")
@@ -112,12 +115,14 @@ def test_a_trial_leaves_no_trace_and_is_recorded(tmp_path, trial, monkeypatch):
     assert equal_weights(chosen, explicit)
 
 
+@needs_cpu("there is no trial on CUDA")
 def test_a_resumed_job_continues_as_it_began(tmp_path, trial):
     pieces, _ = trained_in_pieces(tmp_path / "pieces")
     assert len(trial) == 1
     assert equal_weights(pieces, trained(tmp_path / "explicit", precision="bfloat16")[0])
 
 
+@needs_cpu("there is no trial on CUDA")
 def test_settings_in_which_a_network_fails_are_left_out(tmp_path, trial):
     class Contiguous(nn.Module):
         def forward(self, images):
@@ -183,6 +188,7 @@ def test_network_that_needs_contiguous_maps_has_them(tmp_path):
     assert chosen == ComputeSettings("bfloat16")
 
 
+@needs_cpu("there is no trial on CUDA")
 def test_only_a_large_job_may_choose_more_threads(tmp_path, monkeypatch, cores):
     used = []
     monitor = RunMonitor(lambda event: used.append(torch.get_num_threads()))

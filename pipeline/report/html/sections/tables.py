@@ -25,18 +25,18 @@ def results(run: PageRun) -> dict[str, object]:
 
 
 def has_variants(run: PageRun) -> bool:
-    return any((run.path / command).is_dir() for command in ("compare", "sweep"))
+    return any((run.path / command).is_dir() for command in ("compare", "sweep", "cohort", "search"))
 
 
 def variants(run: PageRun) -> dict[str, object]:
-    """Return the tables of the run's comparison and sweep.
+    """Return the tables of the run's comparison, sweep, cohort and search.
 
     Raises:
-        LeftOutError: If neither is finished.
+        LeftOutError: If none is finished.
     """
     tables = list(recorded_tables(run.path, run.report.recipe))
     if not tables:
-        raise LeftOutError("The comparison is not finished: run kdpipe compare or kdpipe sweep again.")
+        raise LeftOutError("The comparison is not finished: run kdpipe compare, sweep or cohort again.")
     return {"tables": tables}
 
 

@@ -17,7 +17,8 @@ from support.paths import ROOT
 
 from kdpipe.stages.errors import RecipeError
 from kdpipe.stages.runtime.gpu import device as device_module
-from kdpipe.stages.runtime.gpu.device import GpuSelector, select_device
+from kdpipe.stages.runtime.gpu import users
+from kdpipe.stages.runtime.gpu.device import GpuSelector, select_device, torch_device
 from kdpipe.stages.runtime.gpu.nvml import EXCLUSIVE, PROHIBITED, Gpu, GpuProcess
 from kdpipe.stages.runtime.gpu.users import _claims, claim_gpu, is_launched, release_gpu
 from kdpipe.store import LockedError
@@ -176,6 +177,17 @@ def test_jobs_starting_at_once_select_different_gpus(
     assert [path.name for path in tmp_path.iterdir() if SECOND.uuid in path.name] == [f"kdpipe-{SECOND.uuid}.lock"]
 
 
+def test_gpu_of_the_process_that_started_this_one_is_used(
+    job: TrainJob, claimed_elsewhere: Callable[..., int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    notebook = claimed_elsewhere(SECOND)
+    monkeypatch.setattr(users, "_lineage", lambda pid: [pid, notebook])
+    assert job.take(FIRST, SECOND) == FIRST.uuid
+    assert job.take(SECOND) == SECOND.uuid
+    assert job.take(SECOND, name="cuda:0") is None
+    assert job.warnings == []
+
+
 def test_claim_ends_with_its_process(tmp_path: Path) -> None:
     script = "import sys; from pathlib import Path; from kdpipe.stages.runtime.gpu.users import claim_gpu\n"
     script += "print(claim_gpu(sys.argv[2], Path(sys.argv[1])))"
@@ -293,6 +305,15 @@ def test_machine_without_gpus_uses_cpu_without_warning(monkeypatch: pytest.Monke
     assert cuda.warnings == cuda.fractions == []
     with pytest.raises(RecipeError, match="device is 'cuda', and torch sees 0 GPUs"):
         cuda.take("cuda")
+
+
+def test_gpu_without_a_number_is_the_current_one(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    FakeCuda(monkeypatch, tmp_path, 2)
+    monkeypatch.setattr(device_module.torch.cuda, "current_device", lambda: 1)
+    given = ("cuda", torch.device("cuda"), "cuda:0", torch.device("cpu"))  # Accelerate's device has no number
+    assert [str(torch_device(one)) for one in given] == ["cuda:1", "cuda:1", "cuda:0", "cpu"]
+    with pytest.raises(RecipeError, match="device is 'cuda:2', and torch sees 2 GPUs"):
+        torch_device(torch.device("cuda:2"))
 
 
 def test_cpu_is_selected_without_querying_gpus(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -69,7 +69,7 @@ def test_averaged_network_is_evaluated_and_returned(tmp_path):
     def record(network):
         seen.append({name: one.clone() for name, one in network.state_dict().items()})
 
-    job = replace(tiny_job(tmp_path / "run", model, ema_decay=0.9), after_step=record)
+    job = replace(tiny_job(tmp_path / "run", model, ema_decay=0.9, precision="float32"), after_step=record)
     history = train(job, DEVICE, RunMonitor())
     assert len(seen) == STEPS
     expected = tiny_network().to(DEVICE).state_dict()
