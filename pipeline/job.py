@@ -117,7 +117,7 @@ def run_job(
         fraction = loaded.gpu_memory_fraction
         select_device(loaded.device, share=options.share, memory_fraction=fraction, warn=print_warning)
         # Several jobs may fill one store, or train many students, in one run folder; others have it to themselves.
-        lock = shared if command in ("cache-teacher", "compare", "sweep") else exclusive
+        lock = shared if command in ("cache-teacher", "compare", "sweep", "search") else exclusive
         with _process_group(command, should_stop) as process_group, ExitStack() as locks:
             process_group.on_main(lambda: _lock(locks, lock(folder, folder / ".kdpipe.lock")))
             run = Run(
@@ -153,7 +153,8 @@ def _new_run_advised(command: str, recipe: Path, options: JobOptions, folder: Pa
         yield
     except FingerprintMismatch as error:
         new = next(path for n in count(2) if not (path := folder.with_name(f"{folder.name}-{n}")).exists())
-        words = ["kdpipe", command if command in ("compare", "generations", "cohort") else "run", str(recipe)]
+        own = command in ("compare", "generations", "cohort", "search")
+        words = ["kdpipe", command if own else "run", str(recipe)]
         kept = [change for change in options.set_ or () if not change.startswith("cache.store=")]
         words += [word for change in kept for word in ("--set", redacted_options(change))] + ["--run", str(new)]
         words += ["--workspace", str(options.workspace)] if options.workspace else []
@@ -282,6 +283,7 @@ def _print_data_warning(event: ProgressEvent) -> None:
 def _work(command: str, count: int, only: Step | None) -> Callable[[Run], dict[str, Any]]:
     from kdpipe.pipeline.commands.cohort import run_cohort
     from kdpipe.pipeline.commands.generations import run_generations
+    from kdpipe.pipeline.commands.search.search import run_search
     from kdpipe.pipeline.commands.variants.compare import run_compare
     from kdpipe.pipeline.commands.variants.sweep import run_sweep
     from kdpipe.pipeline.run_stages import STAGES, run_all, run_compress
@@ -293,6 +295,7 @@ def _work(command: str, count: int, only: Step | None) -> Callable[[Run], dict[s
         "compare": run_compare,
         "sweep": run_sweep,
         "cohort": run_cohort,
+        "search": run_search,
         "generations": partial(run_generations, count=count),
     }
     return functions[command]
@@ -316,6 +319,7 @@ def _print_results(command: str, run: Run, results: dict[str, Any], as_json: boo
     """Print the results to stdout, and write the page of a whole run; return the exit status."""
     from kdpipe.pipeline.commands.cohort import print_cohort
     from kdpipe.pipeline.commands.generations import print_generations
+    from kdpipe.pipeline.commands.search.search import print_search
     from kdpipe.pipeline.commands.summary import print_summary
     from kdpipe.pipeline.commands.variants.compare import print_compare
     from kdpipe.pipeline.commands.variants.sweep import print_sweep
@@ -335,6 +339,8 @@ def _print_results(command: str, run: Run, results: dict[str, Any], as_json: boo
         print_sweep(run.recipe.name, run.folder, results)
     elif command == "cohort":
         print_cohort(run.recipe.name, run.folder, results)
+    elif command == "search":
+        print_search(run.recipe.name, run.folder, results)
     elif command == "generations":
         print_generations(run.recipe.name, results)
     else:

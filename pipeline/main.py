@@ -223,6 +223,9 @@ def sweep(recipe: RecipePath, options: JobOptions, *, baseline: Baseline = None)
     run_job("sweep", recipe, _with_baseline(options, baseline))
 
 
+_add_job("search", "Search the best settings of a student's training. From one store, as [search.space] says.")
+
+
 @app.command()
 @with_options
 def generations(

@@ -15,6 +15,8 @@ from pydantic import Field, TypeAdapter, ValidationError
 from kdpipe.pipeline.callbacks.registry import CallbackEntry
 from kdpipe.pipeline.recipe.messages import fault_messages, first_and_more, one_line
 from kdpipe.pipeline.recipe.overrides import Overrides, Settings, read_with_overrides, settings_of
+from kdpipe.pipeline.recipe.search.config import SearchConfig
+from kdpipe.pipeline.recipe.search.space import SearchSpace, search_space
 from kdpipe.pipeline.recipe.sweep import SweepPoint, sweep_points
 from kdpipe.stages.cache_teacher.plan import CacheConfig
 from kdpipe.stages.cohort.config import CohortConfig, check_peer_losses
@@ -75,12 +77,24 @@ class Recipe:
     compare: dict[VariantName, CompareEntry] = Field(default_factory=dict)
     cohort: CohortConfig | None = None
     sweep: dict[str, Any] = Field(default_factory=dict)
+    search: SearchConfig = Field(default_factory=SearchConfig)
     compress: CompressConfig = Field(default_factory=CompressConfig)
 
     @cached_property
     def points(self) -> list[SweepPoint]:
         """The combinations of the sweep; raises RecipeError for an invalid key or value."""
         return sweep_points(self.sweep, self.student, self.distill)
+
+    @cached_property
+    def space(self) -> SearchSpace | None:
+        """The space of `kdpipe search`, None without one; raises RecipeError for an invalid key, range or condition."""
+        return search_space(self.search, self.student, self.distill) if self.search.is_given else None
+
+    @cached_property
+    def structures(self) -> list[SweepPoint]:
+        """Settings of the search that have all of its choices: what these need is all that any trial does."""
+        settings = self.space.structures() if self.space else ()
+        return [self.space.point(own, f"setting {number}") for number, own in enumerate(settings, 1) if self.space]
 
 
 def load_recipe(path: Path, overrides: Iterable[str] = (), environ: Mapping[str, str] = NOTHING) -> Recipe:
@@ -163,9 +177,12 @@ def _contradictions(recipe: Recipe) -> Iterator[str]:
     if fault := fault_of(check_views, recipe.views):
         yield fault
     if any(isinstance(loss, UnknownLoss) for loss in recipe.distill):  # read without its code
-        recipe = replace(recipe, sweep={})
-    if fault := fault_of(lambda: recipe.points):
+        recipe = replace(recipe, sweep={}, search=SearchConfig())
+    if fault := fault_of(lambda: recipe.points) or fault_of(lambda: recipe.space):
         yield fault
+        return
+    if faults := list(_faults_of_search(recipe)):
+        yield from faults
         return
     for where, losses in all_losses(recipe).items():
 
@@ -182,6 +199,18 @@ def _contradictions(recipe: Recipe) -> Iterator[str]:
         students = {key: train for key, train in trainings_of(recipe).items() if key != "teacher.train"}
         yield from (no_second_derivative(f"{key}.compile") for key, train in students.items() if train.compile)
     yield from faults_of_trainings(recipe, imports=False)
+
+
+def _faults_of_search(recipe: Recipe) -> Iterator[str]:
+    """Yield what is wrong with the choices of the search, and with the images that decide."""
+    if recipe.space is None:
+        return
+    if not recipe.data.validation_share:
+        yield (
+            "a search chooses by validation images, since the best of many trials on the test images looks better than "
+            "it is: set data.validation_share, for example to 0.1."
+        )
+    yield from recipe.space.faults()
 
 
 def faults_of_trainings(recipe: Recipe, *, imports: bool) -> Iterator[str]:
@@ -202,22 +231,24 @@ def trainings_of(recipe: Recipe) -> dict[str, TrainConfig]:
         **({"compress.prune_train": compress.prune_train} if compress.prunes else {}),
         **({"compress.quantize_train": compress.quantize_train} if compress.quantizes else {}),
         **{f"sweep {point.name}: student.train": point.student.train for point in recipe.points},
+        **{f"search {point.name}: student.train": point.student.train for point in recipe.structures},
     }
 
 
 def students_of(recipe: Recipe) -> dict[str, tuple[StudentConfig, Sequence[Loss]]]:
     """Return the recipe's students with their losses, by the key of these.
 
-    Combinations of the sweep that differ from others in the training alone are left out.
+    Combinations of the sweep and the search that differ from others in the training alone are left out.
     """
     student = recipe.student
     students: dict[str, tuple[StudentConfig, Sequence[Loss]]] = {"distill": (student, recipe.distill)}
     for name, entry in recipe.compare.items():
         students[f"compare.{name}.distill"] = with_overrides(entry, student), entry.distill
-    for point in recipe.points:
-        own = replace(point.student, train=student.train), point.losses
-        if own not in students.values():
-            students[f"sweep {point.name}: distill"] = own
+    for command, points in {"sweep": recipe.points, "search": recipe.structures}.items():
+        for point in points:
+            own = replace(point.student, train=student.train), point.losses
+            if own not in students.values():
+                students[f"{command} {point.name}: distill"] = own
     return students
 
 

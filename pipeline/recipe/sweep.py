@@ -8,7 +8,7 @@ import json
 import re
 import shlex
 import tomllib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -83,7 +83,7 @@ def _several(text: str) -> list[str] | None:
         if not all(re.fullmatch(r"[\w.:/+-]+", word) for word in words):
             return None  # one text with a comma
         return [json.dumps(word) if _is_text(word) else word for word in words]
-    return [_toml(value) for value in values] if len(values) > 1 else None
+    return [inline_toml(value) for value in values] if len(values) > 1 else None
 
 
 def _is_text(word: str) -> bool:
@@ -96,15 +96,22 @@ def _is_text(word: str) -> bool:
 
 def as_override(key: str, value: Any) -> str:
     """Return a setting as an option that can be pasted into a shell."""
-    return shlex.join(["--set", f"{key}={value if isinstance(value, str) else _toml(value)}"])
+    return shlex.join(["--set", f"{key}={value if isinstance(value, str) else inline_toml(value)}"])
 
 
-def _toml(value: Any) -> str:
-    if isinstance(value, list):
-        return f"[{', '.join(map(_toml, value))}]"
+def inline_toml(value: Any) -> str:
+    """Return a value as TOML on one line."""
+    if isinstance(value, list | tuple):
+        return f"[{', '.join(map(inline_toml, value))}]"
     if isinstance(value, dict):
-        return f"{{{', '.join(f'{json.dumps(key)} = {_toml(one)}' for key, one in value.items())}}}"
-    return json.dumps(value) if isinstance(value, str | bool) else str(value)
+        return f"{{{', '.join(f'{_toml_key(key)} = {inline_toml(one)}' for key, one in value.items())}}}"
+    if isinstance(value, str):
+        return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
+    return json.dumps(value) if isinstance(value, bool) else str(value)
+
+
+def _toml_key(key: str) -> str:
+    return key if re.fullmatch(r"[A-Za-z0-9_-]+", key) else json.dumps(key)
 
 
 def sweep_points(sweep: Mapping[str, Any], student: StudentConfig, losses: Sequence[Loss]) -> list[SweepPoint]:
@@ -118,14 +125,15 @@ def sweep_points(sweep: Mapping[str, Any], student: StudentConfig, losses: Seque
     Raises:
         RecipeError: A key is none of `student` or `distill`, its values are no list, or a value is invalid.
     """
-    axes = dict(_axes(sweep))
+    axes = dict(flattened(sweep))
     num_points = 1
     for key, values in axes.items():
+        require_of_student(key, f"sweep.{key}", "a sweep")
         _require_axis(key, values)
         num_points *= len(values)
     if num_points > MAX_POINTS:
         raise RecipeError(f"the sweep has {num_points:,} combinations, and {MAX_POINTS:,} are allowed: leave some out.")
-    base = {"student": asdict(student), "distill": [asdict(loss) for loss in losses]}
+    base = table_of(student, losses)
     short = short_names(list(axes))
     points = []
     for values in itertools.product(*axes.values()) if axes else ():
@@ -135,39 +143,60 @@ def sweep_points(sweep: Mapping[str, Any], student: StudentConfig, losses: Seque
     return points
 
 
-def _axes(table: Mapping[str, Any], keys: Keys = ()) -> Iterator[tuple[str, Any]]:
+def flattened(
+    table: Mapping[str, Any], is_value: Callable[[Any], bool] = lambda value: False, keys: Keys = ()
+) -> Iterator[tuple[str, Any]]:
+    """Yield dotted keys and values of nested sections; a section that `is_value` is a value itself."""
     for key, value in table.items():
-        if isinstance(value, Mapping):
-            yield from _axes(value, (*keys, key))
+        if isinstance(value, Mapping) and not is_value(value):
+            yield from flattened(value, is_value, (*keys, key))
         else:
             yield ".".join((*keys, key)), value
 
 
-def _require_axis(key: str, values: Any) -> None:
+def require_of_student(key: str, where: str, what: str) -> None:
+    """Require that a key is a setting of a single training from one store; `what` tries it, as messages say.
+
+    Raises:
+        RecipeError: It is none of `student` or `distill`, or the same for all trainings.
+    """
     first = key.split(".", maxsplit=1)[0]
     if first not in ("student", "distill"):
         raise RecipeError(
             one_line(
-                f"sweep.{key}: a sweep trains students from one store, and {first!r} is not part of the student: "
-                "sweep keys of student and distill, and use a recipe each for anything else."
+                f"{where}: {what} trains students from one store, and {first!r} is not part of the student: "
+                "name keys of student and distill, and use a recipe each for anything else."
             )
         )
     if any(key == fixed or key.startswith(f"{fixed}.") for fixed in FIXED):
-        raise RecipeError(one_line(f"sweep.{key}: this key is the same for all settings: set {key} itself."))
+        raise RecipeError(one_line(f"{where}: this key is the same for all settings: set {key} itself."))
+
+
+def _require_axis(key: str, values: Any) -> None:
     if not isinstance(values, list) or not values:
         raise RecipeError(one_line(f"sweep.{key} = {str(values)[:80]}: name a list of values, such as [0.05, 0.1]."))
     if any(value in values[:number] for number, value in enumerate(values)):
         raise RecipeError(one_line(f"sweep.{key} has a value twice: {str(values)[:80]}."))
 
 
+def table_of(student: StudentConfig, losses: Sequence[Loss]) -> dict[str, Any]:
+    """Return the sections `student` and `distill` as a recipe's table, every key with its value."""
+    return {"student": asdict(student), "distill": [asdict(loss) for loss in losses]}
+
+
 def _point(name: str, settings: Mapping[str, Any], base: Mapping[str, Any]) -> SweepPoint:
     table = copy.deepcopy(dict(base))
     for key, value in settings.items():
         set_key(table, tuple(key.split(".")), value, f"sweep.{key}")
+    return point_of(table, name, settings, f"sweep, {name}")
+
+
+def point_of(table: Mapping[str, Any], name: str, settings: Mapping[str, Any], where: str) -> SweepPoint:
+    """Return the student and losses of a recipe's table. Raises RecipeError, naming `where`, if it is invalid."""
     try:
         found: _Swept = TypeAdapter(_Swept).validate_json(json.dumps(table, default=str))
     except ValidationError as error:
-        raise RecipeError(first_and_more(fault_messages(_Swept, error, lambda keys: f"sweep, {name}"))) from error
+        raise RecipeError(first_and_more(fault_messages(_Swept, error, lambda keys: where))) from error
     return SweepPoint(name, settings, found.student, found.distill)
 
 

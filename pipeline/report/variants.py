@@ -1,4 +1,4 @@
-"""The tables of `kdpipe compare`, `kdpipe sweep` and `kdpipe cohort`, on the terminal, in files and on the page."""
+"""The tables of `kdpipe compare`, `sweep`, `cohort` and `search`, on the terminal, in files and on the page."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 from kdpipe.pipeline.recipe.sweep import short_names
 from kdpipe.pipeline.report.differences import p_text
 from kdpipe.pipeline.report.formatting import interval_text, mean_std, num_seeds
+from kdpipe.pipeline.report.search import best_of_search, search_tables
 from kdpipe.pipeline.terminal.tables import Table
 from kdpipe.stages.errors import RunError
 from kdpipe.stages.evaluation.intervals import Interval
@@ -18,7 +19,10 @@ from kdpipe.stages.training.job_dir import read_json_file
 T = TypeVar("T")
 
 RESULTS = "results.json"
-"""The record of a comparison, sweep or cohort, in the folder of its command in a run."""
+"""The record of a comparison, sweep, cohort or search, in the folder of its command in a run."""
+
+SEARCH_JOURNAL = "search/journal.log"
+"""The journal of a search, in a run."""
 
 
 def ranking_accuracy(row: Mapping[str, Any]) -> float:
@@ -105,26 +109,34 @@ def cohort_table(recipe: str, found: Mapping[str, Any]) -> Table:
 
 
 def recorded_tables(run: Path, recipe: str) -> Iterator[Table]:
-    """Yield the tables of a run's comparison, sweep and cohort, as far as they were made.
+    """Yield the tables of a run's comparison, sweep, cohort and search, as far as they were made.
 
     Raises:
         RunError: If a record is damaged.
     """
-    tables = {"compare": compare_table, "sweep": sweep_table, "cohort": cohort_table}
-    yield from _recorded(run, lambda command, found: tables[command](recipe, found))
+    tables = {
+        "compare": lambda found: [compare_table(recipe, found)],
+        "sweep": lambda found: [sweep_table(recipe, found)],
+        "cohort": lambda found: [cohort_table(recipe, found)],
+        "search": lambda found: list(search_tables(recipe, found)),
+    }
+    for made in _recorded(run, lambda command, found: tables[command](found)):
+        yield from made
 
 
 def best_variants(run: Path) -> str:
-    """Return in sentences which variant of a run's comparison, setting of its sweep, or row of its cohort is the best.
+    """Return in sentences the best variant of a run's comparison, sweep, cohort and search.
 
     Raises:
         RunError: If a record is damaged.
     """
-    return " ".join(_recorded(run, _best))
+    return " ".join(filter(None, _recorded(run, _best)))
 
 
 def _best(command: str, found: Mapping[str, Any]) -> str:
     """Return which row is the best, on what images, and its gain over the student alone."""
+    if command == "search":
+        return best_of_search(found)
     rows = [row for row in found["rows"] if not row["name"].startswith("mean of ")]
     best = max(rows, key=ranking_accuracy)
     if command == "sweep":
@@ -144,8 +156,8 @@ def _best(command: str, found: Mapping[str, Any]) -> str:
 
 
 def _recorded(run: Path, make: Callable[[str, Mapping[str, Any]], T]) -> Iterator[T]:
-    """Yield what `make` returns for the records of a run's comparison, sweep and cohort."""
-    for command in ("compare", "sweep", "cohort"):
+    """Yield what `make` returns for the records of a run's comparison, sweep, cohort and search."""
+    for command in ("compare", "sweep", "cohort", "search"):
         path = run / command / RESULTS
         try:
             if found := read_json_file(path):

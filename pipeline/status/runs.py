@@ -9,7 +9,7 @@ import time
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
 from statistics import mean
@@ -42,6 +42,9 @@ COHORT = "cohort"
 """The command whose networks are in the folder of the students, as in COHORT_JOB."""
 
 COHORT_JOB = re.compile(r"cohort-(?:\d+|(ensemble))-seed\d+")
+SEARCH = "search"
+
+TRIAL_STATES = ("complete", "pruned", "fail", "running", "waiting")
 
 COMPUTED = ("step", "unit", "turn")
 """Units of the progress of work, unlike those of checks."""
@@ -89,6 +92,8 @@ class RunStatus:
         eta_s: Seconds left.
         last_active: Time of the last activity, in seconds since 1970.
         accuracies: Test accuracy in percent, mean over seeds, by the network's name.
+        trials: Numbers of the trials of a search by their state, of all under "planned", and of the best one under
+            "best"; empty without a search.
     """
 
     path: str
@@ -108,6 +113,7 @@ class RunStatus:
     num_networks_done: int
     num_networks: int
     accuracies: dict[str, float]
+    trials: dict[str, int] = field(default_factory=dict)
 
 
 def is_run(folder: Path, names: set[str]) -> bool:
@@ -128,11 +134,13 @@ def run_status(folder: Path, size: Measure, budget: Budget) -> RunStatus:
     stored = read_intact_json(folder / RECIPE)
     networks = _networks(stored or {}, folder)
     in_python, command = (folder / MADE_IN_PYTHON).exists(), progress.last.command if progress else ""
-    only_begun = in_python or command in (*VARIANTS, COHORT)  # which do not make all networks of the recipe
+    only_begun = in_python or command in (*VARIANTS, COHORT, SEARCH)  # which do not make all networks of the recipe
     jobs = [job for network in networks for job in network.jobs if not only_begun or job.exists()]
     if command in VARIANTS:
         jobs += [job for _, own in _variants(folder / command, budget) for job in own]
     jobs += [job for own in _cohort(folder, budget).values() for job in own] if command == COHORT else []
+    if command == SEARCH:
+        jobs += [job for _, own in _variants(folder / SEARCH / "final", budget) for job in own]
     num_done, num_networks = sum((job / "result.json").exists() for job in jobs), len(jobs)
     state, who = _state(folder, progress, now)
     if state == "idle" and num_done == num_networks > 0:
@@ -159,6 +167,7 @@ def run_status(folder: Path, size: Measure, budget: Budget) -> RunStatus:
         num_networks_done=num_done,
         num_networks=num_networks,
         accuracies=dict(_accuracies(networks, folder, budget)),
+        trials=_trials(folder),
     )
 
 
@@ -197,6 +206,28 @@ def _accuracies(networks: list[NetworkEntry], folder: Path, budget: Budget) -> I
             yield name + known.what, mean(known.percents)
     for command, what in VARIANTS.items():
         yield from _best_of(folder / command, what, budget)
+    if (accuracy := _best_of_search(folder)) is not None:
+        yield "search's best", accuracy
+
+
+def _best_of_search(folder: Path) -> float | None:
+    """Return the mean test accuracy of a search's winner in percent; the record is untrusted."""
+    final = (read_intact_json(folder / SEARCH / "results.json") or {}).get("final")
+    rows = final.get("rows") if isinstance(final, dict) else None
+    best = (
+        [row for row in rows if isinstance(row, dict) and row.get("name") == "best"] if isinstance(rows, list) else []
+    )
+    accuracy = best[0].get("accuracy_mean") if best else None
+    return accuracy if isinstance(accuracy, float) and 0 <= accuracy <= 100 else None
+
+
+def _trials(folder: Path) -> dict[str, int]:
+    """Return the numbers of trials by state, as the untrusted record of a search has them."""
+    record = read_intact_json(folder / SEARCH / "results.json") or {}
+    counts = record.get("counts")
+    found: dict[str, Any] = {state: counts.get(state) for state in TRIAL_STATES} if isinstance(counts, dict) else {}
+    found |= {"planned": record.get("num_trials"), "best": record.get("best")}
+    return {name: count for name, value in found.items() if (count := number(value)) is not None}
 
 
 def _best_of(folder: Path, what: str, budget: Budget) -> Iterator[tuple[str, float]]:

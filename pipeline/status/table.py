@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -89,6 +89,7 @@ def _run_cells(run: RunStatus, root: Path, now: float) -> dict[str, str]:
         "job": "" if is_over and run.command != "python" else f"{job} ({run.who})" if run.who else job,
         "done": f"{100 * run.step // run.total} %" if run.step is not None and run.total and not is_over else "",
         "networks": f"{run.num_networks_done}/{run.num_networks}" if run.num_networks else "",
+        "trials": _trials_text(run.trials),
         "rate": rate_text(run.rate_per_s, run.unit),
         "left": "" if run.eta_s is None else duration_text(run.eta_s),
         "last active": _ago(run.last_active, now),
@@ -96,6 +97,16 @@ def _run_cells(run: RunStatus, root: Path, now: float) -> dict[str, str]:
         "test accuracy": ", ".join(f"{name} {accuracy:.2f} %" for name, accuracy in run.accuracies.items()),
     }
     return {header: printable(cell) for header, cell in cells.items()}
+
+
+def _trials_text(trials: Mapping[str, int]) -> str:
+    """Return the numbers of a search's trials, such as "9/40: 5 complete, 3 pruned, 1 running, best 7"."""
+    counts = {name: count for name, count in trials.items() if name not in ("planned", "best") and count}
+    begun = [f"{count} {'failed' if name == 'fail' else name}" for name, count in counts.items()]
+    if not begun:
+        return ""
+    best = [f"best {trials['best']}"] if "best" in trials else []
+    return f"{sum(counts.values())}/{trials.get('planned', '?')}: {', '.join([*begun, *best])}"
 
 
 def _store_cells(store: StoreStatus, root: Path, now: float) -> dict[str, str]:

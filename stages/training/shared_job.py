@@ -20,7 +20,7 @@ from kdpipe.store.fs.atomic_write import PARTIAL_SUFFIX, write_atomically
 from kdpipe.store.fs.checksums import SUMS, damages, move_with_sums, read_sums
 from kdpipe.store.redact import redacted_json
 
-STUDENTS = ("students/*", "sweep/*/*", "compare/*/*")
+STUDENTS = ("students/*", "sweep/*/*", "compare/*/*", "search/*/*/*")
 """Where the students of a run are."""
 
 ORIGIN = "origin.json"

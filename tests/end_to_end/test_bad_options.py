@@ -50,6 +50,7 @@ BAD = {
             "compress",
             "compare",
             "sweep",
+            "search",
         )
     },
     "generations --run": NO_RUN_CAN_BE,

@@ -145,7 +145,8 @@ def test_only_the_first_process_writes_and_prints(single, two):
     run, (first, second) = two
     assert files_of(run / "students") == files_of(single / "students")
     assert "student distilled" in first.stdout
-    assert (second.stdout, second.stderr) == ("", "")
+    assert second.stdout == "" and (second.stderr == "" or DEVICE.type == "cuda")  # where each warns of its own GPU
+    assert "train-student" not in second.stderr
 
 
 def test_a_signal_to_one_process_stops_both_and_they_resume(tmp_path, recipe, two):
@@ -171,8 +172,9 @@ def test_if_one_process_is_killed_the_other_reports_it(tmp_path, recipe, two):
     signal_when(both[0], checkpoint.exists, signal.SIGKILL)
     first, second = ended(both)
     assert (first.returncode, second.returncode) == (-signal.SIGKILL, 1)
-    assert second.stderr.startswith("kdpipe: error: another of the 2 processes of this job ended")
-    assert second.stderr.count("\n") == 1
+    *warnings, error = second.stderr.splitlines()
+    assert error.startswith("kdpipe: error: another of the 2 processes of this job ended")
+    assert warnings == [] or DEVICE.type == "cuda"
 
 
 def test_a_changed_recipe_is_refused_by_both_processes(recipe, two):

@@ -43,6 +43,7 @@ LATE_IMPORTS = (
     "onnxscript.function_libs.torch_lib.ops",
     "kdpipe.pipeline.commands.variants.compare",
     "kdpipe.pipeline.commands.generations",
+    "kdpipe.pipeline.commands.search.search",
     "kdpipe.pipeline.commands.variants.sweep",
     "kdpipe.pipeline.recipe.planned_jobs",
     "kdpipe.pipeline.report.html.write",

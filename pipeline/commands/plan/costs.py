@@ -10,14 +10,19 @@ from typing import Any
 
 from kdpipe.pipeline.commands.plan.existing import unfinished_compressions
 from kdpipe.pipeline.commands.plan.probe import Probe, Seconds
+from kdpipe.pipeline.commands.search.final import COMPARED
 from kdpipe.pipeline.commands.variants.compare import variants_of
 from kdpipe.pipeline.commands.variants.sweep import sweep_trainings
 from kdpipe.pipeline.commands.variants.trainings import run_of
+from kdpipe.pipeline.recipe.load import Recipe
+from kdpipe.pipeline.recipe.search.config import EPOCH_PRUNERS
+from kdpipe.pipeline.report.variants import RESULTS
 from kdpipe.pipeline.run import Run
 from kdpipe.stages.compress.compress import fine_tunings
 from kdpipe.stages.distillation.spec import DistillationSpec
 from kdpipe.stages.distillation.student_config import ALONE, DISTILLED, StudentConfig
 from kdpipe.stages.losses.base import Loss
+from kdpipe.stages.training.job_dir import read_json_file
 from kdpipe.stages.workspace import shown
 from kdpipe.store import KdpipeError
 
@@ -64,10 +69,10 @@ def total(costs: Sequence[StageCost]) -> list[float] | None:
 
 
 def student_costs(probe: Probe, students: dict[tuple[str, int], Path]) -> Iterator[StageCost]:
-    """Yield the costs of the students, alone and distilled, and of their compression; or of a sweep or comparison."""
+    """Yield the costs of the students, alone and distilled, and of their compression; or of a sweep, search, ..."""
     recipe, run = probe.run.recipe, probe.run
-    if recipe.points:
-        yield from _sweep_costs(probe)
+    if recipe.points or recipe.space:
+        yield from _sweep_costs(probe) if recipe.points else _search_costs(probe)
         return
     if recipe.compare:
         yield from _compare_costs(probe)
@@ -103,6 +108,39 @@ def _sweep_costs(probe: Probe) -> Iterator[StageCost]:
         what = f"students, {len(recipe.points)} settings" if kind == DISTILLED else f"students, {ALONE}"
         seconds, note = _measured(partial(_student_time, probe, kind, spec, share), why * (kind == DISTILLED))
         yield StageCost("sweep", what, len(own), len(own) - len(left), seconds, note)
+
+
+def _search_costs(probe: Probe) -> Iterator[StageCost]:
+    """Yield the costs of a search: of its trials, from pruned as planned to none pruned, and of its comparison."""
+    run, recipe, config = probe.run, probe.run.recipe, probe.run.recipe.search
+    spec, why = _opened(probe)
+    known = read_json_file(run.folder / "search" / RESULTS) or {"counts": {}}
+    num_done = sum(known["counts"].get(state, 0) for state in ("complete", "pruned", "fail"))
+    num_left = max(0, config.trials - num_done) * len(config.seeds)
+    whole, note = _measured(partial(_student_time, probe, DISTILLED, spec, num_left), why)
+    kept = _share_of_epochs(recipe) if config.chosen_pruner in EPOCH_PRUNERS else 1.0
+    seconds = whole and Seconds(kept * whole.low, whole.high)
+    yield StageCost("search", f"students, {config.trials} trials", num_done + num_left, num_done, seconds, note)
+    for kind, count in {ALONE: int(recipe.student.baseline), DISTILLED: len(COMPARED)}.items():
+        num_trainings = count * len(recipe.student.seeds)
+        measured = partial(_student_time, probe, kind, spec, num_trainings)
+        seconds, note = _measured(measured, why * (kind == DISTILLED))
+        if "final" in known:
+            seconds, note = NOTHING, ""
+        if num_trainings:
+            done = num_trainings * ("final" in known)
+            yield StageCost("search", f"students, {kind}, at the end", num_trainings, done, seconds, note)
+
+
+def _share_of_epochs(recipe: Recipe) -> float:
+    """Return the share of their epochs that trials take if one of `reduction_factor` goes on at each decision."""
+    epochs, kept, least = recipe.student.train.epochs, 1.0, recipe.search.min_epochs
+    done, spent = 0, 0.0
+    while done < epochs:
+        after = min(least, epochs)
+        spent, done = spent + kept * (after - done), after
+        kept, least = kept / recipe.search.reduction_factor, least * recipe.search.reduction_factor
+    return spent / epochs
 
 
 def _compare_costs(probe: Probe) -> Iterator[StageCost]:

@@ -12,6 +12,7 @@ from typing import Any
 
 from kdpipe.pipeline.run import Run
 from kdpipe.pipeline.steps import train_student
+from kdpipe.stages.context import StageContext
 from kdpipe.stages.distillation.spec import DistillationSpec
 from kdpipe.stages.distillation.student_config import ALONE, StudentConfig, student_folder
 from kdpipe.stages.errors import NotFiniteError
@@ -45,8 +46,8 @@ def run_of(run: Path, command: str, name: str, seed: int) -> StudentRun:
     return StudentRun(JobDir(run / command / name / f"seed{seed}"), f"{name}, seed {seed}", with_onnx=False)
 
 
-def train_all(run: Run, command: str, trainings: Sequence[Training]) -> Results:
-    """Train all that no other job works on, and wait for the others."""
+def train_all(run: Run, command: str, trainings: Sequence[Training], context: StageContext | None = None) -> Results:
+    """Train all that no other job works on, and wait for the others; `context` is by default the run's."""
     results: Results = {}
     waiting = list(trainings)
     while waiting:
@@ -56,7 +57,7 @@ def train_all(run: Run, command: str, trainings: Sequence[Training]) -> Results:
                 if not run.process_group.on_main(partial(_is_locked, training, locks)):
                     busy.append(training)
                     continue
-                results[training.name, training.seed] = _trained(run, command, training)
+                results[training.name, training.seed] = _trained(run, command, training, context or run.context)
             event = ProgressEvent(command, "all trainings", len(results), len(trainings), "training")
             run.monitor.report(event)
         if busy == waiting:
@@ -95,11 +96,9 @@ def _is_locked(training: Training, locks: ExitStack) -> bool:
     return True
 
 
-def _trained(run: Run, command: str, training: Training) -> dict[str, Any] | None:
+def _trained(run: Run, command: str, training: Training, context: StageContext) -> dict[str, Any] | None:
     try:
-        return train_student(
-            training.student, training.seed, training.spec, run.context, student_run=training.student_run
-        )
+        return train_student(training.student, training.seed, training.spec, context, student_run=training.student_run)
     except NotFiniteError as error:  # the others go on
         run.monitor.warn(command, str(error))
         return None

@@ -23,6 +23,7 @@ from kdpipe.pipeline.report.html.sections.facts import facts
 from kdpipe.pipeline.report.html.sections.losses import losses
 from kdpipe.pipeline.report.html.sections.provenance import provenance
 from kdpipe.pipeline.report.html.sections.reliability import reliability
+from kdpipe.pipeline.report.html.sections.search import has_search, search
 from kdpipe.pipeline.report.html.sections.similarity import class_similarity
 from kdpipe.pipeline.report.html.sections.summary import summary
 from kdpipe.pipeline.report.html.sections.tables import has_variants, results, tradeoff, variants
@@ -55,6 +56,7 @@ class Section:
 SECTIONS = (
     Section("results", "Results", results),
     Section("variants", "Variants and settings", variants, has_variants),
+    Section("search", "Course of the search", search, has_search),
     Section("curves", "Learning curves", learning_curves),
     Section("losses", "Losses by epoch", losses),
     Section("tradeoff", "Accuracy, size and latency", tradeoff),
@@ -78,6 +80,7 @@ FIRST_LEFT_OUT = (
     "reliability",
     "tradeoff",
     "curves",
+    "search",
     "variants",
     "provenance",
 )

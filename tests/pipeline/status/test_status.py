@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 from rich.cells import cell_len
+from support.kdpipe_process import kdpipe_here
 from support.paths import ROOT
 
 from kdpipe.pipeline.session.event_log import event_log
@@ -182,6 +183,24 @@ def test_the_best_of_a_comparison_or_sweep_is_shown(tmp_path, command, what, nam
     write_events(tmp_path / "run", *done)
     status = only_run(tmp_path)
     assert (status.state, status.num_networks_done, status.num_networks) == ("done", 6, 6)
+
+
+def test_the_trials_of_a_search_are_counted(tmp_path):
+    run = run_folder(tmp_path / "run", {"search/final/trial0007/seed0": 0.9})
+    done = [(-9, {"kind": "begin", "command": "search"}), (-1, {"kind": "end", "command": "search", "exit_code": 75})]
+    write_events(run, *done)
+    record = {"counts": {"complete": 5, "pruned": 3, "running": 1, "absurd": 4}, "num_trials": 40, "best": 7}
+    (run / "search" / "results.json").write_text(json.dumps(record))
+    status = only_run(tmp_path)
+    assert status.trials == {"complete": 5, "pruned": 3, "running": 1, "planned": 40, "best": 7}
+    assert (status.state, status.num_networks_done, status.accuracies) == ("stopped early", 1, {})
+    final = {"rows": [{"name": "recipe", "accuracy_mean": 80.0}, {"name": "best", "accuracy_mean": 90.5}]}
+    (run / "search" / "results.json").write_text(json.dumps(record | {"final": final}))
+    assert only_run(tmp_path).accuracies == {"search's best": 90.5}
+    shown = kdpipe_here("status", tmp_path).stdout
+    assert "9/40: 5 complete, 3 pruned, 1 running, best 7" in " ".join(shown.split())
+    (run / "search" / "results.json").write_text(json.dumps({"counts": [1], "best": -1, "final": {"rows": [3]}}))
+    assert (only_run(tmp_path).trials, only_run(tmp_path).accuracies) == ({}, {})
 
 
 def test_a_run_size_excludes_its_stores(tmp_path, made):

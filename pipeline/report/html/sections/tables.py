@@ -25,14 +25,14 @@ def results(run: PageRun) -> dict[str, object]:
 
 
 def has_variants(run: PageRun) -> bool:
-    return any((run.path / command).is_dir() for command in ("compare", "sweep", "cohort"))
+    return any((run.path / command).is_dir() for command in ("compare", "sweep", "cohort", "search"))
 
 
 def variants(run: PageRun) -> dict[str, object]:
-    """Return the tables of the run's comparison, sweep and cohort.
+    """Return the tables of the run's comparison, sweep, cohort and search.
 
     Raises:
-        LeftOutError: If neither is finished.
+        LeftOutError: If none is finished.
     """
     tables = list(recorded_tables(run.path, run.report.recipe))
     if not tables:

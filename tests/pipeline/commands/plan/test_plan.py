@@ -18,6 +18,7 @@ from kdpipe.pipeline.commands.plan.existing import find_students
 from kdpipe.pipeline.commands.plan.exports import ExportTime
 from kdpipe.pipeline.commands.plan.plan import run_plan
 from kdpipe.pipeline.recipe.load import Recipe
+from kdpipe.pipeline.recipe.search.config import SearchConfig
 from kdpipe.pipeline.run import Run
 from kdpipe.pipeline.shared_store import find_teacher
 from kdpipe.stages.compress import compress as stage
@@ -26,7 +27,7 @@ from kdpipe.stages.compress.pruning.prune import PruneConfig
 from kdpipe.stages.losses.logits.kd import KD
 from kdpipe.stages.runtime.events import RunMonitor
 from kdpipe.stages.train_student.compare import CompareEntry
-from kdpipe.stages.training.job_dir import JobDir
+from kdpipe.stages.training.job_dir import JobDir, write_json_file
 from kdpipe.stages.workspace import NOWHERE, Workspace
 
 RECIPE = replace(TINY, student=replace(TINY.student, seeds=(0, 1)), compress=CompressConfig(steps=()))
@@ -111,6 +112,17 @@ def test_the_plan_of_a_sweep_has_its_settings(tmp_path: Path, monkeypatch: pytes
     made = {stage["what"]: (stage["count"], stage["num_done"]) for stage in plan["stages"]}
     assert made == {"teacher": (1, 0), "store": (1, 0), "students, alone": (4, 0), "students, 4 settings": (8, 1)}
     assert all(stage["wall_s"][0] > 0 for stage in plan["stages"])
+
+
+def test_the_plan_of_a_search_has_its_trials(tmp_path: Path) -> None:
+    search = SearchConfig(space={"distill": {"0": {"temperature": [1.0, 2.0]}}}, trials=9)
+    searched = replace(RECIPE, search=search, data=replace(RECIPE.data, validation_share=0.2))
+    (tmp_path / "a" / "search").mkdir(parents=True)
+    write_json_file(tmp_path / "a" / "search" / "results.json", {"counts": {"complete": 2, "pruned": 2, "running": 1}})
+    plan = planned(tmp_path / "a", searched)
+    made = {stage["what"]: (stage["count"], stage["num_done"]) for stage in plan["stages"]}
+    trials = {"students, 9 trials": (9, 4), "students, alone, at the end": (2, 0)}
+    assert made == {"teacher": (1, 0), "store": (1, 0), **trials, "students, distilled, at the end": (6, 0)}
 
 
 def test_the_plan_of_a_comparison_has_its_variants(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

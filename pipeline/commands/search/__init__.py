@@ -1,0 +1,1 @@
+"""`kdpipe search`: look for the best settings of a student's training from one store."""
