@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -10,9 +9,10 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
+from kdpipe.pipeline.commands.search.best import recipe_toml
 from kdpipe.pipeline.commands.variants.compare import accuracy_row
 from kdpipe.pipeline.preflight import require_losses
-from kdpipe.pipeline.recipe.load import Recipe, recipe_json
+from kdpipe.pipeline.recipe.load import Recipe
 from kdpipe.pipeline.report.printing import full_report
 from kdpipe.pipeline.report.variants import RESULTS, cohort_table
 from kdpipe.pipeline.run import Run
@@ -170,7 +170,7 @@ def _write(run: Run, kept: Kept, found: Mapping[str, Any]) -> None:
     head = (
         f"# The teacher is {kept.name} of {run.folder}. Losses on features are left out: their layers are of another."
     )
-    text = f"{head}\n{toml(recipe_json(teacher_recipe(run.recipe, kept.folder)))}"
+    text = f"{head}\n{recipe_toml(teacher_recipe(run.recipe, kept.folder))}"
     write_atomically(run.folder / STAGE / TEACHER_RECIPE, text.encode())
 
 
@@ -195,20 +195,6 @@ def teacher_recipe(recipe: Recipe, folder: Path) -> Recipe:
         cache=replace(recipe.cache, store=None),
         student=replace(recipe.student, stores=()),
     )
-
-
-def toml(table: Mapping[str, Any]) -> str:
-    """Return a resolved recipe as TOML, a line for each section; keys without a value are left out."""
-    return "".join(f"{key} = {_toml_value(value)}\n" for key, value in table.items() if value is not None)
-
-
-def _toml_value(value: Any) -> str:
-    if isinstance(value, Mapping):
-        inner = (f"{json.dumps(str(key))} = {_toml_value(own)}" for key, own in value.items() if own is not None)
-        return f"{{ {', '.join(inner)} }}"
-    if isinstance(value, list | tuple):
-        return f"[{', '.join(map(_toml_value, value))}]"
-    return json.dumps(value)
 
 
 def print_cohort(recipe: str, folder: Path, found: Mapping[str, Any]) -> None:
