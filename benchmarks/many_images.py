@@ -3,10 +3,11 @@
     uv run python benchmarks/many_images.py [--images N] [--kinds KIND ...] [--folder FOLDER] [--quick]
 
 Tar shards of 10,000 samples (webdataset), an LMDB database, and Parquet files of a Hugging Face data set, with N PNG
-images of one gray pixel and 1,000 classes. Each is loaded twice in its own processes, as the first and the next job of
-a run do: listed, split, and scanned for checksums and shapes, nothing kept in memory. The caches begin empty.
+images of one gray pixel and 1,000 classes. Each is loaded twice in processes of its own, as the first and the next job
+of a run do: listed, then scanned, which decodes each image for its checksum and shape; nothing is kept in memory. The
+caches begin empty. CPU time and peak memory are those of the process, from its start.
 
---quick: 20,000 images.
+--list: listed only. --quick: 20,000 images.
 """
 
 from __future__ import annotations
@@ -35,13 +36,14 @@ def main() -> None:
     parser.add_argument("--kinds", nargs="+", default=list(KINDS), choices=KINDS)
     parser.add_argument("--folder", type=Path, default=None, help="where the data sets are written; they are removed")
     parser.add_argument("--quick", action="store_true")
+    parser.add_argument("--list", action="store_true")
     parser.add_argument("--load", default=None, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.load:
-        load(arguments.load)
+        load(arguments.load, scans=not arguments.list)
         return
     num_images = 20_000 if arguments.quick else arguments.images
-    print(f"{num_images:,} images                CPU s   wall s   peak MiB")
+    print(f"{'':<36}{'images':>10} {'CPU s':>8} {'wall s':>8} {'peak MiB':>10}", flush=True)
     for kind in arguments.kinds:
         with tempfile.TemporaryDirectory(dir=arguments.folder) as folder:
             place = Path(folder, "data")
@@ -50,20 +52,28 @@ def main() -> None:
             caches = {"XDG_CACHE_HOME": str(Path(folder, "cache")), "HF_HOME": str(Path(folder, "hf"))}
             time.sleep(3)  # files that have just been written are not cached
             for turn in ("first", "next"):
-                command = [sys.executable, __file__, "--load", f"{kind}:{place}"]
+                command = [sys.executable, __file__, "--load", f"{kind}:{place}", *["--list"] * arguments.list]
                 subprocess.run(["env", f"TURN={kind} {turn}", *command], env={**os.environ, **caches}, check=True)
 
 
-def load(name: str) -> None:
-    """Load a data set in this process, and print what that took, less its imports."""
+def load(name: str, *, scans: bool) -> None:
+    """List a data set in this process, scan it, and print what that took."""
     from kdpipe.stages.data.config import DataConfig
-    from kdpipe.stages.data.load import load_dataset
+    from kdpipe.stages.data.load import list_source, load_dataset
 
-    before, start = time.process_time(), time.perf_counter()
-    images = load_dataset(DataConfig(name=name, test_share=0.01), "train", keep=False)
-    cpu_s, wall_s = time.process_time() - before, time.perf_counter() - start
+    config, start = DataConfig(name=name, test_share=0.01, cache_bytes=0), time.perf_counter()
+    report("imported", start)
+    report("listed", start, len(list_source(config, "train", None).labels))
+    if scans:
+        report("listed again, scanned", start, load_dataset(config, "train", keep=False).num_samples)
+
+
+def report(what: str, start: float, num_images: int = 0) -> None:
+    """Print the CPU time and peak memory of this process so far."""
+    cpu_s, wall_s = time.process_time(), time.perf_counter() - start
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-    print(f"{os.environ['TURN']:<22}{images.num_samples:>10,} {cpu_s:8.1f} {wall_s:8.1f} {peak:10.0f}", flush=True)
+    name = f"{os.environ['TURN']} {what}"
+    print(f"{name:<36}{num_images:>10,} {cpu_s:8.1f} {wall_s:8.1f} {peak:10.0f}", flush=True)
 
 
 def samples(num_images: int) -> Iterator[tuple[str, bytes, int]]:

@@ -54,8 +54,8 @@ class Row(QualityMetrics):
         timed_as: Kind of the network whose file takes the same time.
         metric: What takes the place of accuracy in all figures, such as "agreement" where test images have no labels.
         accuracy_mean: Test accuracy in percent after the last epoch.
-        interval: Its 95 % confidence interval in percent: the wider one of Wilson's over images, and over several
-            seeds Student's. None for one seed without the number of test images.
+        interval: Its 95 % confidence interval in percent: the wider one of Wilson's over images (of mAP and R² the
+            bootstrap's), and over several seeds Student's. None for one seed without the number of test images.
         best_accuracy_mean: The same after the best epoch, on the validation images if there are any.
         validation_mean: Accuracy on the validation images in percent, None without any.
         of_teacher: How many times smaller the ONNX file is than the teacher's, or than its weights in float32.

@@ -18,6 +18,7 @@ from typing import Any
 from kdpipe.pipeline.report.networks import MADE_IN_PYTHON, NetworkEntry, network_entries
 from kdpipe.pipeline.session.event_log import EVENTS
 from kdpipe.pipeline.status.files import Budget, Measure, number, read_tail, text
+from kdpipe.pipeline.status.search import SEARCH, best_of_search, trials_of_search
 from kdpipe.pipeline.terminal.exit_codes import DONE, DONE_IN_PART, INTERRUPTED, STOPPED_EARLY
 from kdpipe.stages.evaluation.main_metric import ACCURACY, main_percent, metric_of
 from kdpipe.store.fs.checksums import read_intact_json
@@ -42,9 +43,6 @@ COHORT = "cohort"
 """The command whose networks are in the folder of the students, as in COHORT_JOB."""
 
 COHORT_JOB = re.compile(r"cohort-(?:\d+|(ensemble))-seed\d+")
-SEARCH = "search"
-
-TRIAL_STATES = ("complete", "pruned", "fail", "running", "waiting")
 
 COMPUTED = ("step", "unit", "turn")
 """Units of the progress of work, unlike those of checks."""
@@ -167,7 +165,7 @@ def run_status(folder: Path, size: Measure, budget: Budget) -> RunStatus:
         num_networks_done=num_done,
         num_networks=num_networks,
         accuracies=dict(_accuracies(networks, folder, budget)),
-        trials=_trials(folder),
+        trials=trials_of_search(folder),
     )
 
 
@@ -206,28 +204,8 @@ def _accuracies(networks: list[NetworkEntry], folder: Path, budget: Budget) -> I
             yield name + known.what, mean(known.percents)
     for command, what in VARIANTS.items():
         yield from _best_of(folder / command, what, budget)
-    if (accuracy := _best_of_search(folder)) is not None:
+    if (accuracy := best_of_search(folder)) is not None:
         yield "search's best", accuracy
-
-
-def _best_of_search(folder: Path) -> float | None:
-    """Return the mean test accuracy of a search's winner in percent; the record is untrusted."""
-    final = (read_intact_json(folder / SEARCH / "results.json") or {}).get("final")
-    rows = final.get("rows") if isinstance(final, dict) else None
-    best = (
-        [row for row in rows if isinstance(row, dict) and row.get("name") == "best"] if isinstance(rows, list) else []
-    )
-    accuracy = best[0].get("accuracy_mean") if best else None
-    return accuracy if isinstance(accuracy, float) and 0 <= accuracy <= 100 else None
-
-
-def _trials(folder: Path) -> dict[str, int]:
-    """Return the numbers of trials by state, as the untrusted record of a search has them."""
-    record = read_intact_json(folder / SEARCH / "results.json") or {}
-    counts = record.get("counts")
-    found: dict[str, Any] = {state: counts.get(state) for state in TRIAL_STATES} if isinstance(counts, dict) else {}
-    found |= {"planned": record.get("num_trials"), "best": record.get("best")}
-    return {name: count for name, value in found.items() if (count := number(value)) is not None}
 
 
 def _best_of(folder: Path, what: str, budget: Budget) -> Iterator[tuple[str, float]]:

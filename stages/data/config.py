@@ -36,6 +36,8 @@ class DataConfig:
         image_column: Column of the images of table and hf_dataset; found by its name or type if None.
         label_column: Column of their labels; found by its name or type if None. With a task of several labels or
             numbers also a list of columns.
+        label_separator: What is between the names of an image's labels in that column of table, with the task
+            "multilabel".
         channels: Convert to grayscale (1) or RGB (3).
         image_size: Crop the largest centered square and resize it to this many pixels.
         test_crop: Fraction of that square kept for the test images of files.
@@ -57,6 +59,7 @@ class DataConfig:
     download: bool = True
     image_column: PathStr | None = None
     label_column: PathStr | Annotated[tuple[PathStr, ...], Field(min_length=1)] | None = None
+    label_separator: Literal["|", ";", ",", "/", "+", "&"] | None = None
     channels: Annotated[Literal[1, 3], BeforeValidator(_reject_bool)] | None = None
     image_size: Annotated[int, Field(ge=1, le=2**14)] | None = None
     test_crop: Annotated[float, Field(gt=0, le=1)] = 1.0

@@ -33,7 +33,7 @@ from kdpipe.stages.data.sources.table import list_table
 from kdpipe.stages.data.sources.torchvision import list_digits, list_torchvision
 from kdpipe.stages.data.sources.user_function import DATASETS, is_user_dataset, list_user_dataset
 from kdpipe.stages.data.splits import Indices, Part, Split, stratified_split, stratified_subset, validation_split
-from kdpipe.stages.data.tasks import CLASSIFICATION
+from kdpipe.stages.data.tasks import CLASSIFICATION, MULTILABEL
 from kdpipe.stages.errors import DataError, RecipeError, UnknownDataError, first_few
 from kdpipe.store.errors import did_you_mean
 
@@ -148,7 +148,7 @@ def _list_files(config: DataConfig, kind: str, argument: str, split: Split, spec
     path, columns = _path(argument, config.root), (config.image_column, config.label_column)
     unlabeled = config.labels == "none"
     if kind == "table":
-        return list_table(path, split, spec, columns, config.task)
+        return list_table(path, split, spec, columns, config.task, separator=config.label_separator)
     if kind == "hf_dataset":
         return list_hf_dataset(
             argument,
@@ -168,12 +168,18 @@ def _list_files(config: DataConfig, kind: str, argument: str, split: Split, spec
 def require_applicable(config: DataConfig) -> None:
     """Raise RecipeError if a key is set that does not apply to data sets of this kind, or to this task."""
     columns = ("table", "hf_dataset")
-    for key, kinds in {"test_crop": FILE_KINDS, "image_column": columns, "label_column": columns}.items():
+    applicable = {"test_crop": FILE_KINDS, "image_column": columns, "label_column": columns}
+    for key, kinds in {**applicable, "label_separator": ("table",)}.items():
         is_set = getattr(config, key) != DataConfig.__dataclass_fields__[key].default
         if is_set and config.name.partition(":")[0] not in kinds:
             raise RecipeError(
                 f"data.{key} applies only to {', '.join(kinds)}, and data.name is {config.name!r}: remove it."
             )
+    if config.label_separator is not None and (config.task != MULTILABEL or isinstance(config.label_column, tuple)):
+        raise RecipeError(
+            "data.label_separator is for several labels in one column: set data.task = 'multilabel', and name one "
+            "column in data.label_column."
+        )
     if config.task == CLASSIFICATION:
         if isinstance(config.label_column, tuple):
             raise RecipeError(f"data.label_column names several columns: one holds the class.{other_tasks()}")

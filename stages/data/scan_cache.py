@@ -23,7 +23,7 @@ from PIL import features
 
 from kdpipe.stages.data.decode import DecodeSpec
 from kdpipe.stages.data.image_files import ImageFileList
-from kdpipe.stages.data.image_source import NO_STAMP, Stamp
+from kdpipe.stages.data.image_source import NO_STAMP, Stamp, stamp
 from kdpipe.stages.runtime.cpu import num_cores
 from kdpipe.store import make_folders, write_atomically
 
@@ -90,6 +90,34 @@ def read_cache(path: Path | None) -> Entries:
 def write_cache(path: Path | None, entries: Entries) -> None:
     """Replace the cache file at `path` atomically; of two concurrent jobs the last one wins."""
     write_arrays(path, {"made_by": np.array([_made_by()]), "entries": entries})
+
+
+def cached_arrays(
+    kind: str, path: Path, version: str, make: Callable[[], Mapping[str, npt.NDArray[Any]]], *, file: Path | None = None
+) -> Mapping[str, npt.NDArray[Any]]:
+    """Return the arrays that `make` reads from a file, from the cache if the file is unchanged.
+
+    Args:
+        kind: The folder in the cache.
+        path: What the arrays are of: the file, or what its errors call it.
+        version: What made them: others are not taken.
+        make: Reads them.
+        file: The file, if that is not `path`.
+    """
+    now_ns, found = time.time_ns(), stamp(file or path)
+    cached = cache_file(kind, os.fsencode(path.absolute()), os.environ)
+    made_by = [version, *map(str, found)]
+    if not is_settled(found, now_ns):
+        return make()
+    try:
+        with np.load(cached, allow_pickle=False) as arrays:  # type: ignore[arg-type]
+            if arrays["made_by"].tolist() == made_by:
+                return {key: arrays[key] for key in arrays.files if key != "made_by"}
+    except Exception:  # missing or damaged: they are made again
+        pass
+    made = make()
+    write_arrays(cached, {"made_by": np.array(made_by), **made})
+    return made
 
 
 def write_arrays(path: Path | None, arrays: Mapping[str, npt.NDArray[Any]]) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from kdpipe.stages.evaluation.intervals import Outcome
+from kdpipe.stages.evaluation.intervals import Interval, Outcome
 from kdpipe.stages.evaluation.main_metric import main_value, metric_of
 from kdpipe.store import ids_and_labels_sha256
 
@@ -49,7 +49,8 @@ def outcome_of(result: Mapping[str, Any]) -> Outcome:
         return Outcome(accuracy)
     kept = examined.get("correct")
     if not metric_of(result).is_share:
-        return Outcome(accuracy)
+        bounds = examined.get("interval")
+        return Outcome(accuracy, interval=Interval(float(bounds[0]), float(bounds[1]), "images") if bounds else None)
     if kept is None:
         return Outcome(accuracy, sum(int(one["num_samples"]) for one in examined["per_class"]) or None)
     num, packed = int(kept["num_images"]), base64.b64decode(kept["bits"], validate=True)

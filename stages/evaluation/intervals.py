@@ -6,6 +6,7 @@ which: over images, or over seeds. The functions agree with those of scipy.stats
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import repeat
@@ -43,12 +44,14 @@ class Outcome:
         num_images: The number of test images; None if it is not known.
         correct: Whether each image was classified correctly, bool [N], by ascending sample id; None if not kept.
         images: Digest of these images.
+        interval: That over the images, of what is no share of them.
     """
 
     accuracy: float
     num_images: int | None = None
     correct: NDArray[np.bool_] | None = None
     images: str | None = None
+    interval: Interval | None = None
 
 
 @dataclass(frozen=True)
@@ -109,9 +112,13 @@ def accuracy_interval(outcomes: Sequence[Outcome]) -> Interval | None:
     """Return the interval of the mean accuracy over seeds; None for one seed without the number of test images."""
     accuracies, num_images = [one.accuracy for one in outcomes], outcomes[0].num_images
     found = [wilson(mean(accuracies), num_images)] if num_images else []
+    if over_images := [one.interval for one in outcomes if one.interval is not None]:  # the images are the same
+        low, high = (mean(getattr(one, side) for one in over_images) for side in ("low", "high"))
+        found.append(Interval(low, high, "images"))
     if len(accuracies) > 1:
         over_seeds, _ = t_interval(accuracies)
-        found.append(Interval(max(over_seeds.low, 0.0), min(over_seeds.high, 1.0), "seeds"))
+        least = 0.0 if num_images else -math.inf
+        found.append(Interval(max(over_seeds.low, least), min(over_seeds.high, 1.0), "seeds"))
     return max(found, key=_width, default=None)
 
 

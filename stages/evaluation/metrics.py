@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from kdpipe.stages.data.image_set import UNLABELED, ImageSet
 from kdpipe.stages.data.measures import agreement, divergences, mean_average_precision
 from kdpipe.stages.data.tasks import CLASSIFICATION, LOSS_NAMES, MULTILABEL, Task
+from kdpipe.stages.evaluation.bootstrap import bootstrap_interval
 from kdpipe.stages.evaluation.correct_images import CorrectImages, pack
 from kdpipe.stages.evaluation.evaluate import EvalAccumulator, Evaluation, OutputAccumulator, Predictions, predict
 from kdpipe.stages.evaluation.main_metric import ACCURACY, MainMetric
@@ -76,6 +77,7 @@ class EvalReport:
         task: What the images are labeled with. Of labels and numbers, `agreement` and `teacher_kl` compare with the
             teacher's as `kdpipe.stages.data.measures` says (of numbers R², and no KL); what needs classes is left out.
         average_precision: That of each label, None if no test sample has it; of labels only.
+        interval: The 95 % confidence interval of top1 by the bootstrap, of labels and numbers only.
     """
 
     top1: float
@@ -94,6 +96,7 @@ class EvalReport:
     task: Task = CLASSIFICATION
     num_samples: int = 0
     average_precision: Mapping[str, float | None] | None = None
+    interval: tuple[float, float] | None = None
 
     def is_at_chance(self, num_errors: float = 2.0) -> bool:
         """Return whether the accuracy is not above chance by more than `num_errors` standard errors.
@@ -109,7 +112,7 @@ class EvalReport:
 
     def to_json(self) -> dict[str, Any]:
         figures = {LOSS_NAMES[self.task] if key == "loss" else key: value for key, value in asdict(self).items()}
-        left_out = ["metric", "num_samples", "task", "average_precision"]
+        left_out = ["metric", "num_samples", "task", "average_precision", "interval"]
         if self.task != CLASSIFICATION:
             left_out = ["metric"] if self.task == MULTILABEL else ["metric", "average_precision"]
         return {key: value for key, value in figures.items() if key not in left_out}
@@ -160,6 +163,7 @@ def _evaluate_targets(model: nn.Module, test: Evaluation, device: torch.device) 
         metric=test.metric,
         task=test.task,
         num_samples=len(targets),
+        interval=bootstrap_interval(test.metric, targets, torch.cat(sums.outputs)),
         average_precision=dict(zip(test.class_names, precision, strict=True)) if precision else None,
     )
 

@@ -63,7 +63,7 @@ def _accuracy(row: Mapping[str, Any] | None) -> str:
 
 def recipe_toml(recipe: Recipe) -> str:
     """Return a recipe as TOML, with the keys that are not at their defaults; it reads as the same recipe."""
-    given = {key: value for key, value in _given(recipe).items() if value not in ({}, [])}
+    given = _given(recipe)
     if "callbacks" in given:
         given["callbacks"] = recipe_json(recipe)["callbacks"]  # without secrets
     return "".join(_lines(given))

@@ -20,6 +20,7 @@ from kdpipe.pipeline.report.html.sections.compare import comparison
 from kdpipe.pipeline.report.html.sections.confusions import confusions
 from kdpipe.pipeline.report.html.sections.curves import learning_curves
 from kdpipe.pipeline.report.html.sections.facts import facts
+from kdpipe.pipeline.report.html.sections.labels import average_precision, has_labels
 from kdpipe.pipeline.report.html.sections.losses import losses
 from kdpipe.pipeline.report.html.sections.provenance import provenance
 from kdpipe.pipeline.report.html.sections.reliability import reliability
@@ -60,6 +61,7 @@ SECTIONS = (
     Section("curves", "Learning curves", learning_curves),
     Section("losses", "Losses by epoch", losses),
     Section("tradeoff", "Accuracy, size and latency", tradeoff),
+    Section("labels", "Average precision of each label", average_precision, has_labels),
     Section("reliability", "Reliability", reliability),
     Section("confusions", "Confusions", confusions),
     Section("similarity", "Class similarity", class_similarity),
@@ -76,6 +78,7 @@ FIRST_LEFT_OUT = (
     "samples",
     "similarity",
     "confusions",
+    "labels",
     "losses",
     "reliability",
     "tradeoff",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -61,6 +61,56 @@ def classes_of_labels(
             f"classes are {first_few(class_names)}."
         )
     return class_names, np.array([label_of[text] for text in texts], dtype=np.int64)[inverse]
+
+
+def labels_of_lists(
+    title: str, chosen: Sequence[str], train: Sequence[str], separator: str, where: Callable[[str], str]
+) -> tuple[tuple[str, ...], npt.NDArray[np.float32]]:
+    """Return the names of the K labels in cells such as "cat|dog" of `train`, sorted, and 0 or 1 of each in `chosen`.
+
+    The cell "" is not known: NaN; one with the separator alone has none of the labels.
+
+    Args:
+        title: The data set's name.
+        chosen: The cells of N samples.
+        train: Those of the train split.
+        separator: What is between two names.
+        where: Returns where a cell is found, for messages.
+
+    Returns:
+        The names, and float32 [N, K].
+
+    Raises:
+        DataError: A name is empty, or missing from `train`, or no cell of that has the separator.
+    """
+    listed: dict[str, list[str]] = {}
+    for text in dict.fromkeys((*train, *chosen)):
+        names = [] if text in ("", separator) else [name.strip() for name in text.split(separator)]
+        if "" in names:
+            raise DataError(
+                f"{where(text)}: there is an empty name in {text!r:.60}: write names between {separator!r}."
+            )
+        listed[text] = names
+    class_names = tuple(sorted({name for text in dict.fromkeys(train) for name in listed[text]}))
+    if not any(separator in text for text in dict.fromkeys(train)):
+        raise DataError(
+            f"{title}: no label has the separator {separator!r} (data.label_separator): found "
+            f"{first_few(class_names, 3) or 'empty cells'}."
+        )
+    if not class_names:
+        raise DataError(f"{title}: the labels of the train split have no name.")
+    columns = {name: number for number, name in enumerate(class_names)}
+    rows = np.zeros((len(chosen), len(class_names)), dtype=np.float32)
+    for row, text in zip(rows, chosen, strict=True):
+        if unknown := [name for name in listed[text] if name not in columns]:
+            raise DataError(
+                f"{where(text)}: the label {unknown[0]!r} is missing from the train split: its labels are "
+                f"{first_few(class_names)}."
+            )
+        row[[columns[name] for name in listed[text]]] = 1
+        if not text:
+            row[:] = np.nan
+    return class_names, rows
 
 
 def _is_number(text: str) -> bool:

@@ -23,7 +23,7 @@ from kdpipe.stages.data.image_files import ImageFileList
 from kdpipe.stages.data.image_set import UNLABELED
 from kdpipe.stages.data.image_source import FilePaths
 from kdpipe.stages.data.sources.image_folder import sample_id
-from kdpipe.stages.data.sources.label_names import LABEL_COLUMNS, class_names_of
+from kdpipe.stages.data.sources.label_names import LABEL_COLUMNS, class_names_of, labels_of_lists
 from kdpipe.stages.data.sources.listing import Listing, has_target, other_tasks, target_rows
 from kdpipe.stages.data.sources.split_folders import Role, role_of
 from kdpipe.stages.data.splits import Split
@@ -52,26 +52,41 @@ class _Row:
 
 
 def list_table(
-    path: Path, split: Split, spec: DecodeSpec, columns: Columns = (None, None), task: Task = CLASSIFICATION
+    path: Path,
+    split: Split,
+    spec: DecodeSpec,
+    columns: Columns = (None, None),
+    task: Task = CLASSIFICATION,
+    *,
+    separator: str | None = None,
 ) -> Listing:
     """List the images of one split, sorted by path, to be decoded to `spec`.
 
     Paths are relative to the table's folder. A sample's id is a hash of its path; the train split defines the classes:
     labels that are all whole numbers are 0, 1, ... C - 1, others are names, sorted. An empty cell: unlabeled.
     `columns` are the names of those of paths and labels; None where they have a usual name. With another task than
-    classification the cells of all columns of labels are numbers, and empty ones not known.
+    classification the cells of all columns of labels are numbers, and empty ones not known; with a `separator` one
+    column has the names of each image's labels.
 
     Raises:
         DataError: A file, column or cell is missing, ambiguous or invalid; an image is listed twice; or a test class is
             not in train.
     """
-    title, folder, splits = f"table:{path.name}", path if path.is_dir() else path.parent, _splits(path, columns, task)
+    read_as: Task = task if separator is None else CLASSIFICATION  # one cell of text
+    title, folder, splits = (
+        f"table:{path.name}",
+        path if path.is_dir() else path.parent,
+        _splits(path, columns, read_as),
+    )
     unsplit = set(splits) == {None}
     train = splits[None] if unsplit else splits["train"]
     chosen = train if unsplit or split == "train" else splits.get("test") or splits["val"]
     keyed = _by_key(chosen, folder)
     if task == CLASSIFICATION:
         class_names, labels, targets = *_classes(title, keyed.values(), train), None
+    elif separator is not None:
+        class_names, targets = _lists(title, list(keyed.values()), train, separator)
+        labels = has_target(targets)
     else:
         given = columns[1] if isinstance(columns[1], tuple) else (columns[1] or "label",)
         class_names = tuple(str(name) for name in given)
@@ -291,6 +306,18 @@ def _classes(
             f"{first_few(class_names)}."
         )
     return class_names, np.array([label_of[str(row.label)] for row in rows], dtype=np.int64)
+
+
+def _lists(
+    title: str, rows: Sequence[_Row], train: Sequence[_Row], separator: str
+) -> tuple[tuple[str, ...], npt.NDArray[np.float32]]:
+    """Return the names of the labels in cells of several, and 0 or 1 of each, float32 [N, K]."""
+
+    def where(text: str) -> str:
+        return next(row.where for row in (*train, *rows) if str(row.label) == text)
+
+    chosen, known = ([str(row.label) for row in some] for some in (rows, train))
+    return labels_of_lists(title, chosen, known, separator, where)
 
 
 def _class_names(title: str, rows: Sequence[_Row]) -> tuple[str, ...]:

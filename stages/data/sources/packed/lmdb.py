@@ -15,11 +15,14 @@ from typing import Any, Self
 
 from kdpipe.stages.data.decode import DecodeSpec
 from kdpipe.stages.data.image_source import EncodedImages, Names, Stamp, name_at, pack_names, stamp
+from kdpipe.stages.data.scan_cache import cached_arrays
 from kdpipe.stages.data.sources.listing import Listing
 from kdpipe.stages.data.sources.packed.samples import Grouping, PackedSamples, list_packed
 from kdpipe.stages.data.sources.split_folders import Role, role_of
 from kdpipe.stages.data.splits import Indices, Split
 from kdpipe.stages.errors import DataError, cause, first_few
+
+VERSION = "kdpipe LMDB index 1"
 
 _ENVIRONMENTS: dict[str, Any] = {}
 """The databases that this process has opened: LMDB opens each once. Forked workers may read through them."""
@@ -91,6 +94,12 @@ def _split_databases(path: Path) -> dict[Role | None, Path]:
 
 
 def _samples(path: Path) -> PackedSamples:
+    index = cached_arrays("lmdb", path, VERSION, lambda: _index(path), file=_file(path))
+    return PackedSamples(LmdbValues(path, index["keys"]), **index)
+
+
+def _index(path: Path) -> dict[str, Names]:
+    """Return the keys of the images in a database, and their labels."""
     grouping = Grouping(str(path))
     first, number = b"", 0
     for number, (key, size, read) in enumerate(_entries(path), 1):
@@ -103,8 +112,7 @@ def _samples(path: Path) -> PackedSamples:
             f"{path} holds no images in keys such as NAME.jpg beside labels in NAME.cls; found {number} keys, such "
             f"as {first.decode(errors='replace')!r:.40}: pickled entries of other layouts are never loaded."
         )
-    packed = pack_names(keys)
-    return PackedSamples(LmdbValues(path, packed), packed, pack_names(labels))
+    return {"keys": pack_names(keys), "labels": pack_names(labels)}
 
 
 def _entries(path: Path) -> Iterator[tuple[bytes, int, Callable[[], bytes]]]:

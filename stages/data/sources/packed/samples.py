@@ -8,8 +8,9 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
+from sys import intern
 
 import numpy as np
 
@@ -28,11 +29,25 @@ MAX_LABEL_BYTES = 2**20
 _LABEL_KEYS = (*LABEL_COLUMNS, "cls")
 
 
-@dataclass
+@dataclass(slots=True)
 class _Sample:
-    images: list[tuple[str, int]] = field(default_factory=list)
-    labels: dict[str, str] = field(default_factory=dict)
-    where: str = ""
+    """What is known of a sample so far; there may be millions of them, so that it has no containers.
+
+    Attributes:
+        first: The name of its first member.
+        image: The name of its image.
+        number: The number of that member.
+        others: The names of further images, which it must not have.
+        cls: The label in NAME.cls.
+        json: The label in NAME.json.
+    """
+
+    first: str = ""
+    image: str = ""
+    number: int = 0
+    others: tuple[str, ...] = ()
+    cls: str | None = None
+    json: str | None = None
 
 
 class Grouping:
@@ -53,14 +68,17 @@ class Grouping:
         if not stem:
             return
         sample, suffix = self._samples.setdefault(folder + slash + stem, _Sample()), suffix.lower()
-        where = f"{self._file}: {name}"
-        sample.where = sample.where or where
+        sample.first = sample.first or name
         if os.path.splitext(f".{suffix}")[1] in SUFFIXES or f".{suffix}" in SUFFIXES:  # noqa: PTH122
-            sample.images.append((name, number))
+            if sample.image:
+                sample.others += (name,)
+            else:
+                sample.image, sample.number = name, number
         elif suffix in ("cls", "json"):
+            where = f"{self._file}: {name}"
             if size > MAX_LABEL_BYTES:
                 raise DataError(f"{where} has {size:,} bytes: a label is a number or a name.")
-            sample.labels[suffix] = _label(read(), where, is_json=suffix == "json")
+            setattr(sample, suffix, intern(_label(read(), where, is_json=suffix == "json")))
 
     def finish(self) -> tuple[list[str], list[int], list[str]]:
         """Return the names and numbers of the images, and their labels, "" of those without.
@@ -70,14 +88,14 @@ class Grouping:
         """
         names, numbers, labels = [], [], []
         for sample in self._samples.values():
-            if not sample.images and not sample.labels:  # other files, such as a README
+            if not sample.image and sample.cls is None and sample.json is None:  # other files, such as a README
                 continue
-            if len(sample.images) != 1:
-                found = ", ".join(name for name, _ in sample.images) or "none"
-                raise DataError(f"{sample.where}: the sample must have one image, found {found}.")
-            names.append(sample.images[0][0])
-            numbers.append(sample.images[0][1])
-            labels.append(sample.labels.get("cls") or sample.labels.get("json", ""))
+            if not sample.image or sample.others:
+                found = ", ".join(filter(None, (sample.image, *sample.others))) or "none"
+                raise DataError(f"{self._file}: {sample.first}: the sample must have one image, found {found}.")
+            names.append(sample.image)
+            numbers.append(sample.number)
+            labels.append(sample.cls or sample.json or "")
         return names, numbers, labels
 
 

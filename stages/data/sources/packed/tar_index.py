@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import os
 import tarfile
-import time
 import unicodedata
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,8 +15,8 @@ from typing import IO
 import numpy as np
 import numpy.typing as npt
 
-from kdpipe.stages.data.image_source import Names, pack_names, stamp
-from kdpipe.stages.data.scan_cache import cache_file, is_settled, write_arrays
+from kdpipe.stages.data.image_source import Names, pack_names
+from kdpipe.stages.data.scan_cache import cached_arrays
 from kdpipe.stages.data.sources.packed.samples import Grouping
 from kdpipe.stages.errors import DataError, cause
 
@@ -40,25 +39,7 @@ def index_tar(path: Path) -> TarIndex:
     Raises:
         DataError: The file is missing, damaged, cut off or compressed, or a sample has not one image.
     """
-    now_ns, found = time.time_ns(), stamp(path)
-    cached = cache_file("shards", os.fsencode(path.absolute()), os.environ)
-    made_by = np.array([VERSION, *map(str, found)])
-    index = _read_cached(cached, made_by) if is_settled(found, now_ns) else None
-    if index is None:
-        index = _index(path)
-        if is_settled(found, now_ns):
-            write_arrays(cached, {"made_by": made_by, **vars(index)})
-    return index
-
-
-def _read_cached(path: Path | None, made_by: npt.NDArray[np.str_]) -> TarIndex | None:
-    try:
-        with np.load(path, allow_pickle=False) as arrays:  # type: ignore[arg-type]
-            if arrays["made_by"].tolist() != made_by.tolist():
-                return None
-            return TarIndex(**{key: arrays[key] for key in TarIndex.__dataclass_fields__})
-    except Exception:  # missing or damaged: the index is made again
-        return None
+    return TarIndex(**cached_arrays("shards", path, VERSION, lambda: vars(_index(path))))
 
 
 def _index(path: Path) -> TarIndex:

@@ -8,7 +8,7 @@ from kdpipe.pipeline.report.html.write import FIRST_LEFT_OUT, MAX_BYTES, SECTION
 
 
 def test_a_page_of_many_runs_leaves_pictures_out() -> None:
-    size = 1800  # of each section: 50 runs with all of them have a million, with their results more
+    size = 1600  # of each section: 50 runs with all of them have a million, with their results more
 
     def part() -> dict[str, Any]:
         sections = [{"key": section.key, "title": section.title, "body": "x" * size} for section in SECTIONS]

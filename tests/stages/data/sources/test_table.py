@@ -177,11 +177,43 @@ def test_columns_of_numbers_are_targets(folder):
         load(write(folder / "list.csv", [("b.png", "old", 1)], header), **keys)
 
 
+LISTED = [("b.png", "hat|red", "train"), ("c.png", "|", "train"), ("d.png", "", "train"), ("é.png", "red", "test")]
+
+
+@pytest.mark.parametrize("suffix", ["csv", "parquet"])
+def test_one_cell_may_have_several_labels(suffix, folder):
+    file = write(folder / f"list.{suffix}", LISTED, ("path", "tags", "split"))
+    keys = {"task": "multilabel", "label_column": "tags", "label_separator": "|"}
+    train, test = load(file, **keys), load(file, "test", **keys)
+    assert train.class_names == test.class_names == ("hat", "red")
+    found = dict(zip(train.sample_ids.tolist(), train.targets.tolist(), strict=True))
+    assert (found[sample_id("b.png")], found[sample_id("c.png")]) == ([1, 1], [0, 0])
+    assert np.isnan(found[sample_id("d.png")]).all() and test.targets.tolist() == [[0, 1]]
+
+
+@pytest.mark.parametrize(
+    ("row", "separator", "sentence"),
+    [
+        (("é.png", "red|cap", "test"), "|", "list.csv, line 5: the label 'cap' is missing from the train split: its"),
+        (("é.png", "red||hat", "train"), "|", "list.csv, line 5: there is an empty name in 'red||hat'"),
+        (LISTED[3], ";", r"no label has the separator ';' \(data.label_separator\): found hat|red, |"),
+    ],
+)
+def test_unclear_labels_in_one_cell_are_refused(row, separator, sentence, folder):
+    rows = [*LISTED[:3], row, ("more/a.png", "hat", "test")]
+    file = write(folder / "list.csv", rows, ("path", "tags", "split"))
+    keys = {"task": "multilabel", "label_column": "tags", "label_separator": separator}
+    with pytest.raises(DataError, match=sentence.replace("|", r"\|")):
+        load(file, row[2], **keys)
+
+
 def test_what_a_task_does_not_fit_is_refused(folder):
     file = write(folder / "list.csv", ROWS)
     with pytest.raises(RecipeError, match="names several columns: one holds the class"):
         load(file, label_column=("label", "path"))
     with pytest.raises(RecipeError, match="data.classes selects samples of some classes"):
         load(file, task="multilabel", classes=("cat",))
+    with pytest.raises(RecipeError, match="data.label_separator is for several labels in one column"):
+        load(file, label_separator="|")
     with pytest.raises(RecipeError, match="digits has classes only"):
         load_dataset(DataConfig(name="digits", task="regression"), "train")

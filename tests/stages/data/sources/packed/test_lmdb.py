@@ -2,6 +2,7 @@
 
 import builtins
 import io
+import os
 import pickle
 
 import lmdb
@@ -55,6 +56,21 @@ def test_databases_of_both_splits_are_read_in_workers(tmp_path):
 def test_one_database_is_split(tmp_path):
     place = write(tmp_path / "all", entries([f"{name}/{number}" for name in "ab" for number in range(4)]))
     assert (load(place, test_share=0.25).num_samples, load(place, "test", test_share=0.25).num_samples) == (6, 2)
+
+
+def test_the_index_is_cached_until_the_database_changes(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    place = write(tmp_path / "all", entries(["a/1", "a/2", "b/1", "b/2"]))
+    os.utime(place / "data.mdb", (1, 1))
+    monkeypatch.setattr("kdpipe.stages.data.scan_cache.is_settled", lambda found, now_ns: True)
+    first = load(place, test_share=0.5)
+    with monkeypatch.context() as patch:
+        patch.setattr(source, "_entries", None)
+        again = load(place, test_share=0.5)
+    assert torch.equal(first.sample_ids, again.sample_ids) and torch.equal(first.images, again.images)
+    source._ENVIRONMENTS.pop(str(place)).close()
+    write(place, entries(["a/3", "b/3"], 4))
+    assert load(place, test_share=0.5).num_samples + load(place, "test", test_share=0.5).num_samples == 6
 
 
 def test_what_cannot_be_read_is_refused(tmp_path, monkeypatch):

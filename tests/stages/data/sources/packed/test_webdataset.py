@@ -10,7 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
-from kdpipe.stages.data import scan
+from kdpipe.stages.data import scan, scan_cache
 from kdpipe.stages.data.config import DataConfig
 from kdpipe.stages.data.image_files import ImageFiles
 from kdpipe.stages.data.image_set import pixel_checksums
@@ -116,7 +116,7 @@ def test_images_without_labels_are_unlabeled(tmp_path):
 def test_index_and_scan_are_cached_until_a_shard_changes(shards, tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setattr(scan, "is_settled", lambda *_: True)
-    monkeypatch.setattr(tar_index, "is_settled", lambda *_: True)
+    monkeypatch.setattr(scan_cache, "is_settled", lambda *_: True)
     first = load(shards, cache_bytes=0).images
     with monkeypatch.context() as patch:
         patch.setattr(tar_index, "_index", None)
