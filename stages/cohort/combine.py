@@ -86,7 +86,7 @@ def _newton_step(z: Tensor, weights: Tensor, barrier: float) -> Tensor:
     system[:, :num, :num] = centered @ centered.mT + torch.diag_embed(barrier / weights.square())
     system[:, :num, num] = system[:, num, :num] = 1
     right = torch.cat([-gradient, z.new_zeros(len(z), 1)], 1)
-    step = torch.linalg.solve(system, right)[:, :num]
+    step = torch.linalg.solve_ex(system, right)[0][:, :num]  # without a check, which would wait for a GPU
     room = torch.where(step < 0, -weights / step, torch.inf).amin(1)
     # Halved sizes, and 0 as the last: the first that does not raise the cross entropy with the barrier is taken.
     halves = F.pad(0.5 ** torch.arange(NUM_SIZES, dtype=z.dtype, device=z.device), (0, 1))

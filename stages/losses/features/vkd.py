@@ -41,7 +41,8 @@ class VkDModule(nn.Module):
     def __init__(self, student: Shape, teacher: Shape) -> None:
         super().__init__()
         self.projector = Embedding(student, teacher[0])
-        orthogonal(self.projector.linear, use_trivialization=False)  # which would keep a constant buffer
+        # Householder reflections do not wait for a GPU, as a matrix exponential does; no constant buffer is kept.
+        orthogonal(self.projector.linear, orthogonal_map="householder", use_trivialization=False)
 
     def forward(self, student: Tensor, teacher: Tensor) -> Tensor:
         return vkd_loss(self.projector(student), teacher)
