@@ -25,7 +25,7 @@ OTHER_PROGRAMS = {
 }
 """Options of git, docker, torchrun and uv."""
 
-FILES = {"views.png", "compare.html", "data.mdb"}
+FILES = {"views.png", "compare.html", "data.mdb", "teacher.toml"}
 
 OPTION = re.compile(r"(?<![\w(-])--[a-z][a-z0-9-]+")
 COMMAND = re.compile(r"`kdpipe ([a-z][a-z-]*(?: [a-z][a-z-]*)?)")

@@ -102,7 +102,7 @@ def test_what_does_not_fit_is_refused(folder, tmp_path, monkeypatch):
 TOWERS: list[tuple[str, dict[str, Any], int]] = [
     ("ViTModel", {"model_type": "vit", **TINY}, 16),
     ("Dinov2Model", {"model_type": "dinov2", **TINY}, 16),
-    ("CLIPVisionModelWithProjection", {"model_type": "clip", "vision_config": {**TINY, "projection_dim": 6}}, 6),
+    ("CLIPVisionModelWithProjection", {"model_type": "clip", "projection_dim": 6, "vision_config": TINY}, 6),
     ("SiglipVisionModel", {"model_type": "siglip", "vision_config": TINY}, 16),
 ]
 
