@@ -15,8 +15,8 @@ from kdpipe.stages.runtime.memory import is_out_of_memory
 
 T = TypeVar("T")
 
-MAX_ERROR, MAX_ERROR_LOW_PRECISION = 0.01, 0.25
-"""The largest relative error of a compiled gradient in float32, and in a lower precision."""
+MAX_ERROR = 0.01
+"""The largest relative error of a compiled gradient in float32."""
 
 NEGLIGIBLE = 0.01
 """The share of the norm of all gradients below which the errors of a parameter's gradient do not matter."""
@@ -86,21 +86,19 @@ def require_traceable(model: nn.Module, images: Tensor, key: str) -> None:
 
 
 @torch.no_grad()
-def require_equal_gradients(
-    gradients: Mapping[str, Tensor], expected: Mapping[str, Tensor], precision: str, *, key: str
-) -> None:
-    """Compare the gradients of a compiled step with those computed without torch.compile, by parameter.
+def require_equal_gradients(gradients: Mapping[str, Tensor], expected: Mapping[str, Tensor], *, key: str) -> None:
+    """Compare the gradients of a compiled step in float32 with those computed without torch.compile, by parameter.
 
     torch.compile (2.15) gives wrong gradients, without an error, where a forward pass reads a buffer and overwrites it
     later. Gradients far smaller than the others are rounding errors, as of biases before a batch norm.
 
     Raises:
-        RecipeError: They differ by more than the rounding of `precision`.
+        RecipeError: They differ by more than rounding.
     """
     norms = torch.stack([one.float().norm() for one in expected.values()])
     errors = torch.stack([(gradients[name].float() - one.float()).norm() for name, one in expected.items()])
     relative = errors / norms.clamp_min(NEGLIGIBLE * norms.norm())
-    if relative.max() > (MAX_ERROR if precision == "float32" else MAX_ERROR_LOW_PRECISION):
+    if relative.max() > MAX_ERROR:
         worst = list(expected)[int(relative.argmax())]
         raise RecipeError(
             f"{key} = true: the compiled gradient of {worst} differs by {float(relative.max()):.2g} of its norm from "
