@@ -83,7 +83,10 @@ def branch(networks: Sequence[nn.Module], path: str, image_shape: tuple[int, int
     Raises:
         ModelError: They cannot be divided there.
     """
-    get_module(networks[0], path)
+    try:
+        get_module(networks[0], path)
+    except ModelError as error:
+        raise ModelError(f"branch_at = {path!r}: {error}") from error
     parts = [_divided(network, path) for network in networks]
     trunk = parts[0][0]
     with torch.no_grad(), torch.random.fork_rng(devices=[]):

@@ -178,7 +178,7 @@ def test_member_is_taken_as_a_student_to_compress(tmp_path):
         (CohortConfig(method="kdcl", members=4), {}, "views.num_views is 3: set it to 4 or more"),
         (CohortConfig(method="kdcl", combine="general"), {}, "set data.validation_share"),
         (CohortConfig(method="one", branch_at="stage1"), {}, "nothing before it would be shared"),
-        (CohortConfig(method="one", branch_at="nosuch"), {}, "no module 'nosuch'"),
+        (CohortConfig(method="one", branch_at="nosuch"), {}, "branch_at = 'nosuch': .*no module 'nosuch'"),
         (CohortConfig(method="kdcl", distill=FEATURES), {}, "see different views"),
         (CohortConfig(method="one", branch_at="stage2", distill=FEATURES), {}, "learn from logits alone"),
         (CohortConfig(distill=(KD(store=1),)), {}, "not from a store"),
