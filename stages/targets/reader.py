@@ -15,8 +15,7 @@ from kdpipe.stages.config import Bytes, section
 from kdpipe.stages.runtime.memory import free_gpu_bytes
 from kdpipe.stages.targets.feature_spec import FeatureSpec
 from kdpipe.stages.targets.join import JoinedStore
-from kdpipe.stages.targets.outputs import DenseTargets, TeacherTargets, TopKTargets, TransformedTargets
-from kdpipe.stages.targets.resolve import LOGITS
+from kdpipe.stages.targets.outputs import TeacherTargets, TransformedTargets, teacher_targets
 from kdpipe.store import TargetStore
 from kdpipe.store.read.mapped_views import Verify
 
@@ -112,12 +111,7 @@ class Targets:
         joined = self._sources[number]
         read = self._read(number, joined.names, view, indices)
         features = {source.feature: source(read[source.array].float()) for source in joined.features}
-        top_k = joined.store.manifest.top_k
-        outputs: TeacherTargets
-        if top_k is None:
-            outputs = DenseTargets(read[LOGITS].float() if LOGITS in read else None, features)
-        else:
-            outputs = TopKTargets(top_k, read["logits/values"], read["logits/indices"], read["logits/tail"], features)
+        outputs = teacher_targets(joined.store.manifest.encoding, read, features)
         return outputs if joined.class_map is None else TransformedTargets(outputs, joined.class_map.map_logits)
 
     def _read(self, number: int, names: Iterable[str], view: int, indices: Tensor) -> dict[str, Tensor]:

@@ -104,11 +104,11 @@ class TargetStore:
 
     @property
     def num_classes(self) -> int:
-        """Number of logits of the teacher, whether all of them or the k largest are stored; 0 if it has embeddings."""
-        top_k = self.manifest.top_k
+        """Number of logits of the teacher, whatever their encoding; 0 if it has embeddings."""
+        encoding = self.manifest.encoding
         if not self.manifest.has_logits:
             return 0
-        return top_k.num_classes if top_k else self.manifest.spec("logits").row_shape[0]
+        return encoding.num_classes if encoding else self.manifest.spec("logits").row_shape[0]
 
     @property
     def provenance(self) -> dict[str, Any]:
@@ -154,6 +154,17 @@ class TargetStore:
         except (KeyError, IndexError):  # not mapped (yet), or an absent id
             return self.take(name, view, self.rows_of(sample_ids))
         return rows
+
+    def logits(self, view: int, sample_ids: NDArray[np.int64], temperature: float = 1.0) -> NDArray[np.float32]:
+        """Return the logits of samples by id in one view, [B, num_classes], decoded for a softmax at a temperature.
+
+        Raises StoreError where the encoding does not cover the temperature.
+        """
+        encoding = self.manifest.encoding
+        if encoding is None:
+            return self.gather("logits", view, sample_ids).astype(np.float32)
+        names = [spec.name for spec in self.arrays if spec.name.startswith("logits/")]
+        return encoding.decode({name: self.gather(name, view, sample_ids) for name in names}, temperature)
 
     def take(self, name: str, view: int, rows: NDArray[np.int64]) -> NDArray[Any]:
         """Return rows of one view of an array, as numbered by `rows_of`: [B, *row_shape]."""

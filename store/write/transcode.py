@@ -22,11 +22,11 @@ from numcodecs import BitRound
 from numpy.typing import NDArray
 
 from kdpipe.store.errors import FingerprintMismatch, StoreError
-from kdpipe.store.format.encoding_error import all_finite, measure_dense, measure_features, measure_topk, merge
+from kdpipe.store.format.encoding_error import all_finite, measure_dense, measure_features, merge
 from kdpipe.store.format.layout import Unit
+from kdpipe.store.format.logit_encoding import measure_encoded
 from kdpipe.store.format.manifest import Manifest
 from kdpipe.store.format.samples import Samples, read_samples
-from kdpipe.store.format.topk import encode_topk
 from kdpipe.store.format.unit_state import committed, missing_arrays, store_state
 from kdpipe.store.format.zarr_metadata import read_store_manifest
 from kdpipe.store.read.open_store import open_store
@@ -139,12 +139,15 @@ def _convert(
     """Return the rows of a unit of the target by array, and the loss of each array that changes."""
     converted: dict[str, NDArray[Any]] = {}
     errors: dict[str, Any] = {}
-    top_k = manifest.top_k if source.manifest.top_k is None else None
-    if top_k:
-        exact = source.gather("logits", unit.view, sample_ids).astype(np.float32)
-        for name, rows in encode_topk(exact, top_k, "float32").items():
+    encoding = manifest.encoding
+    if encoding != source.manifest.encoding:
+        exact = source.logits(unit.view, sample_ids)
+        encoded = encoding.encode(exact, "float32", sample_ids, unit.view) if encoding else {"logits": exact}
+        for name, rows in encoded.items():
             converted[name] = _cast(rows, manifest, name, unit, sample_ids)
-        errors["logits"] = measure_topk(exact, converted, top_k)
+        errors["logits"] = (
+            measure_encoded(exact, converted, encoding) if encoding else measure_dense(exact, converted["logits"])
+        )
     for spec in manifest.arrays:
         if spec.name in converted:
             continue

@@ -35,12 +35,16 @@ from kdpipe.store import (
     sweep_unit,
     write_unit,
 )
+from kdpipe.store.format.logit_encoding import LogitEncoding
+from kdpipe.store.format.quantized import Quantized
+from kdpipe.store.format.sampled import Sampled
 
 UNIT_ROWS = 512
 NUM_NUMBERS = 5003
 """A prime: the numbers of a sample are row id % NUM_NUMBERS of a table, another one for other ids."""
 
 TOP_K = TopK(num_classes=20, k=8, temperatures=(1.0, 2.0, 4.0, 8.0))
+INT4, SAMPLED = Quantized("int4", num_classes=8), Sampled(num_classes=20, k=8, seed=3)
 LAYERS = (ArraySpec("features/layer2.0", (2, 3, 3), "float32"), ArraySpec("pooled/layer3", (8,), "float16"))
 
 
@@ -49,7 +53,7 @@ class Form:
     """Logits of a store and their encoding; `id_step` spreads the ids."""
 
     logits: tuple[ArraySpec, ...]
-    top_k: TopK | None = None
+    encoding: LogitEncoding | None = None
     codec: Codec | None = None
     id_step: int = 3
     unit_rows: int = UNIT_ROWS
@@ -58,6 +62,8 @@ class Form:
 LOGITS = {
     "float16": Form((ArraySpec("logits", (8,), "float16"),)),
     "float32": Form((ArraySpec("logits", (8,), "float32"),), id_step=1),
+    "int4": Form(INT4.arrays("float16"), INT4),
+    "sampled": Form(SAMPLED.arrays("float16"), SAMPLED),
     "top-k": Form(TOP_K.arrays("float16"), TOP_K, id_step=10**12 + 39),
 }
 
@@ -92,7 +98,7 @@ class Wish:
         )
         layout = StoreLayout(self.num_views, self.form.unit_rows, (self.num_samples,))
         form = self.form
-        return Manifest(identity, self.specs, layout, {"kdpipe": "0"}, top_k=form.top_k, codec=form.codec)
+        return Manifest(identity, self.specs, layout, {"kdpipe": "0"}, encoding=form.encoding, codec=form.codec)
 
 
 @cache

@@ -9,6 +9,7 @@ from typing import Any
 from kdpipe.pipeline.terminal.output import printable
 from kdpipe.store import Manifest, holder, read_store_manifest, store_bytes
 from kdpipe.store.format.identity import describe_computation
+from kdpipe.store.format.logit_encoding import parse_encoding
 from kdpipe.store.format.unit_state import store_state
 
 MAX_LISTED = 5
@@ -70,7 +71,6 @@ TASKS = {
 def _lines(info: dict[str, Any]) -> Iterator[tuple[str, str]]:
     teacher, data, views = info["teacher"], info["data"], info["views"]
     operations = ", ".join(name for operation in views.get("operations", ()) for name in operation) or "none"
-    top_k = info["top_k"]
     yield "store", info["path"]
     yield "fingerprint", info["fingerprint"]
     yield "teacher", f"{model_name(teacher)}, weights {str(teacher.get('weights_sha256'))[:16]}"
@@ -82,9 +82,8 @@ def _lines(info: dict[str, Any]) -> Iterator[tuple[str, str]]:
         yield "output", "embeddings, no logits: for losses on features and relations"
     elif meaning:
         yield "output", meaning
-    if top_k:
-        grid = top_k["temperatures"]
-        yield "logits", f"the {top_k['k']} largest of {top_k['num_classes']}, for T from {grid[0]:g} to {grid[-1]:g}"
+    if encoding := parse_encoding(info):
+        yield "logits", encoding.describe()
     yield "profile", info["profile"] + _codec(info)
     for name, spec in info["arrays"].items():
         yield "array", f"{name} {spec['dtype']} {[info['num_views'], info['num_samples'], *spec['row_shape']]}"
