@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from kdpipe.stages.losses.features.review_kd import ReviewKD
     from kdpipe.stages.losses.features.simkd import SimKD
     from kdpipe.stages.losses.features.srd import SRD
+    from kdpipe.stages.losses.features.srrl import SRRL
     from kdpipe.stages.losses.features.vid import VID
     from kdpipe.stages.losses.features.vkd import VkD
     from kdpipe.stages.losses.features.wkd import WKDF
@@ -64,6 +65,7 @@ _MODULES = {
     "losses.features.review_kd": "ReviewKD",
     "losses.features.simkd": "SimKD",
     "losses.features.srd": "SRD",
+    "losses.features.srrl": "SRRL",
     "losses.features.vid": "VID",
     "losses.features.vkd": "VkD",
     "losses.features.wkd": "WKDF",
@@ -93,8 +95,8 @@ _MODULE_OF = {name: module for module, names in _MODULES.items() for name in nam
 
 # fmt: off
 __all__ = [  # literal, so that linters and type checkers see it; a test compares it with _MODULES
-    "AT", "CC", "CRD", "CWD", "DIST", "DKD", "KD", "MLLD", "NKD", "NST", "PEFD", "PKT", "RKD", "SP", "SRD", "TTM",
-    "VID", "WKDF", "WSLD", "WTTM", "ATGradient", "BinaryKD", "Cosine", "FeatureLoss", "FeatureSpec", "FitNet",
+    "AT", "CC", "CRD", "CWD", "DIST", "DKD", "KD", "MLLD", "NKD", "NST", "PEFD", "PKT", "RKD", "SP", "SRD", "SRRL",
+    "TTM", "VID", "WKDF", "WSLD", "WTTM", "ATGradient", "BinaryKD", "Cosine", "FeatureLoss", "FeatureSpec", "FitNet",
     "HardDistillation", "Hint", "LogitLoss", "LogitMSE", "Loss", "LossInputs", "MapLoss", "ModelOutput", "Negatives",
     "PooledLoss", "RelationLoss", "ReviewKD", "SampleSelection", "Schedule", "Scheduled", "SimKD", "SoftLogitLoss",
     "TrainProgress", "VkD", "all_gather_with_grad", "functional",

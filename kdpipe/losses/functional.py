@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from kdpipe.stages.losses.features.nst import nst_loss
     from kdpipe.stages.losses.features.review_kd import hcl_loss
     from kdpipe.stages.losses.features.srd import srd_loss
+    from kdpipe.stages.losses.features.srrl import srrl_loss
     from kdpipe.stages.losses.features.vid import vid_loss
     from kdpipe.stages.losses.features.vkd import vkd_loss
     from kdpipe.stages.losses.features.wkd import wkd_f_loss
@@ -43,6 +44,7 @@ _MODULES = {
     "features.nst": "nst_loss",
     "features.review_kd": "hcl_loss",
     "features.srd": "srd_loss",
+    "features.srrl": "srrl_loss",
     "features.vid": "vid_loss",
     "features.vkd": "vkd_loss",
     "features.wkd": "wkd_f_loss",
@@ -90,6 +92,7 @@ __all__ = [  # literal, so that linters and type checkers see it; a test compare
     "rkd_loss",
     "sp_loss",
     "srd_loss",
+    "srrl_loss",
     "standardize_logits",
     "tckd_loss",
     "ttm_loss",

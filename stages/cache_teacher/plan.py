@@ -9,6 +9,8 @@ from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
+import numpy as np
+from numpy.typing import NDArray
 from pydantic import AfterValidator, Field
 
 from kdpipe.stages.cache_teacher.cache import CacheJob, row_positions
@@ -20,10 +22,11 @@ from kdpipe.stages.context import StageContext
 from kdpipe.stages.data.image_set import require_classes
 from kdpipe.stages.errors import RecipeError, RunError
 from kdpipe.stages.models.bundle import ModelBundle
+from kdpipe.stages.models.head import linear_head
 from kdpipe.stages.models.hooks import overwritten_layers
 from kdpipe.stages.models.tokens import PRE_LOGITS
 from kdpipe.stages.runtime.versions import library_versions
-from kdpipe.stages.targets.feature_spec import FeatureSpec, statistic_shapes
+from kdpipe.stages.targets.feature_spec import TEACHER_HEAD, FeatureSpec, statistic_shapes
 from kdpipe.store import (
     ArraySpec,
     Identity,
@@ -39,6 +42,7 @@ from kdpipe.store import (
     rows_per_unit,
     store_bytes,
 )
+from kdpipe.store.format.head import head_record
 from kdpipe.store.write.acceptance import require_readable
 
 LOGITS = "logits"
@@ -120,13 +124,14 @@ def plan_store(
 
     That of a teacher without a classifier has embeddings in place of logits.
 
-    Raises ModelError, listing the nearest paths, for an unknown layer; RecipeError for a top_k of all classes;
-    StoreError for a store that readers would refuse.
+    Raises ModelError, listing the nearest paths, for an unknown layer, or for a head that cannot be stored; RecipeError
+    for a top_k of all classes; StoreError for a store that readers would refuse.
     """
     top_k = top_k_of(config, context, teacher)
+    head = head_to_store(teacher, layers, context)
+    layers = stored_layers(teacher, layers)
     if teacher.is_headless:
         logits: tuple[ArraySpec, ...] = ()
-        layers = with_embeddings(layers)
     else:
         num_classes = context.train_set.num_classes
         logits = top_k.arrays(config.dtype) if top_k else (ArraySpec(LOGITS, (num_classes,), config.dtype),)
@@ -149,6 +154,7 @@ def plan_store(
         versions=library_versions(),
         top_k=top_k,
         named_axes=True,
+        head=None if head is None else head_record(head),
     )
     require_readable(planned, "the store")
     return planned
@@ -157,9 +163,19 @@ def plan_store(
 def missing_bytes(path: Path, planned: Manifest, samples: Samples) -> int:
     """Return the bytes that the store at `path` still needs. Raises the same as `plan_growth`."""
     if not path.exists():
-        return store_bytes(planned, planned.layout.units())
-    grown, _ = plan_growth(path, read_store_manifest(path), planned, samples)
-    return sum(store_bytes(grown, [unit], missing_arrays(path, grown, unit)) for unit in grown.layout.units())
+        return store_bytes(planned, planned.layout.units()) + head_bytes(planned)
+    stored = read_store_manifest(path)
+    grown, _ = plan_growth(path, stored, planned, samples)
+    return (
+        head_bytes(grown)
+        - head_bytes(stored)
+        + sum(store_bytes(grown, [unit], missing_arrays(path, grown, unit)) for unit in grown.layout.units())
+    )
+
+
+def head_bytes(manifest: Manifest) -> int:
+    """Return the bytes of the teacher's head; 0 if the store has none."""
+    return manifest.head.num_bytes if manifest.head else 0
 
 
 def free_bytes(path: Path) -> int:
@@ -177,10 +193,17 @@ def require_room(path: Path, needed: int) -> None:
         )
 
 
-def with_embeddings(layers: Sequence[FeatureSpec]) -> list[FeatureSpec]:
-    """Return the features to store of a teacher without a classifier: its embeddings first."""
-    embeddings = FeatureSpec(PRE_LOGITS)
-    return [embeddings, *(one for one in layers if one != embeddings)]
+def stored_layers(teacher: ModelBundle, layers: Sequence[FeatureSpec]) -> list[FeatureSpec]:
+    """Return the features that have an array: of a teacher without a classifier its embeddings first."""
+    first = [FeatureSpec(PRE_LOGITS)] if teacher.is_headless else []
+    return list(dict.fromkeys([*first, *(one for one in layers if not one.is_head)]))
+
+
+def head_to_store(
+    teacher: ModelBundle, layers: Sequence[FeatureSpec], context: StageContext
+) -> NDArray[np.float32] | None:
+    """Return the teacher's head [C, D + 1] if it is to be stored. Raises ModelError if it cannot be."""
+    return linear_head(teacher.model, context.image_shape) if TEACHER_HEAD in layers else None
 
 
 def top_k_of(config: CacheConfig, context: StageContext, teacher: ModelBundle) -> TopK | None:

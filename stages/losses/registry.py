@@ -23,6 +23,7 @@ from kdpipe.stages.losses.features.pefd import PEFD
 from kdpipe.stages.losses.features.review_kd import ReviewKD
 from kdpipe.stages.losses.features.simkd import SimKD
 from kdpipe.stages.losses.features.srd import SRD
+from kdpipe.stages.losses.features.srrl import SRRL
 from kdpipe.stages.losses.features.vid import VID
 from kdpipe.stages.losses.features.vkd import VkD
 from kdpipe.stages.losses.features.wkd import WKDF
@@ -49,7 +50,7 @@ L = TypeVar("L", bound=type[Loss])
 # In the order in which `kdpipe losses` lists them.
 _BUILTIN: tuple[type[Loss], ...] = (
     *(KD, DKD, DIST, NKD, TTM, WTTM, WSLD, MLLD, HardDistillation, LogitMSE, BinaryKD),
-    *(Hint, Cosine, PEFD, SRD, VkD, FitNet, AT, ATGradient, CWD, WKDF, NST, VID, ReviewKD, SimKD),
+    *(Hint, Cosine, PEFD, SRD, SRRL, VkD, FitNet, AT, ATGradient, CWD, WKDF, NST, VID, ReviewKD, SimKD),
     *(RKD, SP, PKT, CC, CRD),
 )
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kdpipe.store.errors import StoreError
+from kdpipe.store.format.head import read_head
 from kdpipe.store.format.layout import ArraySpec, StoreLayout, Unit
 from kdpipe.store.format.manifest import Finished, Manifest
 from kdpipe.store.format.markers import Marker
@@ -105,10 +106,20 @@ class TargetStore:
     @property
     def num_classes(self) -> int:
         """Number of logits of the teacher, whether all of them or the k largest are stored; 0 if it has embeddings."""
-        top_k = self.manifest.top_k
+        top_k, head = self.manifest.top_k, self.manifest.head
         if not self.manifest.has_logits:
             return 0
+        if head is not None:
+            return head.shape[0]
         return top_k.num_classes if top_k else self.manifest.spec("logits").row_shape[0]
+
+    @cached_property
+    def head(self) -> NDArray[np.float32] | None:
+        """The teacher's last linear layer, [C, D + 1], its biases in the last column; None if it is not stored.
+
+        Raises StoreError where it is damaged.
+        """
+        return None if self.manifest.head is None else read_head(self.path, self.manifest.head)
 
     @property
     def provenance(self) -> dict[str, Any]:

@@ -25,7 +25,7 @@ from kdpipe.store.errors import FingerprintMismatch, StoreError
 from kdpipe.store.format.encoding_error import all_finite, measure_dense, measure_features, measure_topk, merge
 from kdpipe.store.format.layout import Unit
 from kdpipe.store.format.manifest import Manifest
-from kdpipe.store.format.samples import Samples, read_samples
+from kdpipe.store.format.samples import read_samples
 from kdpipe.store.format.topk import encode_topk
 from kdpipe.store.format.unit_state import committed, missing_arrays, store_state
 from kdpipe.store.format.zarr_metadata import read_store_manifest
@@ -69,7 +69,7 @@ def transcode(
     store = open_store(source).streamed(0)
     wanted = transcoded_manifest(store, options)
     with claimed(target, "transcode", lambda holder: f"{target} is in use by {holder}; wait for it, or stop it first."):
-        manifest = _ensure(target, wanted, store.samples)
+        manifest = _ensure(target, wanted, store)
         complete = _fill(store, target, manifest, on_unit, should_stop)
         if complete:
             finish_store(target)
@@ -112,9 +112,9 @@ def _require_apart(source: Path, target: Path) -> None:
         raise StoreError(f"{source} and {target} are one within the other: give a target beside the source.")
 
 
-def _ensure(target: Path, wanted: Manifest, samples: Samples) -> Manifest:
+def _ensure(target: Path, wanted: Manifest, source: TargetStore) -> Manifest:
     try:
-        return ensure_store(target, wanted, samples)
+        return ensure_store(target, wanted, source.samples, head=source.head if wanted.head else None)
     except FingerprintMismatch as error:
         raise FingerprintMismatch(
             f"the store {target}", error.differences, "Give another target, or delete this one and run again."

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from kdpipe.pipeline.terminal.output import console, printable
 from kdpipe.pipeline.terminal.rate import duration_text
 from kdpipe.pipeline.terminal.tables import Table, print_table
+from kdpipe.store.format.head import HEAD
 from kdpipe.store.format.identity import describe_computation
 
 if TYPE_CHECKING:
@@ -101,6 +102,9 @@ def _lines(plan: dict[str, Any]) -> Iterator[tuple[str, str]]:
             f"{name} {array['dtype']} {array['row_shape']}: {array['view_bytes']:,} bytes a view, "
             f"{array['store_bytes']:,} in total ({required_by})",
         )
+    if head := plan["head"]:
+        required_by = ", ".join(plan["layers_required_by"].get(HEAD, []))
+        yield "head", f"{HEAD} float32 {head['shape']}: {head['store_bytes']:,} bytes once ({required_by})"
     for part in ("test", "validation"):
         if (own := plan.get(f"{part}_store")) is not None:
             yield part, f"{own['num_samples']:,} {part} images: {own['store_bytes']:,} bytes in {own['store']}"

@@ -8,6 +8,7 @@ from typing import Any
 
 from kdpipe.pipeline.terminal.output import printable
 from kdpipe.store import Manifest, holder, read_store_manifest, store_bytes
+from kdpipe.store.format.head import HEAD
 from kdpipe.store.format.identity import describe_computation
 from kdpipe.store.format.unit_state import store_state
 
@@ -88,6 +89,8 @@ def _lines(info: dict[str, Any]) -> Iterator[tuple[str, str]]:
     yield "profile", info["profile"] + _codec(info)
     for name, spec in info["arrays"].items():
         yield "array", f"{name} {spec['dtype']} {[info['num_views'], info['num_samples'], *spec['row_shape']]}"
+    if "head" in info:
+        yield "head", f"{HEAD} float32 {info['head']['shape']}"
     yield "units", f"{info['num_units_done']} of {info['num_units']} done, {info['unit_rows']:,} rows each"
     unpacked = " uncompressed" if info["codec"] else ""
     yield "size", f"{info['disk_bytes']:,} bytes on disk; {info['view_bytes']:,} a view{unpacked}"

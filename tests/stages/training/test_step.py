@@ -288,7 +288,7 @@ def test_no_loss_waits_for_the_device(tmp_path):
     losses += [kinds[name](loss=name, layers=LAYERS) for name in sorted(takes_layers - {"simkd"})]
     context = tiny_context(tmp_path)
     required = required_of(losses, student_shapes(STUDENT, losses, context), 0)
-    bundle = build_student(STUDENT, 0, context, losses)
+    bundle = build_student(STUDENT, 0, context)
     teacher = ModelBundle(context.build_model(TEACHER.model, seed=0).to(DEVICE), {}, bundle.normalize)
     cache_teacher(CACHE, tmp_path / "store", teacher, required, context)
     task = build_task(bundle, open_distillation([tmp_path / "store"], losses, STUDENT, {}, context), 0, context)
