@@ -166,7 +166,7 @@ def cache_teacher(
         samples,
         decide=lambda new: decide(new, config, teacher, features, context, like=like),
         check=context.monitor.check,
-        head=head_to_store(teacher, features, context),
+        head=head_to_store(config, teacher, features, context),
     )
     job = build_cache_job(config, path, manifest, teacher, context)
     figures = fill_store(job, work_shard.select(manifest.layout.units()))

@@ -113,10 +113,16 @@ def store_transcode(
     source: Annotated[str, typer.Argument(metavar="SRC", help="The store to read, a folder or a URL.")],
     target: Annotated[Path, typer.Argument(metavar="DST", parser=output_path, help="The folder of the new store.")],
     *,
+    encoding: Annotated[
+        str | None, typer.Option(metavar="NAME", help="int8 or int4: bits a logit; dense: decode these, or a head.")
+    ] = None,
     top_k: Annotated[int | None, typer.Option("--top-k", metavar="K", help="Keep the K largest logits.")] = None,
     temperatures: Annotated[
         tuple[float, float] | None,
         typer.Option(help="Range in which --top-k preserves the mass of the other classes [default: 1 20]."),
+    ] = None,
+    sampled_labels: Annotated[
+        int | None, typer.Option("--sampled-labels", metavar="K", help="Sample K classes of each row, for T = 1.")
     ] = None,
     dtype: Annotated[str | None, typer.Option(help="float16: convert float32 arrays.")] = None,
     views: Annotated[int | None, typer.Option("--views", metavar="N", help="Keep the first N views.")] = None,
@@ -134,7 +140,7 @@ def store_transcode(
     ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Convert a store without the teacher. Top-k logits, float16, fewer views, compressed or decompressed."""
+    """Convert a store without the teacher. Logits in fewer bytes, float16, fewer views, compressed or decompressed."""
     if logits_only and arrays:
         raise typer.BadParameter("--logits-only and --array exclude each other.")
     with guarded():
@@ -147,8 +153,10 @@ def store_transcode(
         from kdpipe.store import TranscodeOptions
 
         change = TranscodeOptions(
+            encoding=encoding,
             top_k=top_k,
             temperatures=parse_temperatures(temperatures),
+            sampled_labels=sampled_labels,
             dtype=dtype,
             num_views=views,
             arrays=() if logits_only else tuple(arrays) if arrays else None,

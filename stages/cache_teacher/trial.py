@@ -72,7 +72,7 @@ def decide(
         own = read_store_manifest(like)
         return with_settings(planned, settings_of(own), own.trial)
     require_available(config.precision, context.device)
-    layers = stored_layers(teacher, layers)
+    layers = stored_layers(config, teacher, layers)
     settings, num_images = config.settings, planned.layout.num_views * planned.layout.num_samples
     is_large = _is_large(teacher.model, context, num_images)
     if not is_large and settings.precision == "float32":

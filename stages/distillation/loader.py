@@ -34,7 +34,7 @@ from kdpipe.stages.targets.reader import TargetLoadingConfig, Targets
 from kdpipe.stages.targets.resolve import LOGITS
 from kdpipe.stages.training.task import Batch, TrainingTask
 from kdpipe.stages.views.from_store import views_of_store
-from kdpipe.store import TargetStore, interpolation
+from kdpipe.store import TargetStore
 
 
 class StudentBatch(dict[str, Any]):
@@ -165,8 +165,8 @@ class DistillationLoader:
             context = replace(context, mix_partners=find_partners(opened.path, dataset, mix_partners))
         open_with_views(opened.path, context.view_identity(), {})
         self._temperature = temperature
-        if opened.manifest.top_k is not None:
-            interpolation(opened.manifest.top_k, temperature)  # raises outside the store's range
+        if opened.manifest.encoding is not None:
+            opened.manifest.encoding.require_temperature(temperature)
         named = [features] if isinstance(features, str) else features
         specs = _all_features(opened) if named is None else [parse_feature(name, "features") for name in named]
         self._features = {str(spec): spec for spec in specs}

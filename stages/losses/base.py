@@ -83,6 +83,7 @@ class Loss:
     per_sample: ClassVar[bool] = True  # one value per sample, so that samples can be weighted; else one per batch
     one_label: ClassVar[bool] = False  # needs a single label per sample, which mixed samples do not have
     whole_logits: ClassVar[bool] = False  # needs the teacher's logits of all classes, which top-k stores do not have
+    linear: ClassVar[bool] = False  # its gradient is linear in the teacher's probabilities, as sampled labels need
     on_logits: ClassVar[bool] = False  # compares logits
     min_classes: ClassVar[int] = 1  # with fewer it is constant, or not defined
     two_classes: ClassVar[str] = ""  # which part of it is constant with two classes, for a warning

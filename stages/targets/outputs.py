@@ -1,4 +1,4 @@
-"""Outputs of a teacher for a batch: dense or top-k logits, and features."""
+"""Outputs of a teacher for a batch: its logits in any encoding, and features."""
 
 from __future__ import annotations
 
@@ -14,6 +14,10 @@ from kdpipe.stages.compute.tf32 import tf32
 from kdpipe.stages.errors import RecipeError
 from kdpipe.stages.targets.feature_spec import FeatureSpec
 from kdpipe.store import TopK, interpolation
+from kdpipe.store.format.logit_encoding import LogitEncoding
+from kdpipe.store.format.quantized import HEADER_BYTES, PACKED, Quantized
+from kdpipe.store.format.sampled import ABSENT, Sampled
+from kdpipe.store.format.topk import INDICES, TAIL, VALUES
 
 NO_LOGITS = (
     "the store has the teacher's embeddings and no logits: use losses on features or relations, such as cosine, hint, "
@@ -113,6 +117,26 @@ class TopKTargets:
 
 
 @dataclass(frozen=True)
+class SampledTargets:
+    """Sampled labels of a batch: the logarithms of the weights of the drawn classes, and these classes, [B, k]."""
+
+    sampled: Sampled
+    values: Tensor
+    indices: Tensor
+    features: Mapping[FeatureSpec, Tensor]
+
+    def rows(self, index: Tensor) -> SampledTargets:
+        features = feature_rows(self.features, index)
+        return SampledTargets(self.sampled, self.values[index], self.indices[index], features)
+
+    def logits_at(self, temperature: float) -> Tensor:
+        """Return logits [B, num_classes], float32, whose softmax at T = 1 has the weights; others raise StoreError."""
+        self.sampled.require_temperature(temperature)
+        kept = self.values.float()
+        return kept.new_full((len(kept), self.sampled.num_classes), ABSENT).scatter(1, self.indices.long(), kept)
+
+
+@dataclass(frozen=True)
 class TransformedTargets:
     """Outputs of a teacher with a function of (logits, temperature) applied to its logits."""
 
@@ -128,3 +152,27 @@ class TransformedTargets:
 
     def rows(self, index: Tensor) -> TransformedTargets:
         return TransformedTargets(self.inner.rows(index), self.transform)
+
+
+def teacher_targets(
+    encoding: LogitEncoding | None, arrays: Mapping[str, Tensor], features: Mapping[FeatureSpec, Tensor]
+) -> TeacherTargets:
+    """Return the outputs of a batch from the rows of a store's arrays, [B, ...] by name, on the device."""
+    if isinstance(encoding, TopK):
+        return TopKTargets(encoding, arrays[VALUES], arrays[INDICES], arrays[TAIL], features)
+    if isinstance(encoding, Sampled):
+        return SampledTargets(encoding, arrays[VALUES], arrays[INDICES], features)
+    if isinstance(encoding, Quantized):
+        return DenseTargets(dequantize(encoding, arrays[PACKED]), features)
+    return DenseTargets(arrays["logits"].float() if "logits" in arrays else None, features)
+
+
+def dequantize(encoding: Quantized, packed: Tensor) -> Tensor:
+    """Decode quantized logits, uint8 [B, bytes], to float32 [B, num_classes] on their device."""
+    header = packed[:, :HEADER_BYTES].contiguous().view(torch.float16).float()
+    codes = packed[:, HEADER_BYTES:]
+    if encoding.bits == 4:
+        codes = torch.stack([codes & 15, codes >> 4], dim=2).flatten(1)[:, : encoding.num_classes]
+    places = torch.from_numpy(encoding.places).to(packed.device, non_blocking=True)
+    logits: Tensor = header[:, :1] - header[:, 1:] * places[codes.int()]
+    return logits

@@ -15,8 +15,13 @@ from kdpipe.stages.config import Bytes, section
 from kdpipe.stages.runtime.memory import free_gpu_bytes
 from kdpipe.stages.targets.feature_spec import FeatureSpec
 from kdpipe.stages.targets.join import JoinedStore
-from kdpipe.stages.targets.outputs import DenseTargets, TeacherTargets, TopKTargets, TransformedTargets, head_logits
-from kdpipe.stages.targets.resolve import LOGITS
+from kdpipe.stages.targets.outputs import (
+    DenseTargets,
+    TeacherTargets,
+    TransformedTargets,
+    head_logits,
+    teacher_targets,
+)
 from kdpipe.store import TargetStore
 from kdpipe.store.format.manifest import EMBEDDINGS
 from kdpipe.store.read.mapped_views import Verify
@@ -117,14 +122,11 @@ class Targets:
             source.feature: self._head(number) if source.feature.is_head else source(read[source.array].float())
             for source in joined.features
         }
-        top_k = joined.store.manifest.top_k
         outputs: TeacherTargets
         if joined.store.manifest.logits_from_head:
             outputs = DenseTargets(head_logits(read[EMBEDDINGS].float(), self._head(number)), features)
-        elif top_k is None:
-            outputs = DenseTargets(read[LOGITS].float() if LOGITS in read else None, features)
         else:
-            outputs = TopKTargets(top_k, read["logits/values"], read["logits/indices"], read["logits/tail"], features)
+            outputs = teacher_targets(joined.store.manifest.encoding, read, features)
         return outputs if joined.class_map is None else TransformedTargets(outputs, joined.class_map.map_logits)
 
     def _read(self, number: int, names: Iterable[str], view: int, indices: Tensor) -> dict[str, Tensor]:

@@ -224,7 +224,7 @@ def _is_copy_of(stored: Manifest, remote: RemoteStore) -> bool:
         stored.layout.segments[:shared] == remote.segments[:shared]
         and stored.segment_fingerprints[:shared] == remote.segment_fingerprints[:shared]
         and stored.layout.unit_rows == wanted.layout.unit_rows
-        and (stored.top_k, stored.rounded) == (wanted.top_k, wanted.rounded)
+        and (stored.encoding, stored.rounded) == (wanted.encoding, wanted.rounded)
         and (stored.head == wanted.head or None in (stored.head, wanted.head))
         and all(arrays.get(spec.name, spec) == spec for spec in wanted.arrays)
     )

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from kdpipe.store.errors import FingerprintMismatch, differences
 from kdpipe.store.format.head import require_head, write_head
 from kdpipe.store.format.identity import PLAIN
+from kdpipe.store.format.logit_encoding import encoding_json
 from kdpipe.store.format.manifest import Manifest, version_note
 from kdpipe.store.format.samples import Samples, read_samples, sample_chunks
 from kdpipe.store.format.zarr_metadata import read_store_manifest, replace_metadata
@@ -107,7 +108,8 @@ def _origin(manifest: Manifest) -> dict[str, object]:
         "teacher": manifest.identity.teacher,
         "data": {key: value for key, value in manifest.identity.data.items() if key not in COUNTS},
         "views": manifest.identity.views,
-        "top_k": manifest.top_k and manifest.top_k.to_json(),
+        "logits": "from the head" if manifest.logits_from_head else "stored" if manifest.has_logits else "none",
+        **{"encoding": None, **encoding_json(manifest.encoding)},
         "codec": manifest.codec and manifest.codec.to_json(),
         "rounded": dict(manifest.rounded),
     }

@@ -80,6 +80,8 @@ BAD = {
     "source": NO_STORE,
     "target": [*NAMES, "folder", "file", "file/x", "loop", "fifo", "a.zarr", "a.zarr/x", ".", "x" * 300, LONG],
     "--top-k": [*TOO_MANY, "11"],
+    "--sampled-labels": [*TOO_MANY, "11"],
+    "--encoding": ["", "int2", "float16"],
     "--temperatures": ["", "1", "x 1", "0 1", "1 0", "-1 2", "nan nan", "1 inf", "1e309 1", "2 1", "1 1e30", "0 0"],
     "--dtype": ["", "x", "int8", "object", ESCAPE, LONG],
     "--array": ["", "x", "../x", ESCAPE, LONG],
