@@ -40,6 +40,7 @@ if TYPE_CHECKING:
     from kdpipe.stages.losses.logits.mlld import MLLD
     from kdpipe.stages.losses.logits.nkd import NKD
     from kdpipe.stages.losses.logits.ttm import TTM, WTTM
+    from kdpipe.stages.losses.logits.wkd import WKDL
     from kdpipe.stages.losses.logits.wsld import WSLD
     from kdpipe.stages.losses.relations.cc import CC
     from kdpipe.stages.losses.relations.crd import CRD
@@ -78,6 +79,7 @@ _MODULES = {
     "losses.logits.mlld": "MLLD",
     "losses.logits.nkd": "NKD",
     "losses.logits.ttm": "TTM WTTM",
+    "losses.logits.wkd": "WKDL",
     "losses.logits.wsld": "WSLD",
     "losses.relations.cc": "CC",
     "losses.relations.crd": "CRD",
@@ -96,10 +98,10 @@ _MODULE_OF = {name: module for module, names in _MODULES.items() for name in nam
 # fmt: off
 __all__ = [  # literal, so that linters and type checkers see it; a test compares it with _MODULES
     "AT", "CC", "CRD", "CWD", "DIST", "DKD", "KD", "MLLD", "NKD", "NST", "PEFD", "PKT", "RKD", "SP", "SRD", "SRRL",
-    "TTM", "VID", "WKDF", "WSLD", "WTTM", "ATGradient", "BinaryKD", "Cosine", "FeatureLoss", "FeatureSpec", "FitNet",
-    "HardDistillation", "Hint", "LogitLoss", "LogitMSE", "Loss", "LossInputs", "MapLoss", "ModelOutput", "Negatives",
-    "PooledLoss", "RelationLoss", "ReviewKD", "SampleSelection", "Schedule", "Scheduled", "SimKD", "SoftLogitLoss",
-    "TrainProgress", "VkD", "all_gather_with_grad", "functional",
+    "TTM", "VID", "WKDF", "WKDL", "WSLD", "WTTM", "ATGradient", "BinaryKD", "Cosine", "FeatureLoss", "FeatureSpec",
+    "FitNet", "HardDistillation", "Hint", "LogitLoss", "LogitMSE", "Loss", "LossInputs", "MapLoss", "ModelOutput",
+    "Negatives", "PooledLoss", "RelationLoss", "ReviewKD", "SampleSelection", "Schedule", "Scheduled", "SimKD",
+    "SoftLogitLoss", "TrainProgress", "VkD", "all_gather_with_grad", "functional",
 ]
 # fmt: on
 

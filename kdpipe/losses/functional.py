@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from kdpipe.stages.losses.logits.mlld import mlld_loss
     from kdpipe.stages.losses.logits.nkd import nkd_loss
     from kdpipe.stages.losses.logits.ttm import ttm_loss, wttm_loss
+    from kdpipe.stages.losses.logits.wkd import class_costs, wkd_l_loss
     from kdpipe.stages.losses.logits.wsld import wsld_loss
     from kdpipe.stages.losses.relations.cc import cc_loss, correlation_loss
     from kdpipe.stages.losses.relations.nce import nce_loss
@@ -56,6 +57,7 @@ _MODULES = {
     "logits.mlld": "mlld_loss",
     "logits.nkd": "nkd_loss",
     "logits.ttm": "ttm_loss wttm_loss",
+    "logits.wkd": "class_costs wkd_l_loss",
     "logits.wsld": "wsld_loss",
     "relations.cc": "cc_loss correlation_loss",
     "relations.nce": "nce_loss",
@@ -72,6 +74,7 @@ __all__ = [  # literal, so that linters and type checkers see it; a test compare
     "at_loss",
     "binary_kd_loss",
     "cc_loss",
+    "class_costs",
     "correlation_loss",
     "cosine_loss",
     "cwd_loss",
@@ -99,6 +102,7 @@ __all__ = [  # literal, so that linters and type checkers see it; a test compare
     "vid_loss",
     "vkd_loss",
     "wkd_f_loss",
+    "wkd_l_loss",
     "wsld_loss",
     "wttm_loss",
 ]

@@ -157,6 +157,8 @@ def check_combination(spec: DistillationSpec, sources: Sequence[JoinedStore], ta
                 f"distill.{number} ({loss.loss}) needs raw logits, which student.teachers does not keep (temperatures, "
                 "or ensemble = 'probabilities'): select one teacher with distill.store."
             )
+        if loss.needs_head and loss.on_logits:
+            _require_one_head(spec, sources, number, loss)
         if loss.negative_features and targets.residence == "streamed":
             raise RecipeError(
                 f"distill.{number} ({loss.loss}) reads samples from the whole store at every step, but the targets are "
@@ -167,6 +169,20 @@ def check_combination(spec: DistillationSpec, sources: Sequence[JoinedStore], ta
             f"{targets.num_without_targets} of the samples are in no store, or of classes that no teacher has: remove "
             "them from the data set (data.classes), or train on their labels alone with "
             "student.missing_targets = 'hard-labels'."
+        )
+
+
+def _require_one_head(spec: DistillationSpec, sources: Sequence[JoinedStore], number: int, loss: Loss) -> None:
+    """Raise RecipeError unless the logits of a loss are those of one teacher's last layer, class by class."""
+    if loss.store is None and (len(sources) > 1 or spec.teachers.temperatures):
+        raise RecipeError(
+            f"distill.{number} ({loss.loss}) compares classes by one teacher's last layer, and student.teachers "
+            "combines logits: select one teacher with distill.store."
+        )
+    if sources[loss.store or 0].class_map:
+        raise RecipeError(
+            f"distill.{number} ({loss.loss}) compares classes by the teacher's last layer, and its classes are not the "
+            "student's: use another loss, or another teacher (distill.store)."
         )
 
 

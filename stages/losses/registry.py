@@ -35,6 +35,7 @@ from kdpipe.stages.losses.logits.kd import KD, LogitMSE
 from kdpipe.stages.losses.logits.mlld import MLLD
 from kdpipe.stages.losses.logits.nkd import NKD
 from kdpipe.stages.losses.logits.ttm import TTM, WTTM
+from kdpipe.stages.losses.logits.wkd import WKDL
 from kdpipe.stages.losses.logits.wsld import WSLD
 from kdpipe.stages.losses.relations.cc import CC
 from kdpipe.stages.losses.relations.crd import CRD
@@ -49,7 +50,7 @@ L = TypeVar("L", bound=type[Loss])
 
 # In the order in which `kdpipe losses` lists them.
 _BUILTIN: tuple[type[Loss], ...] = (
-    *(KD, DKD, DIST, NKD, TTM, WTTM, WSLD, MLLD, HardDistillation, LogitMSE, BinaryKD),
+    *(KD, DKD, DIST, NKD, TTM, WTTM, WSLD, WKDL, MLLD, HardDistillation, LogitMSE, BinaryKD),
     *(Hint, Cosine, PEFD, SRD, SRRL, VkD, FitNet, AT, ATGradient, CWD, WKDF, NST, VID, ReviewKD, SimKD),
     *(RKD, SP, PKT, CC, CRD),
 )
