@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from kdpipe.losses import functional
     from kdpipe.stages.losses.base import FeatureLoss, LogitLoss, Loss, MapLoss, PooledLoss, SoftLogitLoss
     from kdpipe.stages.losses.features.at import AT, ATGradient
+    from kdpipe.stages.losses.features.cat_kd import CATKD
     from kdpipe.stages.losses.features.cosine import Cosine
     from kdpipe.stages.losses.features.cwd import CWD
     from kdpipe.stages.losses.features.fitnet import FitNet
@@ -57,6 +58,7 @@ if TYPE_CHECKING:
 _MODULES = {
     "losses.base": "FeatureLoss LogitLoss Loss MapLoss PooledLoss SoftLogitLoss",
     "losses.features.at": "AT ATGradient",
+    "losses.features.cat_kd": "CATKD",
     "losses.features.cosine": "Cosine",
     "losses.features.cwd": "CWD",
     "losses.features.fitnet": "FitNet",
@@ -97,11 +99,11 @@ _MODULE_OF = {name: module for module, names in _MODULES.items() for name in nam
 
 # fmt: off
 __all__ = [  # literal, so that linters and type checkers see it; a test compares it with _MODULES
-    "AT", "CC", "CRD", "CWD", "DIST", "DKD", "KD", "MLLD", "NKD", "NST", "PEFD", "PKT", "RKD", "SP", "SRD", "SRRL",
-    "TTM", "VID", "WKDF", "WKDL", "WSLD", "WTTM", "ATGradient", "BinaryKD", "Cosine", "FeatureLoss", "FeatureSpec",
-    "FitNet", "HardDistillation", "Hint", "LogitLoss", "LogitMSE", "Loss", "LossInputs", "MapLoss", "ModelOutput",
-    "Negatives", "PooledLoss", "RelationLoss", "ReviewKD", "SampleSelection", "Schedule", "Scheduled", "SimKD",
-    "SoftLogitLoss", "TrainProgress", "VkD", "all_gather_with_grad", "functional",
+    "AT", "CATKD", "CC", "CRD", "CWD", "DIST", "DKD", "KD", "MLLD", "NKD", "NST", "PEFD", "PKT", "RKD", "SP", "SRD",
+    "SRRL", "TTM", "VID", "WKDF", "WKDL", "WSLD", "WTTM", "ATGradient", "BinaryKD", "Cosine", "FeatureLoss",
+    "FeatureSpec", "FitNet", "HardDistillation", "Hint", "LogitLoss", "LogitMSE", "Loss", "LossInputs", "MapLoss",
+    "ModelOutput", "Negatives", "PooledLoss", "RelationLoss", "ReviewKD", "SampleSelection", "Schedule", "Scheduled",
+    "SimKD", "SoftLogitLoss", "TrainProgress", "VkD", "all_gather_with_grad", "functional",
 ]
 # fmt: on
 

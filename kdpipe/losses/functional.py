@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from kdpipe.stages.losses.features.at import at_loss
+    from kdpipe.stages.losses.features.cat_kd import cat_kd_loss
     from kdpipe.stages.losses.features.cosine import cosine_loss
     from kdpipe.stages.losses.features.cwd import cwd_loss
     from kdpipe.stages.losses.features.hint import hint_loss
@@ -39,6 +40,7 @@ if TYPE_CHECKING:
 
 _MODULES = {
     "features.at": "at_loss",
+    "features.cat_kd": "cat_kd_loss",
     "features.cosine": "cosine_loss",
     "features.cwd": "cwd_loss",
     "features.hint": "hint_loss",
@@ -73,6 +75,7 @@ __all__ = [  # literal, so that linters and type checkers see it; a test compare
     "angle_loss",
     "at_loss",
     "binary_kd_loss",
+    "cat_kd_loss",
     "cc_loss",
     "class_costs",
     "correlation_loss",

@@ -157,8 +157,8 @@ def check_combination(spec: DistillationSpec, sources: Sequence[JoinedStore], ta
                 f"distill.{number} ({loss.loss}) needs raw logits, which student.teachers does not keep (temperatures, "
                 "or ensemble = 'probabilities'): select one teacher with distill.store."
             )
-        if loss.needs_head and loss.on_logits:
-            _require_one_head(spec, sources, number, loss)
+        if loss.compares_classes:
+            _require_same_classes(spec, sources, number, loss)
         if loss.negative_features and targets.residence == "streamed":
             raise RecipeError(
                 f"distill.{number} ({loss.loss}) reads samples from the whole store at every step, but the targets are "
@@ -172,18 +172,13 @@ def check_combination(spec: DistillationSpec, sources: Sequence[JoinedStore], ta
         )
 
 
-def _require_one_head(spec: DistillationSpec, sources: Sequence[JoinedStore], number: int, loss: Loss) -> None:
-    """Raise RecipeError unless the logits of a loss are those of one teacher's last layer, class by class."""
-    if loss.store is None and (len(sources) > 1 or spec.teachers.temperatures):
-        raise RecipeError(
-            f"distill.{number} ({loss.loss}) compares classes by one teacher's last layer, and student.teachers "
-            "combines logits: select one teacher with distill.store."
-        )
+def _require_same_classes(spec: DistillationSpec, sources: Sequence[JoinedStore], number: int, loss: Loss) -> None:
+    """Raise RecipeError unless a loss that compares classes has one teacher, of the student's classes."""
+    entry = f"distill.{number} ({loss.loss}) compares classes by what one teacher says of them, and"
+    if loss.on_logits and loss.store is None and (len(sources) > 1 or spec.teachers.temperatures):
+        raise RecipeError(f"{entry} student.teachers combines logits: select one teacher with distill.store.")
     if sources[loss.store or 0].class_map:
-        raise RecipeError(
-            f"distill.{number} ({loss.loss}) compares classes by the teacher's last layer, and its classes are not the "
-            "student's: use another loss, or another teacher (distill.store)."
-        )
+        raise RecipeError(f"{entry} its classes are not the student's: use another loss, or another teacher.")
 
 
 def require_views(store: TargetStore, num_views: int) -> None:

@@ -88,6 +88,7 @@ class Loss:
     min_classes: ClassVar[int] = 1  # with fewer it is constant, or not defined
     two_classes: ClassVar[str] = ""  # which part of it is constant with two classes, for a warning
     needs_head: ClassVar[bool] = False  # needs the teacher's last linear layer in the store
+    compares_classes: ClassVar[bool] = False  # by what only a teacher of the same classes has, beside its logits
     input_gradient: ClassVar[bool] = False  # uses the gradient of the student's cross entropy by the images
     tasks: ClassVar[tuple[Task, ...]] = (CLASSIFICATION, MULTILABEL, REGRESSION)  # what the outputs may be
 

@@ -14,6 +14,7 @@ from kdpipe.stages.config import section
 from kdpipe.stages.errors import RecipeError
 from kdpipe.stages.losses.base import Loss
 from kdpipe.stages.losses.features.at import AT, ATGradient
+from kdpipe.stages.losses.features.cat_kd import CATKD
 from kdpipe.stages.losses.features.cosine import Cosine
 from kdpipe.stages.losses.features.cwd import CWD
 from kdpipe.stages.losses.features.fitnet import FitNet
@@ -51,7 +52,7 @@ L = TypeVar("L", bound=type[Loss])
 # In the order in which `kdpipe losses` lists them.
 _BUILTIN: tuple[type[Loss], ...] = (
     *(KD, DKD, DIST, NKD, TTM, WTTM, WSLD, WKDL, MLLD, HardDistillation, LogitMSE, BinaryKD),
-    *(Hint, Cosine, PEFD, SRD, SRRL, VkD, FitNet, AT, ATGradient, CWD, WKDF, NST, VID, ReviewKD, SimKD),
+    *(Hint, Cosine, PEFD, SRD, SRRL, VkD, FitNet, AT, ATGradient, CATKD, CWD, WKDF, NST, VID, ReviewKD, SimKD),
     *(RKD, SP, PKT, CC, CRD),
 )
 

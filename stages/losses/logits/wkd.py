@@ -47,6 +47,7 @@ class WKDL(SoftLogitLoss):
     one_label: ClassVar[bool] = True
     two_classes: ClassVar[str] = "the distance among the other classes (gamma) is 0"
     needs_head: ClassVar[bool] = True
+    compares_classes: ClassVar[bool] = True
 
     loss: Literal["wkd_l"] = "wkd_l"
     temperature: Temperature = 8.0

@@ -67,7 +67,9 @@ def outputs(name):
     student = TEACHER_HINTS if name == "simkd" else STUDENT_MAPS
     teacher = {"b": TEACHER_MAPS.float(), f"{INPUT}:{INPUT_GRADIENT}": GRADIENT.square().mean(1)}
     teacher |= {"pre_logits": TEACHER_VECTORS.float(), "pre_logits:head": drawn(10, 33, seed=11).float()}
+    teacher |= {"b.cam": TEACHER_MAPS[:, :10].float()}
     features = {"a": student.float(), "pre_logits": STUDENT_VECTORS.float()}
+    features |= {"a.cam": STUDENT_MAPS[:, :10].float()}
     return ModelOutput(STUDENT_LOGITS.float(), features), ModelOutput(TEACHER_LOGITS.float(), teacher)
 
 
