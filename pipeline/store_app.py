@@ -80,6 +80,36 @@ def store_verify(
         verify.exit_for(verdict, recomputed)
 
 
+@store_app.command("advise")
+def store_advise(
+    place: Annotated[Path, typer.Argument(metavar="STORE|RECIPE", help="A store's folder, or a recipe.")],
+    set_: SetOption = None,
+    run: RunDir = None,
+    *,
+    max_kl: Annotated[
+        float, typer.Option("--max-kl", help="KL divergence from the exact soft labels to accept, in nats.")
+    ] = 1e-3,
+    as_json: AsJson = False,
+) -> None:
+    """Compare encodings of a teacher's logits. Bytes, fidelity and speed for a recipe's losses; one is recommended."""
+    if not 0 < max_kl < float("inf"):
+        raise typer.BadParameter(f"--max-kl is {max_kl:g}; give a number of nats above 0.")
+    is_store = os.path.isdir(place)  # noqa: PTH112 (Path.is_dir raises for a name that is too long)
+    if is_store and (set_ or run):
+        raise typer.BadParameter("--set and --run need a recipe, and this is a folder.")
+    with guarded():
+        from kdpipe.pipeline.commands.store import advise
+        from kdpipe.stages.distillation.encoding_advice import advice_json
+
+        if is_store:
+            reports = advise.advise_store(place)
+        else:
+            with open_run(place, CommonOptions(set_=set_, run=run, as_json=as_json)) as opened:
+                reports = advise.advise_run(opened)
+        document = {"path": str(place), **advice_json(reports, max_kl)}
+        print_result(as_json, document, lambda: advise.print_advice(reports, max_kl))
+
+
 @store_app.command("repair")
 @with_options
 def store_repair(recipe: RecipePath, options: CommonOptions) -> None:

@@ -18,6 +18,7 @@ from kdpipe.stages.targets.outputs import NO_LOGITS
 from kdpipe.stages.targets.reader import Targets
 from kdpipe.stages.views.config import Views
 from kdpipe.store import StoreError, TargetStore, TopK
+from kdpipe.store.format.logit_encoding import LogitEncoding
 from kdpipe.store.format.sampled import Sampled
 
 
@@ -227,9 +228,10 @@ def require_logits(stores: Sequence[TargetStore], losses: Sequence[Loss], teache
         for index, store in enumerate(stores):
             if loss.on_logits and loss.store in (None, index):
                 own = teachers.temperatures[index : index + 1] if loss.store is None else ()
-                _require_encoding(store, loss, own or loss.temperatures(), entry)
+                encoding = store.manifest.encoding
+                require_encoding(encoding, str(store.path), loss, own or loss.temperatures(), entry)
                 averaged = loss.store is None and len(stores) > 1 and teachers.ensemble == "logits"
-                if averaged and isinstance(store.manifest.encoding, Sampled):
+                if averaged and isinstance(encoding, Sampled):
                     raise RecipeError(
                         f"{entry} averages logits, and {store.path} has sampled labels: set "
                         "student.teachers.ensemble = 'probabilities'."
@@ -241,21 +243,22 @@ def require_logits(stores: Sequence[TargetStore], losses: Sequence[Loss], teache
             _require_probabilities(store, entry)
 
 
-def _require_encoding(store: TargetStore, loss: Loss, temperatures: Sequence[Temperature], entry: str) -> None:
-    """Raise an error, as `require_logits`, unless a store's encoding serves a loss on logits at its temperatures."""
-    encoding = store.manifest.encoding
+def require_encoding(
+    encoding: LogitEncoding | None, where: str, loss: Loss, temperatures: Sequence[Temperature], entry: str
+) -> None:
+    """Raise an error, as `require_logits`, unless an encoding serves a loss on logits at its temperatures."""
     if encoding is None or encoding.all_logits:
         return
     standardizes = isinstance(loss, LogitLoss) and loss.standardize
     if loss.whole_logits or standardizes:
         raise RecipeError(
-            f"{entry} needs the logits of all classes, but {store.path} has {encoding.describe()}: cache without "
+            f"{entry} needs the logits of all classes, but {where} has {encoding.describe()}: cache without "
             f"cache.{'top_k' if isinstance(encoding, TopK) else 'sampled_labels'} into another store."
         )
     if isinstance(encoding, Sampled) and (not loss.linear or vars(loss).get("rest") == "student"):
         what = "rest = 'student'" if loss.linear else "it"
         raise RecipeError(
-            f"{entry}: {what} is not linear in the teacher's probabilities, of which {store.path} has samples: use kd "
+            f"{entry}: {what} is not linear in the teacher's probabilities, of which {where} has samples: use kd "
             "at T = 1, or cache without cache.sampled_labels into another store."
         )
     for temperature in temperatures:

@@ -170,9 +170,9 @@ def teacher_targets(
 def dequantize(encoding: Quantized, packed: Tensor) -> Tensor:
     """Decode quantized logits, uint8 [B, bytes], to float32 [B, num_classes] on their device."""
     header = packed[:, :HEADER_BYTES].contiguous().view(torch.float16).float()
-    codes = packed[:, HEADER_BYTES:]
-    if encoding.bits == 4:
-        codes = torch.stack([codes & 15, codes >> 4], dim=2).flatten(1)[:, : encoding.num_classes]
-    places = torch.from_numpy(encoding.places).to(packed.device, non_blocking=True)
-    logits: Tensor = header[:, :1] - header[:, 1:] * places[codes.int()]
-    return logits
+    codes = packed[:, HEADER_BYTES:].long()
+    tables = torch.from_numpy(encoding.tables).to(packed.device, non_blocking=True)
+    # gather is several times as fast as an index on a CPU
+    columns = [table.expand(len(codes), -1).gather(1, codes) for table in tables]
+    places = columns[0] if len(columns) == 1 else torch.stack(columns, 2).flatten(1)[:, : encoding.num_classes]
+    return header[:, :1] - header[:, 1:] * places

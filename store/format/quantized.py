@@ -78,6 +78,12 @@ class Quantized:
         top = 2**self.bits - 1
         return np.asarray((np.arange(top + 1) / top) ** EXPONENT, np.float32)
 
+    @cached_property
+    def tables(self) -> NDArray[np.float32]:
+        """The places of the classes that a byte has, by byte: float32 [1, 256] or, of two classes, [2, 256]."""
+        byte = np.arange(256)
+        return self.places[byte[None]] if self.bits == 8 else self.places[np.stack([byte & 15, byte >> 4])]
+
     def encode(
         self, logits: NDArray[np.float32], dtype: str, sample_ids: NDArray[np.int64], view: int
     ) -> dict[str, NDArray[Any]]:
@@ -119,8 +125,7 @@ class Quantized:
         """Return the logits [n, C] of encoded rows: the same at any temperature."""
         packed = np.ascontiguousarray(arrays[PACKED])
         largest, spread = packed[:, :HEADER_BYTES].copy().view("<f2").astype(np.float32).T[:, :, None]
-        codes = packed[:, HEADER_BYTES:]
-        if self.bits == 4:
-            codes = np.stack([codes & 15, codes >> 4], axis=2).reshape(len(codes), -1)[:, : self.num_classes]
+        columns = [table[packed[:, HEADER_BYTES:]] for table in self.tables]
+        places = np.stack(columns, axis=2).reshape(len(packed), -1)[:, : self.num_classes]
         with np.errstate(invalid="ignore"):  # of forged rows
-            return np.asarray(largest - spread * self.places[codes], np.float32)
+            return np.asarray(largest - spread * places, np.float32)
