@@ -134,10 +134,8 @@ def train_student(
     )
     config = job.config
     context = job.context(run_options)
-    if run is not None:
-        context = replace(context, run_dir=run_options.folder("student", {}))  # where a loss may look for the teacher
     spec = job.open_stores(context)
-    fingerprint = student_fingerprint(config, seed, spec, build_student(config, seed, context, job.losses), context)
+    fingerprint = student_fingerprint(config, seed, spec, build_student(config, seed, context, spec), context)
     job = replace(job, run=run_options.folder("student", fingerprint))
     require_same_student(job.run, job.sections())
     with run_options.open(job.run, context) as opened:
