@@ -144,7 +144,7 @@ def store_transcode(
     target: Annotated[Path, typer.Argument(metavar="DST", parser=output_path, help="The folder of the new store.")],
     *,
     encoding: Annotated[
-        str | None, typer.Option(metavar="NAME", help="int8 or int4: bits a logit; dense: decode these.")
+        str | None, typer.Option(metavar="NAME", help="int8 or int4: bits a logit; dense: decode these, or a head.")
     ] = None,
     top_k: Annotated[int | None, typer.Option("--top-k", metavar="K", help="Keep the K largest logits.")] = None,
     temperatures: Annotated[

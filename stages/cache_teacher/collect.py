@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
@@ -17,7 +18,9 @@ from kdpipe.stages.models.hooks import ModelOutput
 from kdpipe.stages.runtime.gpu.transfers import Download, download, empty_on_host
 from kdpipe.stages.targets.feature_spec import FeatureSpec, compute_statistic
 from kdpipe.store import Manifest, Unit, all_finite, measure_dense, measure_features
+from kdpipe.store.format.head import head_logits
 from kdpipe.store.format.logit_encoding import measure_encoded
+from kdpipe.store.format.manifest import EMBEDDINGS
 
 MEASURED_ROWS = 64
 """Rows of a unit's features of which the encoding error is measured."""
@@ -65,8 +68,12 @@ class UnitOutputs:
         sample_ids = torch.empty(unit.num_rows, dtype=torch.int64)
         return UnitOutputs(unit, sample_ids, empty(logits, unit.num_rows), stored, samples)
 
-    def encode(self, manifest: Manifest, names: Sequence[str]) -> tuple[dict[str, NDArray[Any]], dict[str, Any]]:
+    def encode(
+        self, manifest: Manifest, names: Sequence[str], head: NDArray[np.float32] | None = None
+    ) -> tuple[dict[str, NDArray[Any]], dict[str, Any]]:
         """Return the rows of the arrays `names` in the store's types, and their encoding errors.
+
+        `head` [C, D + 1] is the teacher's, if logits follow from it.
 
         Raises:
             NotFiniteError: There is NaN, infinity or overflow; the message names samples.
@@ -76,13 +83,15 @@ class UnitOutputs:
         rows = {name: self.features[name].numpy() for name in names if name in self.features}
         fidelity = {name: self._measure(name) for name in rows}
         logits_arrays = [name for name in names if name not in self.features]
+        exact = self.logits.numpy()
+        measure = measure_dense if manifest.task == CLASSIFICATION else measure_features
+        if head is not None and EMBEDDINGS in rows:
+            fidelity["logits"] = measure(exact, head_logits(rows[EMBEDDINGS], head))
         if not logits_arrays:
             return rows, fidelity
-        exact = self.logits.numpy()
         encoding = manifest.encoding
         if encoding is None:
             stored = self.logits.to(_dtype(manifest, "logits")).numpy()
-            measure = measure_dense if manifest.task == CLASSIFICATION else measure_features
             return {**rows, "logits": stored}, {**fidelity, "logits": measure(exact, stored)}
         encoded = encoding.encode(exact, manifest.logits_dtype, self.sample_ids.numpy(), self.unit.view)
         fidelity["logits"] = measure_encoded(exact, encoded, encoding)
@@ -140,7 +149,7 @@ def _send(outputs: UnitOutputs, rows: slice, ids: Tensor, exact: dict[str, Tenso
 
 
 def _dtype(manifest: Manifest, name: str) -> torch.dtype:
-    if name == "logits" and not manifest.has_logits:
+    if name == "logits" and (manifest.logits_from_head or not manifest.has_logits):
         return torch.float32
     dtype: torch.dtype = getattr(torch, manifest.logits_dtype if name == "logits" else manifest.spec(name).dtype)
     return dtype

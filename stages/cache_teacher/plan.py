@@ -9,6 +9,8 @@ from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
+import numpy as np
+from numpy.typing import NDArray
 from pydantic import AfterValidator, Field
 
 from kdpipe.stages.cache_teacher.cache import CacheJob, row_positions
@@ -20,10 +22,11 @@ from kdpipe.stages.context import StageContext
 from kdpipe.stages.data.image_set import require_classes
 from kdpipe.stages.errors import RecipeError, RunError
 from kdpipe.stages.models.bundle import ModelBundle
+from kdpipe.stages.models.head import linear_head
 from kdpipe.stages.models.hooks import overwritten_layers
 from kdpipe.stages.models.tokens import PRE_LOGITS
 from kdpipe.stages.runtime.versions import library_versions
-from kdpipe.stages.targets.feature_spec import FeatureSpec, statistic_shapes
+from kdpipe.stages.targets.feature_spec import TEACHER_HEAD, FeatureSpec, statistic_shapes
 from kdpipe.store import (
     ArraySpec,
     Identity,
@@ -39,6 +42,7 @@ from kdpipe.store import (
     rows_per_unit,
     store_bytes,
 )
+from kdpipe.store.format.head import head_record, read_head
 from kdpipe.store.format.logit_encoding import LogitEncoding
 from kdpipe.store.format.quantized import Quantized
 from kdpipe.store.format.sampled import Sampled
@@ -64,7 +68,8 @@ class CacheConfig:
         layers: Modules of the teacher to store beside the features that the losses require: `layer3` stores its map,
             `layer3:pooled`, `layer3:attention` and `layer3:gram` a statistic of it.
         dtype: The type of logits and features.
-        encoding: Store logits with 8 bits a class ("int8") or 4 ("int4"), at any temperature.
+        encoding: Store logits with 8 bits a class ("int8") or 4 ("int4"), at any temperature; or the teacher's last
+            linear layer once, and of each row the vector that goes into it ("head").
         top_k: Store only the largest logits of a row, and the mass of the rest at any temperature in `temperatures`.
         temperatures: The lowest and highest temperature; a narrow range takes fewer bytes.
         sampled_labels: Store only so many classes of a row, drawn so that the mean over views is the teacher's
@@ -84,7 +89,7 @@ class CacheConfig:
 
     layers: tuple[str, ...] = ()
     dtype: Literal["float16", "float32"] = "float16"
-    encoding: Literal["int8", "int4"] | None = None
+    encoding: Literal["int8", "int4", "head"] | None = None
     top_k: Annotated[int, Field(ge=1, lt=2**31)] | None = None
     temperatures: Annotated[tuple[Temperature, Temperature], AfterValidator(_ascending)] = (1.0, 20.0)
     sampled_labels: Annotated[int, Field(ge=1, lt=2**31)] | None = None
@@ -128,13 +133,14 @@ def plan_store(
 
     That of a teacher without a classifier has embeddings in place of logits.
 
-    Raises ModelError, listing the nearest paths, for an unknown layer; RecipeError for an encoding that does not fit;
-    StoreError for a store that readers would refuse.
+    Raises ModelError, listing the nearest paths, for an unknown layer, or for a head that cannot be stored; RecipeError
+    for an encoding that does not fit; StoreError for a store that readers would refuse.
     """
     encoding = encoding_of(config, context, teacher)
-    if teacher.is_headless:
+    head = head_to_store(config, teacher, layers, context)
+    layers = stored_layers(config, teacher, layers)
+    if teacher.is_headless or config.encoding == "head":
         logits: tuple[ArraySpec, ...] = ()
-        layers = with_embeddings(layers)
     else:
         num_classes = context.train_set.num_classes
         logits = encoding.arrays(config.dtype) if encoding else (ArraySpec(LOGITS, (num_classes,), config.dtype),)
@@ -157,6 +163,7 @@ def plan_store(
         versions=library_versions(),
         encoding=encoding,
         named_axes=True,
+        head=None if head is None else head_record(head),
     )
     require_readable(planned, "the store")
     return planned
@@ -165,9 +172,19 @@ def plan_store(
 def missing_bytes(path: Path, planned: Manifest, samples: Samples) -> int:
     """Return the bytes that the store at `path` still needs. Raises the same as `plan_growth`."""
     if not path.exists():
-        return store_bytes(planned, planned.layout.units())
-    grown, _ = plan_growth(path, read_store_manifest(path), planned, samples)
-    return sum(store_bytes(grown, [unit], missing_arrays(path, grown, unit)) for unit in grown.layout.units())
+        return store_bytes(planned, planned.layout.units()) + head_bytes(planned)
+    stored = read_store_manifest(path)
+    grown, _ = plan_growth(path, stored, planned, samples)
+    return (
+        head_bytes(grown)
+        - head_bytes(stored)
+        + sum(store_bytes(grown, [unit], missing_arrays(path, grown, unit)) for unit in grown.layout.units())
+    )
+
+
+def head_bytes(manifest: Manifest) -> int:
+    """Return the bytes of the teacher's head; 0 if the store has none."""
+    return manifest.head.num_bytes if manifest.head else 0
 
 
 def free_bytes(path: Path) -> int:
@@ -185,10 +202,18 @@ def require_room(path: Path, needed: int) -> None:
         )
 
 
-def with_embeddings(layers: Sequence[FeatureSpec]) -> list[FeatureSpec]:
-    """Return the features to store of a teacher without a classifier: its embeddings first."""
-    embeddings = FeatureSpec(PRE_LOGITS)
-    return [embeddings, *(one for one in layers if one != embeddings)]
+def stored_layers(config: CacheConfig, teacher: ModelBundle, layers: Sequence[FeatureSpec]) -> list[FeatureSpec]:
+    """Return the features that have an array: those that stand for logits first."""
+    first = [FeatureSpec(PRE_LOGITS)] if teacher.is_headless or config.encoding == "head" else []
+    return list(dict.fromkeys([*first, *(one for one in layers if not one.is_head)]))
+
+
+def head_to_store(
+    config: CacheConfig, teacher: ModelBundle, layers: Sequence[FeatureSpec], context: StageContext
+) -> NDArray[np.float32] | None:
+    """Return the teacher's head [C, D + 1] if it is to be stored. Raises ModelError if it cannot be."""
+    is_wanted = config.encoding == "head" or TEACHER_HEAD in layers
+    return linear_head(teacher.model, context.image_shape) if is_wanted else None
 
 
 def encoding_of(config: CacheConfig, context: StageContext, teacher: ModelBundle) -> LogitEncoding | None:
@@ -202,6 +227,8 @@ def encoding_of(config: CacheConfig, context: StageContext, teacher: ModelBundle
         return None
     if len(keys) > 1:
         raise RecipeError(f"{keys[0]} and {keys[1]} each say how logits are stored: set one of them.")
+    if config.encoding == "head":
+        return None
     require_classes(context.train_set, keys[0])
     if teacher.is_headless:
         raise RecipeError(f"{keys[0]} is for logits, and the teacher has embeddings: leave it out.")
@@ -227,4 +254,5 @@ def build_cache_job(
     warn = partial(context.monitor.warn, "cache-teacher")
     teacher = teacher_of_store(teacher, path, manifest, context.device, warn)
     batch_size = batch_size_of(manifest, config.batch_size)
-    return CacheJob(path, manifest, teacher, context.train_loader, positions, batch_size, context.monitor)
+    head = read_head(path, manifest.head) if manifest.head and manifest.logits_from_head else None
+    return CacheJob(path, manifest, teacher, context.train_loader, positions, batch_size, context.monitor, head)

@@ -23,7 +23,8 @@ from kdpipe.stages.models.hooks import extract_features
 from kdpipe.stages.runtime.versions import library_versions
 from kdpipe.stages.targets.feature_spec import compute_statistic
 from kdpipe.store import StoreError, TargetStore, open_store
-from kdpipe.store.format.manifest import require, version_note
+from kdpipe.store.format.head import head_logits
+from kdpipe.store.format.manifest import EMBEDDINGS, require, version_note
 from kdpipe.store.format.quantized import PACKED, Quantized
 from kdpipe.store.format.sampled import Sampled, probabilities, threshold
 from kdpipe.store.format.topk import INDICES, TAIL, VALUES, TopK, encode_topk
@@ -166,6 +167,9 @@ def _logit_errors(
     encoding = store.manifest.encoding
     if not store.manifest.has_logits:
         return {}
+    if store.head is not None and store.manifest.logits_from_head:
+        decoded = head_logits(stored[EMBEDDINGS], store.head)
+        return {"logits": _row_errors(logits, decoded, _tolerance(store, EMBEDDINGS))}
     if encoding is None:
         return {"logits": _row_errors(logits, stored["logits"], _tolerance(store, "logits"))}
     if isinstance(encoding, Quantized):

@@ -158,6 +158,8 @@ def check_combination(spec: DistillationSpec, sources: Sequence[JoinedStore], ta
                 f"distill.{number} ({loss.loss}) needs raw logits, which student.teachers does not keep (temperatures, "
                 "or ensemble = 'probabilities'): select one teacher with distill.store."
             )
+        if loss.compares_classes:
+            _require_same_classes(spec, sources, number, loss)
         if loss.negative_features and targets.residence == "streamed":
             raise RecipeError(
                 f"distill.{number} ({loss.loss}) reads samples from the whole store at every step, but the targets are "
@@ -169,6 +171,15 @@ def check_combination(spec: DistillationSpec, sources: Sequence[JoinedStore], ta
             "them from the data set (data.classes), or train on their labels alone with "
             "student.missing_targets = 'hard-labels'."
         )
+
+
+def _require_same_classes(spec: DistillationSpec, sources: Sequence[JoinedStore], number: int, loss: Loss) -> None:
+    """Raise RecipeError unless a loss that compares classes has one teacher, of the student's classes."""
+    entry = f"distill.{number} ({loss.loss}) compares classes by what one teacher says of them, and"
+    if loss.on_logits and loss.store is None and (len(sources) > 1 or spec.teachers.temperatures):
+        raise RecipeError(f"{entry} student.teachers combines logits: select one teacher with distill.store.")
+    if sources[loss.store or 0].class_map:
+        raise RecipeError(f"{entry} its classes are not the student's: use another loss, or another teacher.")
 
 
 def require_views(store: TargetStore, num_views: int) -> None:

@@ -10,8 +10,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from kdpipe.stages.compute.tf32 import tf32
 from kdpipe.stages.errors import RecipeError
-from kdpipe.stages.models.hooks import rows_of
 from kdpipe.stages.targets.feature_spec import FeatureSpec
 from kdpipe.store import TopK, interpolation
 from kdpipe.store.format.logit_encoding import LogitEncoding
@@ -30,13 +30,24 @@ class TeacherTargets(Protocol):
 
     @property
     def features(self) -> Mapping[FeatureSpec, Tensor]:
-        """Return the required features, [B, ...]."""
+        """Return the required features, [B, ...], and the teacher's head, [C, D + 1]."""
 
     def logits_at(self, temperature: float) -> Tensor:
         """Return logits [B, num_classes], float32, that are exact in a softmax at `temperature`."""
 
     def rows(self, index: Tensor) -> TeacherTargets:
         """Return the outputs for some of the samples, index int64 [n]."""
+
+
+def feature_rows(features: Mapping[FeatureSpec, Tensor], index: Tensor) -> dict[FeatureSpec, Tensor]:
+    """Return the features of some of the samples, index int64 [n]; the teacher's head is one for all."""
+    return {feature: rows if feature.is_head else rows[index] for feature, rows in features.items()}
+
+
+def head_logits(vectors: Tensor, head: Tensor) -> Tensor:
+    """Compute the logits [B, C] of pooled vectors [B, D] with a teacher's head [C, D + 1], in float32 on any device."""
+    with torch.autocast(vectors.device.type, enabled=False), tf32(enabled=False):
+        return torch.addmm(head[:, -1], vectors, head[:, :-1].T)
 
 
 @dataclass(frozen=True)
@@ -53,7 +64,7 @@ class DenseTargets:
 
     def rows(self, index: Tensor) -> DenseTargets:
         logits = None if self.logits is None else self.logits[index]
-        return DenseTargets(logits, rows_of(self.features, index))
+        return DenseTargets(logits, feature_rows(self.features, index))
 
 
 @dataclass(frozen=True)
@@ -74,7 +85,7 @@ class TopKTargets:
     rest: Tensor | None = None
 
     def rows(self, index: Tensor) -> TopKTargets:
-        features, rest = rows_of(self.features, index), None if self.rest is None else self.rest[index]
+        features, rest = feature_rows(self.features, index), None if self.rest is None else self.rest[index]
         return TopKTargets(self.top_k, self.values[index], self.indices[index], self.tail[index], features, rest)
 
     def with_rest_of(self, logits: Tensor) -> TopKTargets:
@@ -115,7 +126,8 @@ class SampledTargets:
     features: Mapping[FeatureSpec, Tensor]
 
     def rows(self, index: Tensor) -> SampledTargets:
-        return SampledTargets(self.sampled, self.values[index], self.indices[index], rows_of(self.features, index))
+        features = feature_rows(self.features, index)
+        return SampledTargets(self.sampled, self.values[index], self.indices[index], features)
 
     def logits_at(self, temperature: float) -> Tensor:
         """Return logits [B, num_classes], float32, whose softmax at T = 1 has the weights; others raise StoreError."""

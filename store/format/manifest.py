@@ -10,6 +10,7 @@ from typing import Any
 
 from kdpipe.store.errors import FingerprintMismatch, StoreError, differences
 from kdpipe.store.format.codec import Codec, codec_from_json
+from kdpipe.store.format.head import HeadRecord
 from kdpipe.store.format.identity import PLAIN, Identity, sha256_of
 from kdpipe.store.format.layout import DTYPES, ArraySpec, StoreLayout
 from kdpipe.store.format.logit_encoding import LogitEncoding, encoding_json, parse_encoding
@@ -67,6 +68,8 @@ class Manifest:
         named_axes: Whether every axis of the arrays has a name of its own, as xarray needs it; not in older stores.
         trial: What was found before the teacher ran: device, batch size, and the error of its precision; empty where
             there was no trial.
+        head: The teacher's last linear layer, where it is stored. In a store without logits they follow from it and the
+            embeddings.
     """
 
     identity: Identity
@@ -80,6 +83,7 @@ class Manifest:
     finished: Finished | None = None
     named_axes: bool = False
     trial: Mapping[str, Any] = field(default_factory=dict)
+    head: HeadRecord | None = None
 
     @property
     def profile(self) -> str:
@@ -87,8 +91,13 @@ class Manifest:
 
     @property
     def has_logits(self) -> bool:
-        """Whether there are logits, of all classes or the largest; else the teacher has no classifier."""
-        return any(spec.name.startswith("logits") for spec in self.arrays)
+        """Whether there are logits, of all classes or the largest, or a head; else the teacher has no classifier."""
+        return self.head is not None or any(spec.name.startswith("logits") for spec in self.arrays)
+
+    @property
+    def logits_from_head(self) -> bool:
+        """Whether logits are not stored, but follow from embeddings and head."""
+        return self.head is not None and not any(spec.name.startswith("logits") for spec in self.arrays)
 
     @property
     def top_k(self) -> TopK | None:
@@ -152,6 +161,7 @@ class Manifest:
             "finished": self.finished.to_json() if self.finished else None,
             **({"named_axes": True} if self.named_axes else {}),
             **({"trial": dict(self.trial)} if self.trial else {}),
+            **({"head": self.head.to_json()} if self.head else {}),
         }
 
     def spec(self, name: str) -> ArraySpec:
@@ -224,6 +234,7 @@ def _parse(record: Mapping[str, Any]) -> Manifest:
         rounded={str(name): _count(bits, "rounded") for name, bits in record["rounded"].items()},
         named_axes=record.get("named_axes") is True,
         trial=_parse_trial(record.get("trial", {})),
+        head=HeadRecord.from_json(record["head"]) if "head" in record else None,
     )
     _check_logits(manifest)
     if not manifest.identity.compute.keys() <= PLAIN.keys():
@@ -264,7 +275,10 @@ def _parse_trial(record: Mapping[str, Any]) -> dict[str, Any]:
 
 def _check_logits(manifest: Manifest) -> None:
     logits = [spec for spec in manifest.arrays if spec.name.startswith("logits")]
-    if not logits and manifest.encoding is None and any(spec.name == EMBEDDINGS for spec in manifest.arrays):
+    embeddings = [spec for spec in manifest.arrays if spec.name == EMBEDDINGS]
+    if not logits and manifest.encoding is None and embeddings:
+        if manifest.head is not None and embeddings[0].row_shape != (manifest.head.shape[1] - 1,):
+            raise ValueError(f"its head of {manifest.head.shape[1] - 1} features is not that of its embeddings")
         return
     encoding = manifest.encoding
     if encoding is None and [spec.name for spec in logits] != ["logits"]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +12,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kdpipe.store.errors import StoreError
+from kdpipe.store.format.head import head_logits, read_head
 from kdpipe.store.format.layout import ArraySpec, StoreLayout, Unit
-from kdpipe.store.format.manifest import Finished, Manifest
+from kdpipe.store.format.manifest import EMBEDDINGS, Finished, Manifest
 from kdpipe.store.format.markers import Marker
 from kdpipe.store.format.samples import Samples
 from kdpipe.store.format.shard import decode_shard, is_committed, shard_path, shard_shape
@@ -105,10 +106,20 @@ class TargetStore:
     @property
     def num_classes(self) -> int:
         """Number of logits of the teacher, whatever their encoding; 0 if it has embeddings."""
-        encoding = self.manifest.encoding
+        encoding, head = self.manifest.encoding, self.manifest.head
         if not self.manifest.has_logits:
             return 0
+        if head is not None:
+            return head.shape[0]
         return encoding.num_classes if encoding else self.manifest.spec("logits").row_shape[0]
+
+    @cached_property
+    def head(self) -> NDArray[np.float32] | None:
+        """The teacher's last linear layer, [C, D + 1], its biases in the last column; None if it is not stored.
+
+        Raises StoreError where it is damaged.
+        """
+        return None if self.manifest.head is None else read_head(self.path, self.manifest.head)
 
     @property
     def provenance(self) -> dict[str, Any]:
@@ -161,6 +172,8 @@ class TargetStore:
         Raises StoreError where the encoding does not cover the temperature.
         """
         encoding = self.manifest.encoding
+        if self.head is not None and self.manifest.logits_from_head:
+            return head_logits(self.gather(EMBEDDINGS, view, sample_ids), self.head)
         if encoding is None:
             return self.gather("logits", view, sample_ids).astype(np.float32)
         names = [spec.name for spec in self.arrays if spec.name.startswith("logits/")]

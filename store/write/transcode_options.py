@@ -16,7 +16,7 @@ from kdpipe.store.format.sampled import Sampled
 from kdpipe.store.format.topk import TAIL, VALUES, TopK, default_temperatures
 from kdpipe.store.read.target_store import TargetStore
 
-DENSE = "dense"
+DENSE, HEAD = "dense", "head"
 
 ASKED = {"top_k": "top-k", "sampled_labels": "sampled"}
 """Names of encodings by the option that asks for them."""
@@ -32,7 +32,7 @@ class TranscodeOptions:
     """Changes to a store; the default is a checked copy.
 
     Attributes:
-        encoding: Encode logits as "int8" or "int4", or decode these to "dense" ones.
+        encoding: Encode logits as "int8" or "int4", or decode these, or those of a head, to "dense" ones.
         top_k: Keep the k largest logits, and the mass of the rest over `temperatures`.
         temperatures: Grid of the top-k tail; default_temperatures() if None.
         sampled_labels: Keep so many classes, drawn by the seed of the views.
@@ -93,6 +93,13 @@ def _encoding(source: TargetStore, options: TranscodeOptions) -> LogitEncoding |
         return stored
     if len(asked) > 1:
         raise StoreError(f"{asked[0]} and {asked[1]} each say how logits are stored: choose one.")
+    if options.encoding == HEAD:
+        if source.manifest.logits_from_head:
+            return stored
+        raise StoreError(
+            f"{source.path} has logits, of which the vectors before the teacher's last layer cannot be made: cache "
+            "with cache.encoding = 'head' into another store."
+        )
     if options.encoding not in {None, DENSE, *BITS}:
         raise StoreError(f"logits cannot be stored as {options.encoding!r}; choose from {', '.join(BITS)}, {DENSE}.")
     if not source.manifest.has_logits:
@@ -103,7 +110,7 @@ def _encoding(source: TargetStore, options: TranscodeOptions) -> LogitEncoding |
             f"{source.path} has {stored.describe()}, of which no {wanted} logits can be made: transcode a "
             "store of dense logits."
         )
-    if source.manifest.task != "classification":
+    if source.manifest.task != "classification" and (wanted != DENSE or stored is not None):
         raise StoreError(f"{wanted} logits are those of classes, and {source.path} has other outputs: omit {asked[0]}.")
     try:
         return _new_encoding(source, options)
@@ -131,12 +138,13 @@ def _specs(source: TargetStore, options: TranscodeOptions, encoding: LogitEncodi
             "cache again as float32."
         )
     specs = [spec if spec.dtype != "float32" else replace(spec, dtype=options.dtype or spec.dtype) for spec in kept]
-    if encoding == source.manifest.encoding:
+    if encoding == source.manifest.encoding and not decodes_head(source, options):
         return tuple(specs)
     dense = next((spec for spec in specs if spec.name == "logits"), None)
     if dense and len(dense.row_shape) != 1:
         raise StoreError(f"{source.path} has logits of shape {list(dense.row_shape)}: one logit per class is needed.")
-    dtype = dense.dtype if dense else options.dtype or "float16"
+    like = dense or next((spec for spec in source.arrays if spec.name == EMBEDDINGS), None)
+    dtype = options.dtype or (like.dtype if like and (dense or decodes_head(source, options)) else "float16")
     logits = encoding.arrays(dtype) if encoding else (ArraySpec("logits", (source.num_classes,), dtype),)
     return (*logits, *[spec for spec in specs if logical_array(spec.name) != "logits"])
 
@@ -146,8 +154,14 @@ def _kept_names(source: TargetStore, options: TranscodeOptions) -> set[str]:
     for name in options.arrays or ():
         if name not in names:
             raise StoreError(f"{source.path} has no array {name!r}; {did_you_mean(name, names)}")
-    always = "logits" if source.manifest.has_logits else EMBEDDINGS
-    return set(names) if options.arrays is None else {always, *options.arrays}
+    always = {"logits" if "logits" in names else EMBEDDINGS} if not decodes_head(source, options) else set()
+    return set(names) if options.arrays is None else {*always, *options.arrays}
+
+
+def decodes_head(source: TargetStore, options: TranscodeOptions) -> bool:
+    """Return whether logits that follow from a head are to be stored."""
+    is_asked = options.encoding not in {None, HEAD} or options.top_k is not None or options.sampled_labels is not None
+    return source.manifest.logits_from_head and is_asked
 
 
 def logical_array(name: str) -> str:
