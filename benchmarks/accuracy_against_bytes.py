@@ -4,10 +4,11 @@
         [--temperatures 1 4] [--dir FOLDER]
 
 RECIPE needs a data set, views, a teacher and a student; its `[[distill]]` entries are replaced by KD. The teacher is
-trained or loaded and cached once, in dense float16; every other store is transcoded from that one, and every student
-sees the same images in the same order. A rerun continues. Prints a Markdown table: bytes of a row, and of all of a
-sample's views; test accuracy of the last epoch, mean and standard deviation over seeds; and the mean difference from
-dense float16 at the same temperature, seed by seed, with its standard error.
+trained or loaded and cached once, in dense float16; every other store is transcoded from that one, but that of
+vectors and the teacher's last layer ("head"), which is cached too, and every student sees the same images in the same
+order. A rerun continues. Prints a Markdown table: bytes of a row, and of all of a sample's views; test accuracy of
+the last epoch, mean and standard deviation over seeds; and the mean difference from dense float16 at the same
+temperature, seed by seed, with its standard error.
 
 Rows with fewer views use the first of them again and again; one of these has a temperature that falls from 20 to 2
 over the training (Xiao and He 2026, arXiv 2604.18135, reuse pruned labels so). "At T = 1" are the largest logits with
@@ -28,7 +29,7 @@ from pathlib import Path
 from typing import Any
 
 COMMAND = "import sys; from kdpipe.pipeline.entry import main; sys.exit(main())"
-DENSE = "float16"
+DENSE, HEAD = "float16", "head"
 STOPPED_EARLY = 75
 
 
@@ -61,6 +62,7 @@ def main() -> None:
     parser.add_argument("--dir", type=Path, default=Path("runs/bytes"))
     arguments = parser.parse_args()
     common = [word for text in [*arguments.set, "cache.dtype=float16"] for word in ("--set", text)]
+    common += ["--set", 'distill=[{loss="kd"}]']
     teacher = [str(arguments.recipe), "--run", str(arguments.dir / "teacher"), *common, "--json"]
     kdpipe("train-teacher", *teacher)
     cached = kdpipe("cache-teacher", *teacher)["store"]
@@ -69,8 +71,7 @@ def main() -> None:
     print("| encoding | T | bytes a row | bytes a sample | accuracy, % | difference from float16, points |")
     print("|---|---:|---:|---:|---:|---:|")
     for variant in variants(num_classes, cached["num_views"], arguments.temperatures):
-        store = arguments.dir / f"{variant.folder}.zarr"
-        kdpipe("store", "transcode", cached["path"], str(store), "--logits-only", *variant.options, "--json")
+        store = make_store(arguments, common, variant, cached["path"])
         accuracies = train(arguments, common, variant, store, cached["num_views"])
         found[variant.label, variant.temperature] = accuracies
         dense = found.get((DENSE, variant.temperature), [])
@@ -84,6 +85,7 @@ def variants(num_classes: int, num_views: int, temperatures: list[float]) -> Ite
         yield Variant(DENSE, (), value)
         for name in ("int8", "int4"):
             yield Variant(name, ("--encoding", name), value)
+        yield Variant(HEAD, (), value)
         for k in kept:
             span = ("--temperatures", "1", f"{value:g}") if value >= 1 else ("--temperatures", f"{value:g}", "1")
             name = f"top-{k} at T = 1" if value == 1 else f"top-{k} with tail"
@@ -94,6 +96,16 @@ def variants(num_classes: int, num_views: int, temperatures: list[float]) -> Ite
             yield Variant(DENSE, ("--views", str(few)), value, few)
     few = max(1, num_views // 10)
     yield Variant(DENSE, ("--views", str(few)), "20 to 2", few)
+
+
+def make_store(arguments: argparse.Namespace, common: list[str], variant: Variant, dense: str) -> Path:
+    """Transcode the dense store; logits that follow from vectors and a head are cached, with the same teacher."""
+    if variant.name == HEAD:
+        run = ["--run", str(arguments.dir / HEAD), "--set", f"cache.encoding={HEAD}"]
+        return Path(kdpipe("cache-teacher", str(arguments.recipe), *common, *run, "--json")["store"]["path"])
+    store = arguments.dir / f"{variant.folder}.zarr"
+    kdpipe("store", "transcode", dense, str(store), "--logits-only", *variant.options, "--json")
+    return store
 
 
 def train(
