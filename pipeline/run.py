@@ -26,7 +26,7 @@ from kdpipe.stages.data.labeling import hide_labels
 from kdpipe.stages.data.load import load_dataset
 from kdpipe.stages.data.loader.mix_partners import load_partner_pool, read_partner_pool
 from kdpipe.stages.data.splits import VALIDATION, Part
-from kdpipe.stages.distillation.compatibility import temperatures_of
+from kdpipe.stages.distillation.compatibility import require_fitting_encoding, temperatures_of
 from kdpipe.stages.distillation.spec import DistillationSpec
 from kdpipe.stages.distillation.stores import open_distillation
 from kdpipe.stages.distillation.student_config import StudentConfig
@@ -252,7 +252,10 @@ class Run:
         require_available(self.recipe.cache.precision, self.device)
         teacher = untrained_teacher(self.recipe.teacher, self.recipe.seed, self.context)
         required = self.required_features(teacher)
-        plan_store(self.recipe.cache, teacher, list(required), samples_in_row_order(self.context), self.context)
+        samples = samples_in_row_order(self.context)
+        planned = plan_store(self.recipe.cache, teacher, list(required), samples, self.context)
+        for where, (student, losses) in students_of(self.recipe).items() if self.stores == [self.store] else ():
+            require_fitting_encoding(planned.encoding, losses, student.teachers, where)
         return required
 
     def required_features(self, teacher: ModelBundle) -> dict[FeatureSpec, list[str]]:

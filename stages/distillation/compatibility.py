@@ -243,6 +243,20 @@ def require_logits(stores: Sequence[TargetStore], losses: Sequence[Loss], teache
             _require_probabilities(store, entry)
 
 
+def require_fitting_encoding(
+    encoding: LogitEncoding | None, losses: Sequence[Loss], teachers: TeachersConfig, where: str
+) -> None:
+    """Raise RecipeError, before a store is made, unless its encoding will serve the losses on logits."""
+    for number, loss in enumerate(losses):
+        if loss.on_logits:
+            own = teachers.temperatures[:1] if loss.store is None else ()
+            entry = f"{where}.{number} ({loss.loss})"
+            try:
+                require_encoding(encoding, "the store", loss, own or loss.temperatures(), entry)
+            except StoreError as error:
+                raise RecipeError(f"{entry}: {error}") from error
+
+
 def require_encoding(
     encoding: LogitEncoding | None, where: str, loss: Loss, temperatures: Sequence[Temperature], entry: str
 ) -> None:
