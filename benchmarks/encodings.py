@@ -34,7 +34,6 @@ from kdpipe.store.format.topk import (
     default_temperatures,
     dense_logits,
     encode_topk,
-    index_dtype,
 )
 
 Logits = NDArray[np.float32]
@@ -138,7 +137,7 @@ def sampled_labels(exact: Logits) -> Iterator[str]:
             kept = np.where(labels >= np.sort(labels, axis=1)[:, -k, None], labels, 0)
             kept /= kept.sum(axis=1, keepdims=True)
             yield f"| (top-{k} probabilities, rest dropped) | {num_bytes} | {gradient_angle(exact, labels, kept):.1f} |"
-            draws = num_bytes // np.dtype(index_dtype(num_classes)).itemsize
+            draws = 8 * num_bytes // sampled.bits
             counts = np.random.default_rng(0).multinomial(draws, labels) / draws
             yield f"| ({draws} independent draws) | {num_bytes} | {gradient_angle(exact, labels, counts):.1f} |"
 

@@ -161,7 +161,7 @@ def _not_finite(name: str, stored: Tensor, exact: Tensor, sample_ids: Tensor, un
     if torch.isfinite(exact).all():
         return NotFiniteError(
             f"{name} of samples {named} in view {unit.view} reach {float(exact.abs().max()):.4g}, beyond "
-            f"{str(stored.dtype).removeprefix('torch.')}'s range: set cache.dtype = 'float32', without cache.encoding."
+            f"{str(stored.dtype).removeprefix('torch.')}'s range: set cache.dtype = 'float32' alone."
         )
     return NotFiniteError(
         f"the teacher returned NaN or infinity as {name} of samples {named} in view {unit.view}: "

@@ -174,10 +174,10 @@ def _logit_errors(
         return {"logits": _row_errors(logits, stored["logits"], _tolerance(store, "logits"))}
     if isinstance(encoding, Quantized):
         return {PACKED: _quantized_errors(encoding, logits, encoding.decode(stored), _tolerance(store, PACKED))}
+    if isinstance(encoding, Sampled):
+        return {PACKED: _sampled_errors(encoding, logits, stored[PACKED], _tolerance(store, PACKED))}
     classes = np.minimum(stored[INDICES].astype(np.intp), encoding.num_classes - 1)
     tolerance = _tolerance(store, VALUES)
-    if isinstance(encoding, Sampled):
-        return {VALUES: _sampled_errors(encoding, logits, stored[VALUES], classes, tolerance)}
     return _top_k_errors(encoding, logits, stored, classes, tolerance)
 
 
@@ -187,24 +187,23 @@ def _quantized_errors(
     """Return the largest error of each row [n, C], relative to the tolerance and half the widest step of its range."""
     step = (logits.max(axis=1) - logits.min(axis=1)) * np.diff(encoding.places).max()
     allowed = tolerance * np.abs(logits).max(axis=1) + 0.5 * step.astype(np.float64) + SMALLEST
-    return np.asarray(np.abs(decoded.astype(np.float64) - logits).max(axis=1) / allowed)
+    errors = np.abs(decoded.astype(np.float64) - logits).max(axis=1) / allowed
+    return np.asarray(np.nan_to_num(errors, nan=np.inf))
 
 
 def _sampled_errors(
-    encoding: Sampled,
-    logits: NDArray[np.float32],
-    values: NDArray[Any],
-    classes: NDArray[np.intp],
-    tolerance: float,
+    encoding: Sampled, logits: NDArray[np.float32], packed: NDArray[np.uint8], tolerance: float
 ) -> NDArray[np.float64]:
-    """Return the largest error of the log weights of each row [n, k], relative to the tolerance.
+    """Return the largest error of the log weights of each row, relative to the tolerance.
 
     Another class may be drawn where the teacher's last bits differ, with the same weight: the threshold.
     """
+    values, classes = encoding.unpack(packed)
     masses = probabilities(logits)
-    weights = np.maximum(np.take_along_axis(masses, classes, axis=1), threshold(masses, encoding.k))
-    allowed = tolerance * (np.abs(logits).max(axis=1) + np.abs(np.log(weights)).max(axis=1)) + SMALLEST
-    return np.asarray(np.abs(values.astype(np.float64) - np.log(weights)).max(axis=1) / allowed)
+    drawn = np.take_along_axis(masses, np.minimum(classes, encoding.num_classes - 1), axis=1)
+    expected = np.log(np.maximum(drawn, threshold(masses, encoding.k)))
+    allowed = tolerance * (np.abs(logits).max(axis=1) + np.abs(expected).max(axis=1)) + SMALLEST
+    return np.asarray(np.nan_to_num(np.abs(values - expected).max(axis=1) / allowed, nan=np.inf))
 
 
 def _top_k_errors(

@@ -133,7 +133,7 @@ class SampledTargets:
         """Return logits [B, num_classes], float32, whose softmax at T = 1 has the weights; others raise StoreError."""
         self.sampled.require_temperature(temperature)
         kept = self.values.float()
-        return kept.new_full((len(kept), self.sampled.num_classes), ABSENT).scatter(1, self.indices.long(), kept)
+        return kept.new_full((len(kept), self.sampled.num_classes), ABSENT).scatter(1, self.indices, kept)
 
 
 @dataclass(frozen=True)
@@ -161,10 +161,19 @@ def teacher_targets(
     if isinstance(encoding, TopK):
         return TopKTargets(encoding, arrays[VALUES], arrays[INDICES], arrays[TAIL], features)
     if isinstance(encoding, Sampled):
-        return SampledTargets(encoding, arrays[VALUES], arrays[INDICES], features)
+        return SampledTargets(encoding, *unpack_sampled(encoding, arrays[PACKED]), features)
     if isinstance(encoding, Quantized):
         return DenseTargets(dequantize(encoding, arrays[PACKED]), features)
     return DenseTargets(arrays["logits"].float() if "logits" in arrays else None, features)
+
+
+def unpack_sampled(encoding: Sampled, packed: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the logarithms of the weights, float16, and the classes, int64, [B, k], of rows, uint8 [B, bytes]."""
+    values = packed[:, : 2 * encoding.k].contiguous().view(torch.float16)
+    of_byte, of_class = (torch.arange(count, device=packed.device) for count in (8, encoding.bits))
+    bits = (packed[:, 2 * encoding.k :, None] >> of_byte.to(torch.uint8) & 1).flatten(1)
+    bits = bits[:, : encoding.k * encoding.bits].reshape(len(packed), encoding.k, encoding.bits)
+    return values, (bits.long() << of_class).sum(2)
 
 
 def dequantize(encoding: Quantized, packed: Tensor) -> Tensor:

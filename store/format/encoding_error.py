@@ -21,6 +21,9 @@ KL_ROWS = 512
 
 NUM_DIGITS = 6
 
+LARGEST_OF_PROBABILITIES = "largest_probability_error"
+"""In place of `largest_error` for sampled labels, whose errors are those of the probabilities at T = 1."""
+
 Decode = Callable[[NDArray[np.intp], float], NDArray[np.float32]]
 """(rows [m], temperature) -> logits [m, C] as a reader at that temperature decodes them."""
 
@@ -129,9 +132,10 @@ def summarize_logits(totals: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def summarize_features(totals: Mapping[str, Any]) -> dict[str, Any]:
-    """Return num_rows, largest_error and relative_rms, the root mean square of errors over that of features."""
+    """Return num_rows, the largest error and relative_rms, the root mean square of errors over that of features."""
+    largest = LARGEST_OF_PROBABILITIES if LARGEST_OF_PROBABILITIES in totals else "largest_error"
     relative = math.sqrt(totals["squared_error"] / totals["squared"]) if totals["squared"] else 0.0
-    return {**{name: totals[name] for name in ("num_rows", "largest_error")}, "relative_rms": _rounded(relative)}
+    return {**{name: totals[name] for name in ("num_rows", largest)}, "relative_rms": _rounded(relative)}
 
 
 def _rounded(value: float) -> float:

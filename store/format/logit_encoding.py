@@ -8,7 +8,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from kdpipe.store.format.encoding_error import measure_dense, measure_features, measure_topk
+from kdpipe.store.format.encoding_error import (
+    LARGEST_OF_PROBABILITIES,
+    measure_dense,
+    measure_features,
+    measure_topk,
+)
 from kdpipe.store.format.quantized import BITS, Quantized
 from kdpipe.store.format.sampled import Sampled, probabilities
 from kdpipe.store.format.topk import TopK
@@ -48,5 +53,6 @@ def measure_encoded(
         return measure_topk(exact, encoded, encoding)
     if isinstance(encoding, Sampled):
         decoded = probabilities(encoding.decode(encoded)).astype(np.float32)
-        return measure_features(probabilities(exact).astype(np.float32), decoded)
+        measured = measure_features(probabilities(exact).astype(np.float32), decoded)
+        return {LARGEST_OF_PROBABILITIES if name == "largest_error" else name: one for name, one in measured.items()}
     return measure_dense(exact, encoding.decode(encoded))

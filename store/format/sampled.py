@@ -5,6 +5,9 @@ threshold sampling (VarOpt, Cohen et al. 2009, arXiv 0803.0473), whose variance 
 threshold t for which the sum of min(1, p / t) over the classes is k, each class with p > t is kept with its p, and
 the others with probability p / t and the weight t. The weights of a row sum to 1.
 
+A row is the logarithms of the weights in half precision, and then the classes, ascending, of just as many bits as the
+last class has: one run of bytes, as of quantized logits.
+
 A loss that is linear in the teacher's probabilities, such as KD at T = 1, has the same mean gradient as with all of
 them. A row of top-k logits, whose rest is spread evenly, has not; but a single row of it is nearer.
 """
@@ -20,8 +23,9 @@ from numpy.typing import NDArray
 
 from kdpipe.store.errors import StoreError
 from kdpipe.store.format.layout import ArraySpec
+from kdpipe.store.format.quantized import PACKED
 from kdpipe.store.format.samples import SPLITMIX_INCREMENT, splitmix64
-from kdpipe.store.format.topk import BLOCK_VALUES, INDICES, MAX_CLASSES, VALUES, index_dtype
+from kdpipe.store.format.topk import BLOCK_VALUES, MAX_CLASSES
 
 ABSENT = -1e4
 """The logit of a class that was not drawn: probability 0 at T = 1."""
@@ -51,6 +55,11 @@ class Sampled:
         if not 1 <= self.k < self.num_classes <= MAX_CLASSES:
             raise ValueError(f"k is {self.k} of {self.num_classes} classes: it must be from 1 to one less than these")
 
+    @property
+    def bits(self) -> int:
+        """Bits of a class."""
+        return (self.num_classes - 1).bit_length()
+
     def to_json(self) -> dict[str, Any]:
         return {"name": self.name, "num_classes": self.num_classes, "k": self.k, "seed": self.seed}
 
@@ -60,8 +69,8 @@ class Sampled:
         return Sampled(record["num_classes"], record["k"], record["seed"])
 
     def arrays(self, dtype: str) -> tuple[ArraySpec, ...]:
-        """Return the arrays of a store with such labels, the logarithms of the weights in `dtype`."""
-        return ArraySpec(VALUES, (self.k,), dtype), ArraySpec(INDICES, (self.k,), index_dtype(self.num_classes))
+        """Return the arrays of a store with such labels, whatever the `dtype` of its features."""
+        return (ArraySpec(PACKED, (2 * self.k + -(-self.k * self.bits // 8),), "uint8"),)
 
     def describe(self) -> str:
         return f"{self.k} of {self.num_classes} classes sampled, for T = 1"
@@ -69,7 +78,7 @@ class Sampled:
     def encode(
         self, logits: NDArray[np.float32], dtype: str, sample_ids: NDArray[np.int64], view: int
     ) -> dict[str, NDArray[Any]]:
-        """Draw the classes of rows [n, C], by array name: log weights [n, k] and indices [n, k], ascending.
+        """Draw the classes of rows [n, C], by array name: uint8 [n, bytes].
 
         A row's classes depend on its logits, the seed, the sample's id and the view alone. Raises StoreError, listing
         rows, where a row is not finite.
@@ -77,13 +86,21 @@ class Sampled:
         bad = np.flatnonzero(~np.isfinite(logits).all(axis=1))
         if len(bad):
             raise StoreError(f"the logits of {len(bad)} rows are not finite, for example rows {bad[:5].tolist()}.")
-        arrays = {spec.name: np.empty((len(logits), *spec.row_shape), spec.dtype) for spec in self.arrays(dtype)}
+        packed = np.empty((len(logits), *self.arrays(dtype)[0].row_shape), np.uint8)
         uniform, step = self._uniform(sample_ids, view), max(1, BLOCK_VALUES // self.num_classes)
         for start in range(0, len(logits), step):
             rows = slice(start, start + step)
             indices, weights = draw(probabilities(logits[rows]), self.k, uniform[rows])
-            arrays[INDICES][rows], arrays[VALUES][rows] = indices, np.log(weights).astype(np.float32)
-        return arrays
+            packed[rows, : 2 * self.k] = np.log(weights).astype("<f2").view(np.uint8)
+            bits = (indices[:, :, None] >> np.arange(self.bits)).astype(np.uint8) & 1
+            packed[rows, 2 * self.k :] = np.packbits(bits.reshape(len(bits), -1), axis=1, bitorder="little")
+        return {PACKED: packed}
+
+    def unpack(self, packed: NDArray[np.uint8]) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
+        """Return the logarithms of the weights and the classes, [n, k], of rows."""
+        values = np.ascontiguousarray(packed[:, : 2 * self.k]).view("<f2").astype(np.float32)
+        bits = np.unpackbits(packed[:, 2 * self.k :], axis=1, count=self.k * self.bits, bitorder="little")
+        return values, bits.reshape(len(packed), self.k, self.bits) @ (np.int64(1) << np.arange(self.bits))
 
     def _uniform(self, sample_ids: NDArray[np.int64], view: int) -> NDArray[np.float64]:
         """Return a number in [0, 1) for each sample: of SplitMix64 over id, seed and view."""
@@ -96,11 +113,11 @@ class Sampled:
     def decode(self, arrays: Mapping[str, NDArray[Any]], temperature: float = 1.0) -> NDArray[np.float32]:
         """Return logits [n, C] whose softmax at T = 1 has the weights. Raises StoreError for another temperature."""
         self.require_temperature(temperature)
-        indices = arrays[INDICES]
+        values, indices = self.unpack(arrays[PACKED])
         if indices.size and int(indices.max()) >= self.num_classes:
-            raise StoreError(f"{INDICES} holds class {indices.max()}, the store has {self.num_classes}: it is damaged.")
+            raise StoreError(f"{PACKED} holds class {indices.max()}, the store has {self.num_classes}: it is damaged.")
         dense = np.full((len(indices), self.num_classes), ABSENT, np.float32)
-        np.put_along_axis(dense, indices.astype(np.intp), arrays[VALUES].astype(np.float32), axis=1)
+        np.put_along_axis(dense, indices, values, axis=1)
         return dense
 
     def require_temperature(self, temperature: float) -> None:

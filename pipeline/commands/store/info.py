@@ -8,6 +8,7 @@ from typing import Any
 
 from kdpipe.pipeline.terminal.output import printable
 from kdpipe.store import Manifest, holder, read_store_manifest, store_bytes
+from kdpipe.store.format.encoding_error import LARGEST_OF_PROBABILITIES
 from kdpipe.store.format.head import HEAD
 from kdpipe.store.format.identity import describe_computation
 from kdpipe.store.format.logit_encoding import parse_encoding
@@ -129,7 +130,10 @@ def _progress(info: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
 
 def describe_encoding_error(error: Mapping[str, Any]) -> str:
     """Return the encoding error of an array as text."""
-    figures = [f"largest error {error['largest_error']:.3g}"]
+    if LARGEST_OF_PROBABILITIES in error:
+        figures = [f"probabilities at T = 1, largest error {error[LARGEST_OF_PROBABILITIES]:.3g}"]
+    else:
+        figures = [f"largest error {error['largest_error']:.3g}"]
     if "kl" in error:
         by_temperature = sorted(error["kl"].items(), key=lambda pair: float(pair[0]))
         kl = ", ".join(f"{nats:.2g} at T={temperature}" for temperature, nats in by_temperature)

@@ -76,6 +76,7 @@ def test_advise_compares_encodings_for_the_losses(run, recipe):
 
 def test_advise_needs_logits_of_all_classes(run, recipe):
     shown("transcode", run / "store.zarr", run.parent / "few.zarr", "--sampled-labels", "2")
+    assert "probabilities at T = 1, largest error" in shown("info", run.parent / "few.zarr")
     ended = kdpipe_here("store", "advise", run.parent / "few.zarr")
     assert (ended.exit_code, "2 of 10 classes sampled" in ended.stderr) == (1, True)
     own = "cache.store=few.zarr", "--run", run.parent / "none", "--set", "name=none"

@@ -92,7 +92,7 @@ ENCODED = [
     *[({"top_k": 2}, f"logits/{name}") for name in ("values", "indices", "tail")],
     ({"encoding": "int8"}, "logits/packed"),
     ({"encoding": "int4"}, "logits/packed"),
-    ({"sampled_labels": 2}, "logits/values"),
+    ({"sampled_labels": 2}, "logits/packed"),
 ]
 
 

@@ -10,7 +10,6 @@ from kdpipe.store.format.encoding_error import row_kl
 from kdpipe.store.format.logit_encoding import encoding_json, measure_encoded, parse_encoding
 from kdpipe.store.format.quantized import PACKED, Quantized
 from kdpipe.store.format.sampled import Sampled, probabilities, threshold
-from kdpipe.store.format.topk import INDICES, VALUES
 
 RNG = np.random.default_rng(5)
 LOGITS = (RNG.standard_normal((40, 21)) * 3).astype(np.float32)
@@ -90,21 +89,20 @@ def test_the_mean_of_sampled_labels_is_the_softmax(k):
 def test_sampled_classes_depend_on_sample_and_view_alone():
     encoding = Sampled(21, 5, seed=3)
     whole = encoded(encoding, view=2)
-    for name, rows in encoded(encoding, LOGITS[9:12], IDS[9:12], 2).items():
-        assert np.array_equal(rows, whole[name][9:12])
+    assert np.array_equal(encoded(encoding, LOGITS[9:12], IDS[9:12], 2)[PACKED], whole[PACKED][9:12])
     for other in (encoded(encoding, view=1), encoded(Sampled(21, 5, seed=4), view=2)):
-        assert not np.array_equal(other[INDICES], whole[INDICES])
+        assert not np.array_equal(encoding.unpack(other[PACKED])[1], encoding.unpack(whole[PACKED])[1])
     same = np.repeat(LOGITS[:1], 40, axis=0)
-    assert len(np.unique(encoded(encoding, same)[INDICES], axis=0)) > 10
+    assert len(np.unique(encoded(encoding, same)[PACKED], axis=0)) > 10
 
 
 def test_sampled_rows_have_different_classes_and_mass_one():
     encoding = Sampled(21, 5, seed=3)
     logits = np.concatenate([LOGITS, 1000 * LOGITS])
-    rows = encoded(encoding, logits, np.arange(80))
-    assert (np.diff(rows[INDICES].astype(int), axis=1) > 0).all()
-    assert np.allclose(np.exp(rows[VALUES].astype(np.float64)).sum(axis=1), 1, atol=2e-3)
-    top = np.take_along_axis(rows[INDICES], rows[VALUES].argmax(axis=1)[:, None], axis=1)[40:, 0]
+    values, classes = encoding.unpack(encoded(encoding, logits, np.arange(80))[PACKED])
+    assert (np.diff(classes, axis=1) > 0).all()
+    assert np.allclose(np.exp(values.astype(np.float64)).sum(axis=1), 1, atol=2e-3)
+    top = np.take_along_axis(classes, values.argmax(axis=1)[:, None], axis=1)[40:, 0]
     assert np.array_equal(top[1:], logits[41:].argmax(axis=1))  # saturated: one class has all of the mass
 
 
@@ -124,6 +122,18 @@ def test_quantized_bytes_are_those_of_the_format_page():
     assert row[4:].tolist() == [0 | 15 << 4, round(15 * (0.75 / 3) ** 0.75)]
     decoded = dequantize(Quantized("int4", 3), torch.from_numpy(row[None]))[0].tolist()
     assert decoded == pytest.approx([1.0, -2.0, 1 - 3 * (5 / 15) ** (4 / 3)], rel=1e-6)
+
+
+@pytest.mark.parametrize(("num_classes", "bits"), [(2, 1), (3, 2), (4, 2), (257, 9), (70_000, 17)])
+def test_sampled_classes_have_as_many_bits_as_they_need(num_classes, bits):
+    encoding = Sampled(num_classes, 1 if num_classes == 2 else 2, seed=3)
+    logits = np.zeros((8, num_classes), np.float32)
+    logits[:, [0, -1]] = 50.0  # the first and the last class have all of the mass
+    rows = encoded(encoding, logits, IDS[:8])
+    assert rows[PACKED].shape == (8, 2 * encoding.k + -(-encoding.k * bits // 8))
+    assert set(encoding.unpack(rows[PACKED])[1].flatten().tolist()) == {0, num_classes - 1}
+    arrays = {PACKED: torch.from_numpy(rows[PACKED])}
+    assert np.array_equal(teacher_targets(encoding, arrays, {}).logits_at(1.0).numpy(), encoding.decode(rows))
 
 
 @pytest.mark.parametrize("encoding", [None, TopK(9, 2, (1.0, 4.0)), Quantized("int4", 9), Sampled(9, 2, 7)])

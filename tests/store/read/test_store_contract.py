@@ -34,7 +34,8 @@ RESIDENCES = {
 }
 """How a store is read, with a part of the reason that it gives for its way of reading."""
 
-KINDS = [f"{residence}, {logits}" for residence in RESIDENCES for logits in LOGITS]
+KINDS = [f"{residence}, {logits}" for residence in RESIDENCES for logits in LOGITS if logits != "sampled"]
+"""Sampled labels are packed rows as int4 logits are."""
 
 
 @dataclass(frozen=True)
