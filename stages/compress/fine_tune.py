@@ -108,7 +108,7 @@ def build_fine_tuning(
     student: StudentConfig, seed: int, spec: DistillationSpec | None, context: StageContext, root: Path
 ) -> FineTuneContext:
     """Return what the fine-tunings of a seed's student share, in the folder `root`."""
-    context, smoothing = context.resized(student.image_size), student.label_smoothing
+    context, smoothing = student.context(context), student.label_smoothing
     return FineTuneContext(
         seed=seed,
         spec=spec,

@@ -43,7 +43,7 @@ def student_fingerprint(
     config: StudentConfig, seed: int, spec: DistillationSpec | None, network: ModelBundle, context: StageContext
 ) -> dict[str, Any]:
     """Return everything that determines a student."""
-    context = context.resized(config.image_size)
+    context = config.context(context)
     hooked = student_layers(spec.losses) if spec else ()
     own_outputs = sorted(overwritten_layers(network.model, hooked, context.image_shape)) if hooked else None
     return {
