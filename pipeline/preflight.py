@@ -104,8 +104,8 @@ def require_losses(run: Run) -> None:
     """Raise RecipeError for a recipe without a distillation loss."""
     if not run.recipe.distill:
         raise RecipeError(
-            f"the recipe {run.recipe.name} has no [[distill]]: add a loss (`kdpipe losses` lists them), or compare "
-            "students without a teacher with `kdpipe compare`."
+            f"the recipe {run.recipe.name} has no [[distill]]: add a loss (`kdpipe losses` lists them), or train "
+            "students without a teacher: with `kdpipe compare`, or `kdpipe cohort` without cohort.with_teacher."
         )
 
 

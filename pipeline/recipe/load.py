@@ -88,7 +88,7 @@ class Recipe:
     @cached_property
     def space(self) -> SearchSpace | None:
         """The space of `kdpipe search`, None without one; raises RecipeError for an invalid key, range or condition."""
-        return search_space(self.search, self.student, self.distill) if self.search.is_given else None
+        return search_space(self.search, self.student, self.distill, self.compress) if self.search.is_given else None
 
     @cached_property
     def structures(self) -> list[SweepPoint]:

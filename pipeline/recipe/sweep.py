@@ -9,13 +9,14 @@ import re
 import shlex
 import tomllib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
-from pydantic import TypeAdapter, ValidationError
+from pydantic import Field, TypeAdapter, ValidationError
 
 from kdpipe.pipeline.recipe.messages import Keys, fault_messages, first_and_more, one_line
 from kdpipe.pipeline.recipe.overrides import set_key
+from kdpipe.stages.compress.compress import CompressConfig
 from kdpipe.stages.config import section
 from kdpipe.stages.distillation.student_config import StudentConfig
 from kdpipe.stages.errors import RecipeError
@@ -25,8 +26,11 @@ from kdpipe.store.format.identity import sha256_of
 
 MAX_POINTS = 10_000
 
-FIXED = ("student.seeds", "student.stores", "student.teachers", "student.baseline", "student.export")
-"""Keys of `student` that are the same in all points: what they decide is not a setting of one training."""
+FIXED = (
+    *(f"student.{key}" for key in ("seeds", "stores", "teachers", "baseline", "export")),
+    *(f"compress.{key}" for key in ("baselines", "student", "latency_batch_sizes", "latency_rounds", "niceness")),
+)
+"""Keys that are the same in all points: what they decide is not a setting of one training."""
 
 
 @dataclass(frozen=True)
@@ -38,12 +42,14 @@ class SweepPoint:
         settings: The values by dotted key.
         student: The student with these settings.
         losses: Its losses.
+        compress: How it is compressed, where that is searched.
     """
 
     name: str
     settings: Mapping[str, Any]
     student: StudentConfig
     losses: tuple[Loss, ...]
+    compress: CompressConfig = field(default_factory=CompressConfig)
 
     @property
     def of_student(self) -> dict[str, Any]:
@@ -53,10 +59,11 @@ class SweepPoint:
 
 @section
 class _Swept:
-    """What a sweep can change."""
+    """What a sweep or a search can change."""
 
     student: StudentConfig
     distill: tuple[AnyLoss, ...] = ()
+    compress: CompressConfig = Field(default_factory=CompressConfig)
 
 
 def sweep_overrides(overrides: Sequence[str]) -> list[str]:
@@ -154,18 +161,18 @@ def flattened(
             yield ".".join((*keys, key)), value
 
 
-def require_of_student(key: str, where: str, what: str) -> None:
+def require_of_student(key: str, where: str, what: str, sections: Sequence[str] = ("student", "distill")) -> None:
     """Require that a key is a setting of a single training from one store; `what` tries it, as messages say.
 
     Raises:
-        RecipeError: It is none of `student` or `distill`, or the same for all trainings.
+        RecipeError: It is in none of the `sections`, or the same for all trainings.
     """
     first = key.split(".", maxsplit=1)[0]
-    if first not in ("student", "distill"):
+    if first not in sections:
         raise RecipeError(
             one_line(
                 f"{where}: {what} trains students from one store, and {first!r} is not part of the student: "
-                "name keys of student and distill, and use a recipe each for anything else."
+                f"name keys of {' and '.join(sections)}, and use a recipe each for anything else."
             )
         )
     if any(key == fixed or key.startswith(f"{fixed}.") for fixed in FIXED):
@@ -197,7 +204,7 @@ def point_of(table: Mapping[str, Any], name: str, settings: Mapping[str, Any], w
         found: _Swept = TypeAdapter(_Swept).validate_json(json.dumps(table, default=str))
     except ValidationError as error:
         raise RecipeError(first_and_more(fault_messages(_Swept, error, lambda keys: where))) from error
-    return SweepPoint(name, settings, found.student, found.distill)
+    return SweepPoint(name, settings, found.student, found.distill, found.compress)
 
 
 def alone_of(point: SweepPoint) -> StudentConfig:

@@ -48,7 +48,8 @@ def final_table(recipe: str, found: Mapping[str, Any]) -> Table:
     final = found["final"]
     rows = final["rows"]
     headers = ["student", f"test {metric_of(rows[0]).title} %", "over the recipe", "its 95 % interval", "validation %"]
-    headers += ["agreement %", "epochs to find it"]
+    others = found["objectives"][1:]
+    headers += ["agreement %", *others, "epochs to find it"]
     base = next((row["accuracy_mean"] for row in rows if row["name"] == "recipe"), None)
     cells = [
         [
@@ -58,6 +59,7 @@ def final_table(recipe: str, found: Mapping[str, Any]) -> Table:
             interval_text(Interval(**row["interval"]) if row["interval"] else None, signed=True),
             mean_std(row["validation_mean"]),
             mean_std(row["agreement_mean"]),
+            *(_objective_text(name, row["objectives"][name]) for name in others),
             f"{final['num_epochs'].get(row['name'], 0):,}",
         ]
         for row in rows
@@ -77,7 +79,7 @@ def trials_table(recipe: str, found: Mapping[str, Any]) -> Table:
             str(one["number"]),
             *(value_text(one["settings"].get(key)) for key in names),
             f"{100 * one['values'][0]:.2f}",
-            *(f"{value:,.0f}" for value in one["values"][1:]),
+            *map(_objective_text, others, one["values"][1:]),
             str(one["num_epochs"]),
             "on the front" if others and one["number"] in found["front"] else one["state"],
         ]
@@ -94,6 +96,11 @@ def counts_text(found: Mapping[str, Any]) -> str:
     counts = {state: found["counts"].get(state, 0) for state in states}
     parts = [f"{count:,} {'failed' if state == 'fail' else state}" for state, count in counts.items() if count]
     return f"{found['num_trials']:,} trials ({', '.join(parts) or 'none yet'})"
+
+
+def _objective_text(name: str, value: float) -> str:
+    """Return a value of an objective beside accuracy: a share for latency, else a count."""
+    return f"{value:.3f}" if name == "latency" else f"{value:,.0f}"
 
 
 def value_text(value: Any) -> str:

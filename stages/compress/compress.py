@@ -24,7 +24,7 @@ from kdpipe.stages.compress.resume import TrainedModel, finished_source
 from kdpipe.stages.config import PathStr, section, unique
 from kdpipe.stages.context import StageContext
 from kdpipe.stages.distillation.classifier_reuse import projector_output_path
-from kdpipe.stages.distillation.student_config import DISTILLED, StudentConfig, student_folder
+from kdpipe.stages.distillation.student_config import StudentConfig
 from kdpipe.stages.distillation.task_builder import build_student
 from kdpipe.stages.errors import ANOTHER_RUN
 from kdpipe.stages.export.trial import try_export
@@ -136,7 +136,7 @@ def student_source(config: CompressConfig, fine_tuning: FineTuneContext) -> Trai
     """
     fresh = fine_tuning.build_student
     if config.student is None:
-        folder, needed_by = student_folder(fine_tuning.run_dir, DISTILLED, fine_tuning.seed), "kdpipe train-student"
+        folder, needed_by = fine_tuning.student_dir, "kdpipe train-student"
         stored = dict(finished_record(folder, needed_by)["architecture"])
         expected = json.loads(json.dumps(fresh().architecture))
         if found := differences(stored, expected, "architecture"):
@@ -153,7 +153,7 @@ def student_source(config: CompressConfig, fine_tuning: FineTuneContext) -> Trai
 def student_job_dir(config: CompressConfig, fine_tuning: FineTuneContext) -> JobDir:
     """Return the folder with that student's figures and files."""
     if config.student is None:
-        return student_folder(fine_tuning.run_dir, DISTILLED, fine_tuning.seed)
+        return fine_tuning.student_dir
     return JobDir(fine_tuning.root / "given")
 
 
@@ -223,7 +223,7 @@ def _prune(config: CompressConfig, fine_tuning: FineTuneContext) -> dict[str, di
     figures = {"pruned": prune_student(pruning, config.prune_train, fine_tuning, source, "pruned")}
     if config.baselines:
         ratio = None if pruning.budget == "channels" else figures["pruned"]["channel_ratio"]
-        alone = replace(fine_tuning, spec=None)
+        alone = fine_tuning.baseline
         figures["pruned-alone"] = prune_student(pruning, config.prune_train, alone, source, "pruned-alone", ratio=ratio)
     return figures
 
@@ -237,7 +237,7 @@ def _pruning(config: CompressConfig, fine_tuning: FineTuneContext) -> PruneConfi
 
 def _quantize(config: CompressConfig, fine_tuning: FineTuneContext) -> dict[str, dict[str, Any]]:
     scheme, train = config.quantize.scheme, config.quantize_train
-    alone = replace(fine_tuning, spec=None)
+    alone = fine_tuning.baseline
 
     def quantized(kind: str, of: FineTuneContext, source: TrainedModel, train: TrainConfig = train) -> dict[str, Any]:
         sparse = config.prunes and config.prune.kind != "channels" and kind in (scheme, f"{scheme}-alone")

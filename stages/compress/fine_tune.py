@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ from kdpipe.stages.context import StageContext
 from kdpipe.stages.distillation.adapters import KeptChannels, restore_adapters
 from kdpipe.stages.distillation.embedding_student import examine_student
 from kdpipe.stages.distillation.spec import DistillationSpec
-from kdpipe.stages.distillation.student_config import StudentConfig
+from kdpipe.stages.distillation.student_config import DISTILLED, StudentConfig, student_folder
 from kdpipe.stages.distillation.task_builder import build_student, build_task
 from kdpipe.stages.evaluation.evaluate import Evaluation
 from kdpipe.stages.losses.distillation import Distillation, student_layers
@@ -46,10 +46,12 @@ class FineTuneContext:
         validation: Returns the validation images, None if there are none.
         examine: Returns what a fine-tuned network's embeddings tell, for students of embeddings, and fits its head.
         inputs: The identities of data and views, which decide the results.
-        run_dir: The run folder, with the student and the teacher.
+        run_dir: The run folder, with the teacher.
+        student_dir: The folder of the student.
         root: The folder of the compressed networks.
         device: The device to train on.
         monitor: Progress and the stop flag.
+        is_baseline: Whether it is that of the baseline, fine-tuned with hard labels alone.
     """
 
     seed: int
@@ -62,14 +64,21 @@ class FineTuneContext:
     examine: Callable[[ModelBundle], dict[str, Any]]
     inputs: Mapping[str, Any]
     run_dir: Path
+    student_dir: JobDir
     root: Path
     device: torch.device
     monitor: RunMonitor
+    is_baseline: bool = False
 
     @property
     def exports_onnx(self) -> bool:
-        """Whether its networks are exported to ONNX; those of the hard-label baseline are not."""
-        return self.spec is not None
+        """Whether its networks are exported to ONNX; those of the baseline are not."""
+        return not self.is_baseline
+
+    @property
+    def baseline(self) -> FineTuneContext:
+        """That of the baseline."""
+        return replace(self, spec=None, is_baseline=True)
 
     def deciding(self, normalize: Normalization) -> Evaluation:
         """Return the images that decide: the validation images, or without any the test images."""
@@ -105,9 +114,18 @@ class FineTuneContext:
 
 
 def build_fine_tuning(
-    student: StudentConfig, seed: int, spec: DistillationSpec | None, context: StageContext, root: Path
+    student: StudentConfig,
+    seed: int,
+    spec: DistillationSpec | None,
+    context: StageContext,
+    root: Path,
+    *,
+    student_dir: JobDir | None = None,
 ) -> FineTuneContext:
-    """Return what the fine-tunings of a seed's student share, in the folder `root`."""
+    """Return what the fine-tunings of a seed's student share, in the folder `root`.
+
+    The student is that of `kdpipe train-student`, or the one in the folder `student_dir`.
+    """
     context, smoothing = student.context(context), student.label_smoothing
     return FineTuneContext(
         seed=seed,
@@ -126,6 +144,7 @@ def build_fine_tuning(
             "views": context.student_views(),
         },
         run_dir=context.run_dir,
+        student_dir=student_dir or student_folder(context.run_dir, DISTILLED, seed),
         root=root,
         device=context.device,
         monitor=context.monitor,

@@ -144,6 +144,28 @@ def test_failed_trials_are_told_and_several_objectives_have_a_front(recipe, tmp_
     assert "on the front" in ended.stdout and "2 trials failed" in ended.stdout
 
 
+def test_compressed_trials_have_a_front_of_accuracy_and_size(recipe, tmp_path):
+    space = ("search.space.compress.prune.ratio=[0.25, 0.75]", "search.sampler='grid'", "search.compress=true")
+    quick = ("compress.steps=['prune']", "compress.prune_train.epochs=1", "student.train.epochs=1", "search.keep=1")
+    off = ("search.space.distill.1.loss=['off']", "search.space.student.train.lr=[0.05]")
+    more = ("search.objective=['accuracy', 'size', 'latency']", "student.train.warmup_epochs=0")
+    options = [part for change in (*space, *quick, *off, *more) for part in ("--set", change)]
+    run = tmp_path / "run"
+    ended = kdpipe_here("search", recipe, "--run", run, *SHORT, *options)
+    assert ended.exit_code == 0, ended.stderr
+    found = record_of(run)
+    large, small = found["trials"]
+    assert small["values"][1] < large["values"][1] and all(one["values"][2] > 0 for one in (small, large))
+    for number, one in enumerate((large, small)):
+        job = run / f"search/trials/000{number}/seed0/compressed/pruned-seed0"
+        own = json.loads((job / "result.json").read_text())
+        assert one["values"][:2] == [own["accuracy"], own["onnx_bytes"]]
+        assert json.loads((job / "job.json").read_text())["test"]["split"] == VALIDATION
+    best, table = found["final"]["rows"][0], tomllib.loads((run / "best.toml").read_text())
+    assert best["settings"]["compress.prune.ratio"] == table["compress"]["prune"]["ratio"]
+    assert best["objectives"]["size"] == found["trials"][found["best"]]["values"][1]
+
+
 def test_a_finished_search_goes_on_with_more_trials(searched, recipe):
     run, _ = searched
     before = record_of(run)["trials"]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,10 +18,13 @@ from kdpipe.pipeline.recipe.load import Recipe
 from kdpipe.pipeline.recipe.search.config import EPOCH_PRUNERS
 from kdpipe.pipeline.report.variants import RESULTS
 from kdpipe.pipeline.run import Run
+from kdpipe.stages.cohort.config import CohortConfig
+from kdpipe.stages.cohort.train import ensemble_folder
 from kdpipe.stages.compress.compress import fine_tunings
 from kdpipe.stages.distillation.spec import DistillationSpec
 from kdpipe.stages.distillation.student_config import ALONE, DISTILLED, StudentConfig
 from kdpipe.stages.losses.base import Loss
+from kdpipe.stages.models.build import ModelConfig
 from kdpipe.stages.training.job_dir import read_json_file
 from kdpipe.stages.workspace import shown
 from kdpipe.store import KdpipeError
@@ -76,6 +79,8 @@ def student_costs(probe: Probe, students: dict[tuple[str, int], Path]) -> Iterat
         return
     if recipe.compare:
         yield from _compare_costs(probe)
+    if recipe.cohort:
+        yield from _cohort_costs(probe, recipe.cohort)
     compresses = recipe.student.export and recipe.distill and recipe.compress.steps
     compressions = list(unfinished_compressions(run)) if compresses else []
     num_done = {kind: sum(each == kind for each, _ in students) for kind in (ALONE, DISTILLED)}
@@ -117,13 +122,13 @@ def _search_costs(probe: Probe) -> Iterator[StageCost]:
     known = read_json_file(run.folder / "search" / RESULTS) or {"counts": {}}
     num_done = sum(known["counts"].get(state, 0) for state in ("complete", "pruned", "fail"))
     num_left = max(0, config.trials - num_done) * len(config.seeds)
-    whole, note = _measured(partial(_student_time, probe, DISTILLED, spec, num_left), why)
+    whole, note = _measured(partial(_searched_time, probe, DISTILLED, spec, num_left), why)
     kept = _share_of_epochs(recipe) if config.chosen_pruner in EPOCH_PRUNERS else 1.0
     seconds = whole and Seconds(kept * whole.low, whole.high)
     yield StageCost("search", f"students, {config.trials} trials", num_done + num_left, num_done, seconds, note)
     for kind, count in {ALONE: int(recipe.student.baseline), DISTILLED: len(COMPARED)}.items():
         num_trainings = count * len(recipe.student.seeds)
-        measured = partial(_student_time, probe, kind, spec, num_trainings)
+        measured = partial(_searched_time, probe, kind, spec, num_trainings)
         seconds, note = _measured(measured, why * (kind == DISTILLED))
         if "final" in known:
             seconds, note = NOTHING, ""
@@ -159,6 +164,29 @@ def _compare_costs(probe: Probe) -> Iterator[StageCost]:
     yield StageCost("compare", what, count, num_done, None if notes else seconds, "; ".join(notes[:1]))
 
 
+def _cohort_costs(probe: Probe, config: CohortConfig) -> Iterator[StageCost]:
+    """Yield the costs of cohorts, and of the members' networks alone, but the student's, which is train-student's."""
+    run, student = probe.run, probe.run.recipe.student
+    spec, why = _opened(probe) if config.with_teacher else (None, "")
+    others = {str(model): model for model in config.models(student.model) if model != student.model}
+    if others and student.baseline:
+        seconds, note = _measured(partial(_time_alone, probe, list(others.values())))
+        count = len(others) * len(student.seeds)
+        yield StageCost("cohort", "other members, alone", count, 0, seconds and seconds.times(len(student.seeds)), note)
+    num_done = sum(ensemble_folder(run.folder, seed).result() is not None for seed in student.seeds)
+    seconds, note = NOTHING, ""
+    if num_left := len(student.seeds) - num_done:
+        seconds, note = _measured(partial(probe.cohort_training, config, spec), why)
+        seconds = seconds and seconds.times(num_left)
+    what = f"cohorts of {config.num_members}"
+    yield StageCost("cohort", what, len(student.seeds), num_done, seconds, note)
+
+
+def _time_alone(probe: Probe, models: Sequence[ModelConfig]) -> Seconds:
+    student = probe.run.recipe.student
+    return sum((probe.student_training(None, replace(student, model=model)) for model in models), NOTHING)
+
+
 def _variant_time(probe: Probe, losses: Sequence[Loss], student: StudentConfig, count: int) -> Seconds:
     spec = probe.open_distillation(losses) if losses else None
     return probe.student_training(spec, student).times(count)
@@ -190,6 +218,14 @@ def _opened(probe: Probe) -> tuple[DistillationSpec | None, str]:
 
 def _student_time(probe: Probe, kind: str, spec: DistillationSpec | None, count: float) -> Seconds:
     return probe.student_training(spec if kind == DISTILLED else None).times(count)
+
+
+def _searched_time(probe: Probe, kind: str, spec: DistillationSpec | None, count: float) -> Seconds:
+    """Return the time of students of a search, which are compressed, too, if the recipe says so."""
+    recipe, one = probe.run.recipe, _student_time(probe, kind, spec, 1)
+    if recipe.search.compress:
+        one += _compression_time(probe, [(made, 0) for made in recipe.compress.kinds[1:]], spec)
+    return one.times(count)
 
 
 def _compression_time(probe: Probe, compressions: Sequence[tuple[str, int]], spec: DistillationSpec | None) -> Seconds:

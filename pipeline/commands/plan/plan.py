@@ -80,7 +80,9 @@ def run_plan(run: Run, with_probe: bool) -> dict[str, Any]:
 def _costs(run: Run, teacher: ModelBundle, features: list[FeatureSpec], plan: dict[str, Any]) -> dict[str, Any]:
     """Return the times of all stages, and the memory, from a probe of each."""
     store, found = Path(plan["store"]), plan["teacher"]["found"]
-    needed = run.store in run.stores and (found is not None or needs_teacher(run, features))
+    recipe = run.recipe
+    distills = recipe.distill or recipe.compare or recipe.points or recipe.space or not recipe.cohort
+    needed = distills and run.store in run.stores and (found is not None or needs_teacher(run, features))
     costs: list[StageCost] = []
 
     def add(cost: StageCost) -> None:

@@ -21,6 +21,9 @@ from kdpipe.pipeline.steps import cache_teacher
 from kdpipe.stages.cache_teacher.choice import DEFAULT_BATCH_SIZE
 from kdpipe.stages.cache_teacher.estimate import NUM_PROBES
 from kdpipe.stages.cache_teacher.plan import CacheConfig
+from kdpipe.stages.cohort.config import CohortConfig
+from kdpipe.stages.cohort.exchange import CohortPlan, build_task
+from kdpipe.stages.cohort.network import build_cohort
 from kdpipe.stages.compress.fine_tune import build_fine_tuning
 from kdpipe.stages.compress.quantization.qat import calibrate
 from kdpipe.stages.compress.quantize_student import prepare
@@ -174,6 +177,22 @@ class Probe:
         network, context = ModelBundle(job.model, {}, job.task.normalize), config.context(self.sample)
         exports = config.export and not (self.run.recipe.points or self.run.recipe.compare)
         return self._training(job, network, context) + self._end("student", network, context, exports=exports)
+
+    def cohort_training(self, config: CohortConfig, spec: DistillationSpec | None) -> Seconds:
+        """Return the time of the training of a cohort, and of the evaluation and export of each member."""
+        student, seed = self.run.recipe.student, self.run.recipe.student.seeds[0]
+        context = self._context(spec).resized(student.image_size)
+        cohort = build_cohort(config, student, seed, context)
+        plan = CohortPlan(config, student, [] if spec is None else [spec] * config.num_members)
+        task = build_task(plan, cohort, seed, context)
+        job = TrainJob(
+            "plan", "cohort", cohort.joint.model, task, None, student.train, seed, JobDir(Path()), task.hooked
+        )
+        seconds = self._training(job, cohort.joint, context) + self._evaluation(cohort.joint, context)
+        for number, model in enumerate(config.models(student.model)):
+            role = "student" if model == student.model else f"member {model}"
+            seconds += self._end(role, cohort.trained(number), context, exports=student.export)
+        return seconds
 
     def after_compression(self, compressions: Sequence[tuple[str, int]]) -> Seconds:
         """Return the time of the exports and latencies of networks that `kdpipe compress` makes, by kind and seed.

@@ -30,6 +30,7 @@ def write_best(run: Run, point: SweepPoint, record: Mapping[str, Any]) -> Path:
         name=f"{recipe.name[:MAX_NAME]}-best",
         student=point.student,
         distill=point.losses,
+        compress=point.compress if recipe.search.compress else recipe.compress,
         sweep={},
         search=SearchConfig(),
         compare={},

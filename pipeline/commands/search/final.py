@@ -17,8 +17,6 @@ from kdpipe.pipeline.run import Run
 from kdpipe.stages.distillation.student_config import ALONE
 from kdpipe.stages.errors import NotFiniteError
 from kdpipe.stages.evaluation.main_metric import main_value
-from kdpipe.stages.train_student.student import StudentRun
-from kdpipe.stages.training.job_dir import JobDir
 from kdpipe.store.fs.checksums import remove_with_sum
 
 COMPARED = WINNER, ONE_EPOCH, RECIPE = "best", "one-epoch", "recipe"
@@ -35,10 +33,14 @@ def compare_winner(run: Run, trials: Trials) -> dict[str, Any]:
     kept = after_one_epoch(trials)
     early = _best_of_kept(run, trials, kept)
     chosen = {WINNER: trials.point(winner), ONE_EPOCH: None if early is None else _point(trials, early)}
-    chosen[RECIPE] = SweepPoint(RECIPE, {}, run.recipe.student, tuple(run.recipe.distill))
+    chosen[RECIPE] = SweepPoint(RECIPE, {}, run.recipe.student, tuple(run.recipe.distill), run.recipe.compress)
     points = {name: point for name, point in chosen.items() if point is not None}
-    results = train_all(run, "search", list(_final_trainings(run, {own.name: own for own in points.values()})))
-    rows = _rows(run, points, results)
+    trainings = list(_final_trainings(run, trials, {own.name: own for own in points.values()}))
+    results = train_all(run, "search", trainings)
+    for one in trainings:
+        if (result := results[one.name, one.seed]) is not None:
+            results[one.name, one.seed] = trials.objectives.measured(one, result)
+    rows = _rows(run, trials, points, results)
     num_epochs = sum(trial.user_attrs.get(EPOCHS, 0) for trial in trials.search.trials("COMPLETE", "PRUNED", "FAIL"))
     final = {
         "rows": rows,
@@ -52,7 +54,7 @@ def compare_winner(run: Run, trials: Trials) -> dict[str, Any]:
         write_best(run, points[WINNER], record)
         for number in range(len(record["trials"])):
             for seed in trials.config.seeds:  # of pruned trials
-                remove_with_sum(_job_dir(trials, number, seed).checkpoint)
+                remove_with_sum(trials.job_dir(number, seed).checkpoint)
     return record
 
 
@@ -60,7 +62,7 @@ def after_one_epoch(trials: Trials) -> list[int]:
     """Return the trials that are the best after the first epoch of their first student, the best first."""
     found = {}
     for trial in trials.search.trials("COMPLETE", "PRUNED"):
-        if metrics := read_metrics(_job_dir(trials, trial.number, trials.config.seeds[0])):
+        if metrics := read_metrics(trials.job_dir(trial.number, trials.config.seeds[0])):
             found[trial.number] = main_value(metrics[0])
     return sorted(found, key=lambda number: (-found[number], number))[: trials.config.keep]
 
@@ -69,7 +71,8 @@ def _best_of_kept(run: Run, trials: Trials, kept: Sequence[int]) -> int | None:
     """Return the best of some trials after all their epochs; those that were pruned are trained on."""
     seeds = trials.config.seeds
     context = trial_context(run, trials.config.objectives[0], run.context)
-    trainings = [_to_the_end(run, trials, number, seed) for number in kept for seed in seeds]
+    points = {number: _point(trials, number) for number in kept}
+    trainings = [trials.training(own, number, seed, _name(number)) for number, own in points.items() for seed in seeds]
     results = train_all(run, "search", trainings, context)
     values = {}
     for number in kept:
@@ -77,13 +80,6 @@ def _best_of_kept(run: Run, trials: Trials, kept: Sequence[int]) -> int | None:
         if len(own) == len(seeds):
             values[number] = mean(map(main_value, own))
     return max(values, key=lambda number: (values[number], -number)) if values else None
-
-
-def _to_the_end(run: Run, trials: Trials, number: int, seed: int) -> Training:
-    point = _point(trials, number)
-    spec = run.open_distillation(point.losses, point.student) if point.losses else None
-    student_run = StudentRun(_job_dir(trials, number, seed), f"{_name(number)}, seed {seed}", with_onnx=False)
-    return Training(_name(number), seed, point.student, spec, student_run)
 
 
 def _name(number: int) -> str:
@@ -94,11 +90,7 @@ def _point(trials: Trials, number: int) -> SweepPoint:
     return trials.point(trials.search.trials()[number])
 
 
-def _job_dir(trials: Trials, number: int, seed: int) -> JobDir:
-    return JobDir(trials.search.trial_folder(number) / f"seed{seed}")
-
-
-def _final_trainings(run: Run, points: Mapping[str, SweepPoint]) -> Iterator[Training]:
+def _final_trainings(run: Run, trials: Trials, points: Mapping[str, SweepPoint]) -> Iterator[Training]:
     """Yield the trainings of the comparison, seed by seed; the student alone has the recipe's settings.
 
     Their folders are named after the trials: a search that goes on may find another winner.
@@ -107,15 +99,17 @@ def _final_trainings(run: Run, points: Mapping[str, SweepPoint]) -> Iterator[Tra
         name: run.open_distillation(point.losses, point.student) if point.losses else None
         for name, point in points.items()
     }
-    folder = str(Path("search") / "final")
-    for seed in run.recipe.student.seeds:
-        if run.recipe.student.baseline:
-            yield Training(ALONE, seed, run.recipe.student, None, run_of(run.folder, folder, ALONE, seed))
+    recipe, folder = run.recipe, str(Path("search") / "final")
+    compresses = recipe.compress if trials.config.compress else None
+    for seed in recipe.student.seeds:
+        if recipe.student.baseline:
+            yield Training(ALONE, seed, recipe.student, None, run_of(run.folder, folder, ALONE, seed), compresses)
         for name, point in points.items():
-            yield Training(name, seed, point.student, specs[name], run_of(run.folder, folder, name, seed))
+            own = run_of(run.folder, folder, name, seed)
+            yield Training(name, seed, point.student, specs[name], own, trials.compress_of(point))
 
 
-def _rows(run: Run, points: Mapping[str, SweepPoint], results: Results) -> list[dict[str, Any]]:
+def _rows(run: Run, trials: Trials, points: Mapping[str, SweepPoint], results: Results) -> list[dict[str, Any]]:
     """Return the results of each student over seeds, with its difference from the recipe's."""
     trained = {name: point.name for name, point in points.items()} | (
         {ALONE: ALONE} if run.recipe.student.baseline else {}
@@ -125,7 +119,12 @@ def _rows(run: Run, points: Mapping[str, SweepPoint], results: Results) -> list[
     if not done[WINNER]:
         raise NotFiniteError("the winner diverged with every seed of student.seeds: try lower learning rates.")
     return [
-        {**accuracy_row(own, done[RECIPE]), "name": name, "settings": points[name].settings if name in points else {}}
+        {
+            **accuracy_row(own, done[RECIPE]),
+            "name": name,
+            "settings": points[name].settings if name in points else {},
+            "objectives": dict(zip(trials.config.objectives, trials.objectives.means(own), strict=True)),
+        }
         for name, own in done.items()
         if own
     ]

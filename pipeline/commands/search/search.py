@@ -88,6 +88,7 @@ def _inputs(run: Run, recipe: Recipe, space: SearchSpace) -> dict[str, Any]:
         "space": [vars(one) for one in space.parameters],
         "student": student,
         "distill": record["distill"],
+        **({"compress": record["compress"]} if recipe.search.compress else {}),
         "teacher": teacher.get("weights_sha256"),
         "data": context.training_identity(),
         "validation": context.deciding.test_identity(),

@@ -7,15 +7,15 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from statistics import mean
 from typing import TYPE_CHECKING, Any
 
+from kdpipe.pipeline.commands.search.objectives import Objectives
 from kdpipe.pipeline.commands.search.results import EPOCHS, epochs_so_far, read_metrics, write_results
 from kdpipe.pipeline.commands.search.study import SearchStudy, Taken, reported_errors
-from kdpipe.pipeline.commands.variants.trainings import POLL_S
+from kdpipe.pipeline.commands.variants.trainings import POLL_S, Training
 from kdpipe.pipeline.recipe.sweep import SweepPoint
 from kdpipe.pipeline.run import Run
-from kdpipe.pipeline.steps import train_student
+from kdpipe.stages.compress.compress import CompressConfig
 from kdpipe.stages.context import StageContext
 from kdpipe.stages.data.labeling import keep_labels
 from kdpipe.stages.errors import ModelError, NotFiniteError, RecipeError, StoppedEarly
@@ -92,6 +92,7 @@ class Trials:
         self.run, self.search, self.config = run, search, search.config
         self.watch = TrialWatch(run, prunes=len(self.config.seeds) == 1 and self.config.chosen_pruner != "none")
         monitor = replace(run.monitor, should_stop=self.watch, callbacks=(*run.monitor.callbacks, self.watch))
+        self.objectives = Objectives(run, self.config, search.folder)
         self.context = trial_context(run, self.config.objectives[0], replace(run.context, monitor=monitor))
 
     @contextmanager
@@ -166,7 +167,7 @@ class Trials:
                 report(taken.trial, main_value(result), number)
                 if number + 1 < len(seeds) and taken.trial.should_prune():
                     return None
-        return [mean(_value(name, result) for result in results) for name in self.config.objectives]
+        return self.objectives.means(results)
 
     def point(self, trial: optuna.trial.FrozenTrial) -> SweepPoint:
         """Return the student and losses of a trial."""
@@ -174,19 +175,32 @@ class Trials:
 
     def train(self, point: SweepPoint, number: int, seed: int, trial: optuna.Trial) -> dict[str, Any] | None:
         """Train a student of a trial and return its results; None if the pruner ended it."""
-        job_dir = JobDir(self.search.trial_folder(number) / f"seed{seed}")
-        spec = self.run.open_distillation(point.losses, point.student) if point.losses else None
-        student_run = StudentRun(job_dir, f"trial {number}, seed {seed}", with_onnx=False)
+        training = self.training(point, number, seed, f"trial {number}")
+        job_dir = training.student_run.job_dir
         self.watch.begin(trial, job_dir.path)
         try:
-            result = train_student(point.student, seed, spec, self.context, student_run=student_run)
+            result = training.run(self.context)
         except StoppedEarly:
             if self.watch.is_pruned:
                 return None
             raise
         # One that was finished before, perhaps by another run, is judged as if it were trained here.
         self.watch.observe(read_metrics(job_dir), point.student.train.epochs)
-        return None if self.watch.is_pruned else result
+        return None if self.watch.is_pruned else self.objectives.measured(training, result)
+
+    def training(self, point: SweepPoint, number: int, seed: int, name: str) -> Training:
+        """Return the training of a trial's student."""
+        spec = self.run.open_distillation(point.losses, point.student) if point.losses else None
+        student_run = StudentRun(self.job_dir(number, seed), f"{name}, seed {seed}", with_onnx=False)
+        return Training(name, seed, point.student, spec, student_run, self.compress_of(point))
+
+    def job_dir(self, number: int, seed: int) -> JobDir:
+        """Return the folder of a trial's student."""
+        return JobDir(self.search.trial_folder(number) / f"seed{seed}")
+
+    def compress_of(self, point: SweepPoint) -> CompressConfig | None:
+        """Return how students with these settings are compressed; None if they are not."""
+        return point.compress if self.config.compress else None
 
 
 def trial_context(run: Run, objective: str, context: StageContext) -> StageContext:
@@ -196,9 +210,3 @@ def trial_context(run: Run, objective: str, context: StageContext) -> StageConte
         unlabeled = replace(context, validation_set=keep_labels(deciding.test_set, "none"), load_validation=None)
         return unlabeled.deciding
     return deciding
-
-
-def _value(objective: str, result: Mapping[str, Any]) -> float:
-    if objective in ("parameters", "macs"):
-        return float(result[f"num_{objective}"])
-    return main_value(result)

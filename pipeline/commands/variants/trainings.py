@@ -5,13 +5,15 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from kdpipe.pipeline.run import Run
 from kdpipe.pipeline.steps import train_student
+from kdpipe.stages.compress.compress import CompressConfig, compress
+from kdpipe.stages.compress.fine_tune import build_fine_tuning
 from kdpipe.stages.context import StageContext
 from kdpipe.stages.distillation.spec import DistillationSpec
 from kdpipe.stages.distillation.student_config import ALONE, StudentConfig, student_folder
@@ -30,13 +32,45 @@ Results = dict[tuple[str, int], dict[str, Any] | None]
 
 @dataclass(frozen=True)
 class Training:
-    """One training of a sweep or a comparison; `spec` is None for a student alone."""
+    """One training of a sweep, a comparison or a search.
+
+    Attributes:
+        name: The student's name.
+        seed: Its seed.
+        student: The recipe's `student` section.
+        spec: The stores and losses; None for a student alone.
+        student_run: Its folder and name.
+        compress: How it is compressed, too; None if it is not.
+    """
 
     name: str
     seed: int
     student: StudentConfig
     spec: DistillationSpec | None
     student_run: StudentRun
+    compress: CompressConfig | None = None
+
+    @property
+    def compressed(self) -> Path:
+        """The folder of its compressed networks."""
+        return self.student_run.job_dir.path / "compressed"
+
+    @property
+    def file(self) -> Path:
+        """The ONNX file of its compressed network."""
+        assert self.compress is not None, "it is compressed"
+        return JobDir(self.compressed / f"{self.compress.kinds[-1]}-seed{self.seed}").onnx
+
+    def run(self, context: StageContext) -> dict[str, Any]:
+        """Train the student, or resume it, compress it if that is wanted, and return its results."""
+        own = self.student_run
+        result = train_student(self.student, self.seed, self.spec, context, student_run=own)
+        if self.compress is None:
+            return result
+        fine_tuning = build_fine_tuning(
+            self.student, self.seed, self.spec, context, self.compressed, student_dir=own.job_dir
+        )
+        return compress(replace(self.compress, baselines=False), fine_tuning)[self.compress.kinds[-1]]
 
 
 def run_of(run: Path, command: str, name: str, seed: int) -> StudentRun:
@@ -98,7 +132,7 @@ def _is_locked(training: Training, locks: ExitStack) -> bool:
 
 def _trained(run: Run, command: str, training: Training, context: StageContext) -> dict[str, Any] | None:
     try:
-        return train_student(training.student, training.seed, training.spec, context, student_run=training.student_run)
+        return training.run(context)
     except NotFiniteError as error:  # the others go on
         run.monitor.warn(command, str(error))
         return None

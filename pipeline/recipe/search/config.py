@@ -9,10 +9,13 @@ from pydantic import AfterValidator, Field
 from kdpipe.stages.config import Seed, section, unique
 
 Preset = Literal["temperature-and-alpha", "losses", "layers"]
-Objective = Literal["accuracy", "agreement", "parameters", "macs"]
+Objective = Literal["accuracy", "agreement", "parameters", "macs", "size", "latency"]
 
 ACCURACIES = ("accuracy", "agreement")
 """Objectives that are to be high; the others are to be low."""
+
+OF_FILES = ("size", "latency")
+"""Objectives that are measured on compressed students' files."""
 
 EPOCH_PRUNERS = ("successive_halving", "hyperband")
 
@@ -27,8 +30,10 @@ class SearchConfig:
         preset: A space for a usual question, beside `space`: "temperature-and-alpha", "losses" or "layers".
         trials: Number of settings that are tried.
         objective: What is looked for on the validation images: "accuracy" (the main metric of other tasks), or
-            "agreement" with the teacher; or one of these with "parameters" or "macs" of the student, which are to be
-            few: then the result is a Pareto front.
+            "agreement" with the teacher; or one of these with what is to be low, "parameters" and "macs" of the
+            student, "size" in bytes and "latency" of its compressed file: then the result is a Pareto front. Latency
+            is that of one image as a share of the recipe's own student in float, measured in turn.
+        compress: Whether each trial's student is compressed, as `compress` says, and its compressed network judged.
         sampler: How settings are chosen: "tpe" (tree-structured Parzen estimator), "random", or "grid" for all
             combinations.
         pruner: What ends hopeless trials: "successive_halving" (the default) or "hyperband" after some epochs,
@@ -46,6 +51,7 @@ class SearchConfig:
     preset: Preset | None = None
     trials: Annotated[int, Field(ge=1, le=10_000)] = 50
     objective: Objective | Annotated[tuple[Objective, ...], Field(min_length=1), AfterValidator(unique)] = "accuracy"
+    compress: bool = False
     sampler: Literal["tpe", "random", "grid"] = "tpe"
     pruner: Literal["successive_halving", "hyperband", "wilcoxon", "none"] | None = None
     min_epochs: Annotated[int, Field(ge=1, le=10**6)] = 1
@@ -59,6 +65,8 @@ class SearchConfig:
         of_accuracy = [name for name in self.objectives if name in ACCURACIES]
         if len(of_accuracy) != 1:
             raise ValueError("one objective must be accuracy or agreement")
+        if not self.compress and (of_files := [name for name in self.objectives if name in OF_FILES]):
+            raise ValueError(f"{of_files[0]} is that of a compressed student's file: set search.compress = true")
         if len(self.objectives) > 1 and self.pruner not in (None, "none"):
             raise ValueError("with several objectives no trial can be ended early: leave out the pruner")
         if len(self.seeds) > 1 and self.pruner in EPOCH_PRUNERS:

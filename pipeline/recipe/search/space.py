@@ -15,6 +15,7 @@ from kdpipe.pipeline.recipe.overrides import set_key
 from kdpipe.pipeline.recipe.search.config import SearchConfig
 from kdpipe.pipeline.recipe.search.presets import preset_space
 from kdpipe.pipeline.recipe.sweep import SweepPoint, flattened, point_of, require_of_student, table_of
+from kdpipe.stages.compress.compress import CompressConfig
 from kdpipe.stages.distillation.student_config import StudentConfig
 from kdpipe.stages.errors import RecipeError
 from kdpipe.stages.losses.base import Loss
@@ -72,11 +73,12 @@ class Parameter:
 
 @dataclass(frozen=True)
 class SearchSpace:
-    """The parameters of a search, those that decide about others first, over a recipe's student and losses."""
+    """The parameters of a search, those that decide about others first, over a recipe's sections."""
 
     parameters: tuple[Parameter, ...]
     student: StudentConfig
     losses: tuple[Loss, ...]
+    compress: CompressConfig
 
     @property
     def deciding(self) -> tuple[Parameter, ...]:
@@ -86,7 +88,7 @@ class SearchSpace:
 
     def point(self, settings: Settings, name: str) -> SweepPoint:
         """Return the student and its losses with these settings. Raises RecipeError if they are invalid."""
-        table = copy.deepcopy(table_of(self.student, self.losses))
+        table = copy.deepcopy(table_of(self.student, self.losses)) | {"compress": asdict(self.compress)}
         switched = {key: value for key, value in settings.items() if _is_loss(key)}
         for key, loss in switched.items():
             number, shown = key.split(".")[1], f"search.space.{key}"
@@ -146,16 +148,24 @@ class SearchSpace:
         return _limited(self.combinations(self.parameters, {}), MAX_COMBINATIONS, "combinations")
 
 
-def search_space(config: SearchConfig, student: StudentConfig, losses: Sequence[Loss]) -> SearchSpace:
+def search_space(
+    config: SearchConfig, student: StudentConfig, losses: Sequence[Loss], compress: CompressConfig
+) -> SearchSpace:
     """Return the space that a recipe's section `search` describes.
 
     Raises:
         RecipeError: A key, a range or a condition is invalid.
     """
+    if config.compress and (not compress.steps or compress.student is not None):
+        raise RecipeError(
+            "search.compress = true: the trials' students are pruned or quantized: name compress.steps, and leave out "
+            "compress.student."
+        )
     preset = preset_space(config.preset, losses) if config.preset else {}
     entries = {**preset, **dict(flattened(config.space, _is_parameter))}
-    parameters = [_parameter(key, value) for key, value in entries.items()]
-    space = SearchSpace(tuple(_ordered(parameters)), student, tuple(losses))
+    sections = ("student", "distill", *["compress"] * config.compress)
+    parameters = [_parameter(key, value, sections) for key, value in entries.items()]
+    space = SearchSpace(tuple(_ordered(parameters)), student, tuple(losses), compress)
     what = "combinations of losses and of keys in a `when`"
     _limited(space.combinations(space.deciding, {}), MAX_STRUCTURES, what)
     if config.sampler == "grid":
@@ -178,9 +188,9 @@ def _is_parameter(table: Mapping[str, Any]) -> bool:
     return bool(table.keys() & (RANGE | CHOICES | {"when"})) or not table
 
 
-def _parameter(key: str, value: Any) -> Parameter:
+def _parameter(key: str, value: Any, sections: Sequence[str]) -> Parameter:
     where = f"search.space.{key}"
-    require_of_student(key, where, "a search")
+    require_of_student(key, where, "a search", sections)
     table = value if isinstance(value, Mapping) else {"choices": value}
     when = table.get("when", {})
     if not isinstance(when, Mapping) or not all(isinstance(one, list) and one for _, one in flattened(when)):

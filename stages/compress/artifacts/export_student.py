@@ -17,7 +17,7 @@ from kdpipe.stages.compress.fine_tune import FineTuneContext
 from kdpipe.stages.compress.quantize_student import prepare, quantize_fingerprint, quantized_record
 from kdpipe.stages.compress.resume import TrainedModel, finished_source
 from kdpipe.stages.compute.threads import max_threads
-from kdpipe.stages.distillation.student_config import ALONE, DISTILLED, student_folder
+from kdpipe.stages.distillation.student_config import ALONE, student_folder
 from kdpipe.stages.evaluation.correct_images import outcome_of
 from kdpipe.stages.evaluation.evaluate import Evaluation
 from kdpipe.stages.evaluation.intervals import accuracy_interval
@@ -124,7 +124,7 @@ def measure_files(
 def _measured_folders(config: CompressConfig, fine_tuning: FineTuneContext) -> dict[str, JobDir]:
     """Return the networks to measure. Those that differ only in their fine-tuning take the same time."""
     run, seed, scheme = fine_tuning.run_dir, fine_tuning.seed, config.quantize.scheme
-    alone, distilled = (student_folder(run, kind, seed) for kind in (ALONE, DISTILLED))
+    alone, distilled = student_folder(run, ALONE, seed), fine_tuning.student_dir
     sizes = [(folder.result() or {}).get("num_parameters") for folder in (alone, distilled)]
     folders = {"teacher": JobDir(run / "teacher"), "student": student_job_dir(config, fine_tuning)}
     if config.student is None and sizes[0] != sizes[1]:  # SimKD's student has a projector

@@ -26,7 +26,8 @@ from kdpipe.stages.losses.features.hint import Hint
 from kdpipe.stages.losses.logits.kd import KD
 from kdpipe.stages.losses.relations.rkd import RKD
 from kdpipe.stages.models.build import ModelConfig
-from kdpipe.stages.runtime.events import RunMonitor
+from kdpipe.stages.models.joint_networks import Ensemble
+from kdpipe.stages.runtime.events import WARNING, RunMonitor
 
 OTHER = ModelConfig(name="cnn", args={"width": 3, "num_stages": 2})
 BOTH = (CohortMember(model=STUDENT.model), CohortMember(model=OTHER))
@@ -149,6 +150,28 @@ def test_members_learn_from_a_stored_teacher(tmp_path):
 def batch_indices(task, batch):
     """The positions of a batch's samples in the data set."""
     return torch.stack([(task.ranks == rank).nonzero()[0, 0] for rank in batch.ranks.cpu()])
+
+
+@pytest.mark.parametrize("config", [CohortConfig(distill=(KD(),)), CohortConfig(method="kdcl", combine="linear")])
+def test_micro_batches_train_the_same_cohort(config, tmp_path, monkeypatch):
+    mlp = replace(STUDENT, model=ModelConfig(name="mlp"), export=False)  # without batch norm
+    plan = CohortPlan(config, replace(mlp, train=replace(mlp.train, precision="float32")), [])
+    warned = []
+    for name in ("whole", "parts"):
+        (tmp_path / name).mkdir()
+        monitor = RunMonitor(lambda event: warned.append(event.job) if event.unit == WARNING else None)
+        train_cohort(plan, 0, context_of(tmp_path / name, monitor=monitor))
+        forward = Ensemble.forward
+
+        def hungry(network, images, forward=forward):
+            if network.training and len(images) > 16:
+                raise torch.OutOfMemoryError("CUDA out of memory.")
+            return forward(network, images)
+
+        monkeypatch.setattr(Ensemble, "forward", hungry)
+    for one, other in zip(weights_of(tmp_path / "whole", 2), weights_of(tmp_path / "parts", 2), strict=True):
+        assert all(torch.allclose(one[key], other[key], rtol=1e-4, atol=1e-5) for key in one)
+    assert sum("continuing with micro-batches of 16" in warning for warning in warned) == 1
 
 
 def test_members_of_kdcl_see_different_views(tmp_path):

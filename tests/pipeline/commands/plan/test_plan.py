@@ -21,10 +21,12 @@ from kdpipe.pipeline.recipe.load import Recipe
 from kdpipe.pipeline.recipe.search.config import SearchConfig
 from kdpipe.pipeline.run import Run
 from kdpipe.pipeline.shared_store import find_teacher
+from kdpipe.stages.cohort.config import CohortConfig, CohortMember
 from kdpipe.stages.compress import compress as stage
 from kdpipe.stages.compress.compress import CompressConfig, fine_tunings
 from kdpipe.stages.compress.pruning.prune import PruneConfig
 from kdpipe.stages.losses.logits.kd import KD
+from kdpipe.stages.models.build import ModelConfig
 from kdpipe.stages.runtime.events import RunMonitor
 from kdpipe.stages.train_student.compare import CompareEntry
 from kdpipe.stages.training.job_dir import JobDir, write_json_file
@@ -123,6 +125,19 @@ def test_the_plan_of_a_search_has_its_trials(tmp_path: Path) -> None:
     made = {stage["what"]: (stage["count"], stage["num_done"]) for stage in plan["stages"]}
     trials = {"students, 9 trials": (9, 4), "students, alone, at the end": (2, 0)}
     assert made == {"teacher": (1, 0), "store": (1, 0), **trials, "students, distilled, at the end": (6, 0)}
+
+
+def test_the_plan_of_a_cohort_has_no_teacher(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    other = ModelConfig(name="cnn", args={"width": 3})
+    members = tuple(CohortMember(model=model) for model in (RECIPE.student.model, other))
+    done = tmp_path / "a" / "students" / "cohort-ensemble-seed1"
+    monkeypatch.setattr(JobDir, "result", lambda job_dir: {} if job_dir.path == done else None)
+    for config in (CohortConfig(members=members), CohortConfig(method="one", branch_at="stage2")):
+        plan = planned(tmp_path / "a", replace(RECIPE, distill=(), cohort=config))
+        made = {stage["what"]: (stage["count"], stage["num_done"]) for stage in plan["stages"]}
+        others = {} if config.method == "one" else {"other members, alone": (2, 0)}
+        assert made == {**others, "cohorts of 2": (2, 1), "students, alone": (2, 0)}
+        assert all(stage["wall_s"][0] > 0 for stage in plan["stages"])
 
 
 def test_the_plan_of_a_comparison_has_its_variants(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -113,12 +113,29 @@ def test_bad_spaces_are_refused_in_one_sentence(space, told):
         ('objective = ["accuracy", "macs"]\npruner = "hyperband"', "with several objectives"),
         ('sampler = "grid"', "needs choices, or a range with a step"),
         ('preset = "layers"', "give a loss in [[distill]] 2 to 4 pairs"),
+        ('objective = ["accuracy", "size"]', "set search.compress = true"),
     ],
 )
 def test_keys_that_contradict_each_other_are_refused(more, told):
     with pytest.raises(RecipeError, match="r.toml") as refused:
         recipe_with(f"{RANGE}{{ low = 1, high = 2 }}", more)
     assert told in str(refused.value)
+
+
+def test_compression_is_searched_where_trials_are_compressed():
+    ratio = "compress.prune.ratio = { low = 0.1, high = 0.9 }\n"
+    space = recipe_with(ratio, "compress = true").space
+    assert space.point({"compress.prune.ratio": 0.4}, "").compress.prune.ratio == 0.4
+    for more, wrong, told in (
+        ("", ratio, "'compress' is not part of the student"),
+        ("compress = true", "compress.baselines = [true, false]", "this key is the same for all settings"),
+        ("compress = true", ratio.replace("0.9", "1.5"), "ratio = 1.5"),
+    ):
+        with pytest.raises(RecipeError) as refused:
+            recipe_with(wrong, more)
+        assert told in str(refused.value)
+    with pytest.raises(RecipeError, match=r"name compress\.steps"):
+        recipe_with(ratio, "compress = true", VALIDATED.replace("[compress]", "[compress]\nsteps = []"))
 
 
 def test_a_search_without_validation_images_is_refused():
