@@ -15,7 +15,7 @@ from kdpipe.stages.distillation.spec import DistillationSpec
 from kdpipe.stages.distillation.student_config import StudentConfig
 from kdpipe.stages.losses.base import Loss
 from kdpipe.stages.losses.distillation import student_layers
-from kdpipe.stages.losses.features.fitnet import FitNet
+from kdpipe.stages.losses.features.fitnet import InitialLoss
 from kdpipe.stages.models.bundle import ModelBundle
 from kdpipe.stages.models.hooks import overwritten_layers
 from kdpipe.stages.models.safetensors_io import load_tensors
@@ -82,7 +82,7 @@ def train_hint_stages(
         monitor: Progress and the stop flag.
     """
     process_group = job.process_group
-    stages = [stage for loss in losses if isinstance(loss, FitNet) for stage in loss.stages()]
+    stages = [stage for loss in losses if isinstance(loss, InitialLoss) for stage in loss.stages()]
     if not stages or process_group.on_main(job.job_dir.checkpoint.exists):
         return  # the student's own training has begun
     for number, stage in enumerate(stages, 1):

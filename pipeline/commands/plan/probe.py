@@ -181,7 +181,7 @@ class Probe:
     def cohort_training(self, config: CohortConfig, spec: DistillationSpec | None) -> Seconds:
         """Return the time of the training of a cohort, and of the evaluation and export of each member."""
         student, seed = self.run.recipe.student, self.run.recipe.student.seeds[0]
-        context = self._context(spec).resized(student.image_size)
+        context = student.context(self._context(spec))
         cohort = build_cohort(config, student, seed, context)
         plan = CohortPlan(config, student, [] if spec is None else [spec] * config.num_members)
         task = build_task(plan, cohort, seed, context)

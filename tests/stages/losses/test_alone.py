@@ -55,14 +55,16 @@ def loss_named(name):
     """Return a built-in loss with its weight, at the layers a and b if it takes layers."""
     kind = LOSSES.builtin[name]
     keys = {field.name for field in dataclasses.fields(kind)}
-    changes = {"layers": [("a", "b")], "num_negatives": 4, "temperature": 3.0 if name != "crd" else 0.1}
+    layers = [("a", "b")] * (2 if name == "fsp" else 1)
+    changes = {"layers": layers, "num_negatives": 4, "temperature": 3.0 if name != "crd" else 0.1}
     return kind(**{key: value for key, value in changes.items() if key in keys})
 
 
 def outputs(name):
-    """Return the outputs of student and teacher in float32; simkd's maps have the same shape."""
-    student = TEACHER_HINTS if name == "simkd" else STUDENT_MAPS
-    teacher = {"b": TEACHER_MAPS.float(), f"{INPUT}:{INPUT_GRADIENT}": GRADIENT.square().mean(1)}
+    """Return the outputs of student and teacher in float32; simkd's and fsp's maps have the same shape."""
+    student = TEACHER_HINTS if name in ("simkd", "fsp") else STUDENT_MAPS
+    maps = TEACHER_HINTS if name == "ofd" else TEACHER_MAPS
+    teacher = {"b": maps.float(), f"{INPUT}:{INPUT_GRADIENT}": GRADIENT.square().mean(1)}
     return ModelOutput(STUDENT_LOGITS.float(), {"a": student.float()}), ModelOutput(TEACHER_LOGITS.float(), teacher)
 
 

@@ -277,7 +277,7 @@ class Waits(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-LAYERS = (("stage2", "stage2"),)
+LAYERS = {"fsp": (("stage2", "stage1"),) * 2, "ofd": (("stage2.4", "stage2.4"),)}  # of as many channels; no ReLU
 
 
 def test_no_loss_waits_for_the_device(tmp_path):
@@ -285,7 +285,8 @@ def test_no_loss_waits_for_the_device(tmp_path):
     kinds = {name: kind for name, kind in LOSSES.builtin.items() if CLASSIFICATION in kind.tasks}
     takes_layers = {name for name, kind in kinds.items() if "layers" in {one.name for one in dataclasses.fields(kind)}}
     losses = [kinds[name](loss=name) for name in sorted(kinds.keys() - takes_layers - {"simkd"})]
-    losses += [kinds[name](loss=name, layers=LAYERS) for name in sorted(takes_layers - {"simkd"})]
+    for name in sorted(takes_layers - {"simkd"}):
+        losses.append(kinds[name](loss=name, layers=LAYERS.get(name, (("stage2", "stage2"),))))
     context = tiny_context(tmp_path)
     required = required_of(losses, student_shapes(STUDENT, losses, context), 0)
     bundle = build_student(STUDENT, 0, context, losses)
