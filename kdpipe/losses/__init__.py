@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from kdpipe.stages.losses.features.cwd import CWD
     from kdpipe.stages.losses.features.fitnet import FitNet
     from kdpipe.stages.losses.features.fsp import FSP
+    from kdpipe.stages.losses.features.ft import FT
     from kdpipe.stages.losses.features.hint import Hint
     from kdpipe.stages.losses.features.nst import NST
     from kdpipe.stages.losses.features.ofd import OFD
@@ -64,6 +65,7 @@ _MODULES = {
     "losses.features.cwd": "CWD",
     "losses.features.fitnet": "FitNet",
     "losses.features.fsp": "FSP",
+    "losses.features.ft": "FT",
     "losses.features.hint": "Hint",
     "losses.features.nst": "NST",
     "losses.features.ofd": "OFD",
@@ -101,7 +103,7 @@ _MODULE_OF = {name: module for module, names in _MODULES.items() for name in nam
 
 # fmt: off
 __all__ = [  # literal, so that linters and type checkers see it; a test compares it with _MODULES
-    "AB", "AT", "CC", "CRD", "CWD", "DIST", "DKD", "FSP", "GKL", "KD", "MLLD", "NKD", "NST", "OFD", "PEFD", "PKT",
+    "AB", "AT", "CC", "CRD", "CWD", "DIST", "DKD", "FSP", "FT", "GKL", "KD", "MLLD", "NKD", "NST", "OFD", "PEFD", "PKT",
     "RKD", "SP", "SRD", "TTM", "VID", "WKDF", "WSLD", "WTTM", "ATGradient", "BinaryKD", "Cosine", "FeatureLoss",
     "FeatureSpec", "FitNet", "HardDistillation", "Hint", "LogitLoss", "LogitMSE", "Loss", "LossInputs", "MapLoss",
     "ModelOutput", "Negatives", "PooledLoss", "RelationLoss", "ReviewKD", "SampleSelection", "Schedule", "Scheduled",

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from kdpipe.stages.losses.features.cosine import cosine_loss
     from kdpipe.stages.losses.features.cwd import cwd_loss
     from kdpipe.stages.losses.features.fsp import fsp_loss
+    from kdpipe.stages.losses.features.ft import ft_loss
     from kdpipe.stages.losses.features.hint import hint_loss
     from kdpipe.stages.losses.features.nst import nst_loss
     from kdpipe.stages.losses.features.ofd import ofd_loss
@@ -45,6 +46,7 @@ _MODULES = {
     "features.cosine": "cosine_loss",
     "features.cwd": "cwd_loss",
     "features.fsp": "fsp_loss",
+    "features.ft": "ft_loss",
     "features.hint": "hint_loss",
     "features.nst": "nst_loss",
     "features.ofd": "ofd_loss",
@@ -86,6 +88,7 @@ __all__ = [  # literal, so that linters and type checkers see it; a test compare
     "distance_loss",
     "dkd_loss",
     "fsp_loss",
+    "ft_loss",
     "gkl_loss",
     "hard_distillation_loss",
     "hcl_loss",

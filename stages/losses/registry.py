@@ -19,6 +19,7 @@ from kdpipe.stages.losses.features.cosine import Cosine
 from kdpipe.stages.losses.features.cwd import CWD
 from kdpipe.stages.losses.features.fitnet import FitNet
 from kdpipe.stages.losses.features.fsp import FSP
+from kdpipe.stages.losses.features.ft import FT
 from kdpipe.stages.losses.features.hint import Hint
 from kdpipe.stages.losses.features.nst import NST
 from kdpipe.stages.losses.features.ofd import OFD
@@ -53,7 +54,7 @@ L = TypeVar("L", bound=type[Loss])
 # In the order in which `kdpipe losses` lists them.
 _BUILTIN: tuple[type[Loss], ...] = (
     *(KD, DKD, DIST, NKD, TTM, WTTM, WSLD, MLLD, GKL, HardDistillation, LogitMSE, BinaryKD),
-    *(Hint, Cosine, PEFD, SRD, VkD, FitNet, AB, FSP, AT, ATGradient, OFD, CWD, WKDF, NST, VID, ReviewKD, SimKD),
+    *(Hint, Cosine, PEFD, SRD, VkD, FitNet, AB, FSP, FT, AT, ATGradient, OFD, CWD, WKDF, NST, VID, ReviewKD, SimKD),
     *(RKD, SP, PKT, CC, CRD),
 )
 

@@ -107,7 +107,10 @@ def test_every_loss_trains_and_exports_a_plain_student(run, tmp_path, loss):
 
 
 STATEFUL = {
-    **{name: ([one for one in ENTRIES if one.loss == name], STUDENT_CONFIG) for name in ("crd", "ofd", "gkl", "ab")},
+    **{
+        name: ([one for one in ENTRIES if one.loss == name], STUDENT_CONFIG)
+        for name in ("crd", "ofd", "gkl", "ab", "ft")
+    },
     "fitnet": (
         [
             FitNet(loss="fitnet", layers=(("stage1", "stage1"), ("stage2", "stage2")), stage_epochs=1),
