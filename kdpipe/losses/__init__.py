@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from kdpipe.stages.losses.features.fsp import FSP
     from kdpipe.stages.losses.features.ft import FT
     from kdpipe.stages.losses.features.hint import Hint
+    from kdpipe.stages.losses.features.kdsvd import KDSVD
     from kdpipe.stages.losses.features.nst import NST
     from kdpipe.stages.losses.features.ofd import OFD
     from kdpipe.stages.losses.features.pefd import PEFD
@@ -67,6 +68,7 @@ _MODULES = {
     "losses.features.fsp": "FSP",
     "losses.features.ft": "FT",
     "losses.features.hint": "Hint",
+    "losses.features.kdsvd": "KDSVD",
     "losses.features.nst": "NST",
     "losses.features.ofd": "OFD",
     "losses.features.pefd": "PEFD",
@@ -103,11 +105,11 @@ _MODULE_OF = {name: module for module, names in _MODULES.items() for name in nam
 
 # fmt: off
 __all__ = [  # literal, so that linters and type checkers see it; a test compares it with _MODULES
-    "AB", "AT", "CC", "CRD", "CWD", "DIST", "DKD", "FSP", "FT", "GKL", "KD", "MLLD", "NKD", "NST", "OFD", "PEFD", "PKT",
-    "RKD", "SP", "SRD", "TTM", "VID", "WKDF", "WSLD", "WTTM", "ATGradient", "BinaryKD", "Cosine", "FeatureLoss",
-    "FeatureSpec", "FitNet", "HardDistillation", "Hint", "LogitLoss", "LogitMSE", "Loss", "LossInputs", "MapLoss",
-    "ModelOutput", "Negatives", "PooledLoss", "RelationLoss", "ReviewKD", "SampleSelection", "Schedule", "Scheduled",
-    "SimKD", "SoftLogitLoss", "TrainProgress", "VkD", "all_gather_with_grad", "functional",
+    "AB", "AT", "CC", "CRD", "CWD", "DIST", "DKD", "FSP", "FT", "GKL", "KD", "KDSVD", "MLLD", "NKD", "NST", "OFD",
+    "PEFD", "PKT", "RKD", "SP", "SRD", "TTM", "VID", "WKDF", "WSLD", "WTTM", "ATGradient", "BinaryKD", "Cosine",
+    "FeatureLoss", "FeatureSpec", "FitNet", "HardDistillation", "Hint", "LogitLoss", "LogitMSE", "Loss", "LossInputs",
+    "MapLoss", "ModelOutput", "Negatives", "PooledLoss", "RelationLoss", "ReviewKD", "SampleSelection", "Schedule",
+    "Scheduled", "SimKD", "SoftLogitLoss", "TrainProgress", "VkD", "all_gather_with_grad", "functional",
 ]
 # fmt: on
 

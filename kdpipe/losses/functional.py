@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from kdpipe.stages.losses.features.fsp import fsp_loss
     from kdpipe.stages.losses.features.ft import ft_loss
     from kdpipe.stages.losses.features.hint import hint_loss
+    from kdpipe.stages.losses.features.kdsvd import kdsvd_loss
     from kdpipe.stages.losses.features.nst import nst_loss
     from kdpipe.stages.losses.features.ofd import ofd_loss
     from kdpipe.stages.losses.features.review_kd import hcl_loss
@@ -48,6 +49,7 @@ _MODULES = {
     "features.fsp": "fsp_loss",
     "features.ft": "ft_loss",
     "features.hint": "hint_loss",
+    "features.kdsvd": "kdsvd_loss",
     "features.nst": "nst_loss",
     "features.ofd": "ofd_loss",
     "features.review_kd": "hcl_loss",
@@ -94,6 +96,7 @@ __all__ = [  # literal, so that linters and type checkers see it; a test compare
     "hcl_loss",
     "hint_loss",
     "kd_loss",
+    "kdsvd_loss",
     "logit_mse_loss",
     "mlld_loss",
     "nce_loss",

@@ -21,6 +21,7 @@ from kdpipe.stages.losses.features.fitnet import FitNet
 from kdpipe.stages.losses.features.fsp import FSP
 from kdpipe.stages.losses.features.ft import FT
 from kdpipe.stages.losses.features.hint import Hint
+from kdpipe.stages.losses.features.kdsvd import KDSVD
 from kdpipe.stages.losses.features.nst import NST
 from kdpipe.stages.losses.features.ofd import OFD
 from kdpipe.stages.losses.features.pefd import PEFD
@@ -54,7 +55,27 @@ L = TypeVar("L", bound=type[Loss])
 # In the order in which `kdpipe losses` lists them.
 _BUILTIN: tuple[type[Loss], ...] = (
     *(KD, DKD, DIST, NKD, TTM, WTTM, WSLD, MLLD, GKL, HardDistillation, LogitMSE, BinaryKD),
-    *(Hint, Cosine, PEFD, SRD, VkD, FitNet, AB, FSP, FT, AT, ATGradient, OFD, CWD, WKDF, NST, VID, ReviewKD, SimKD),
+    *(
+        Hint,
+        Cosine,
+        PEFD,
+        SRD,
+        VkD,
+        FitNet,
+        AB,
+        FSP,
+        FT,
+        AT,
+        ATGradient,
+        OFD,
+        CWD,
+        WKDF,
+        NST,
+        KDSVD,
+        VID,
+        ReviewKD,
+        SimKD,
+    ),
     *(RKD, SP, PKT, CC, CRD),
 )
 

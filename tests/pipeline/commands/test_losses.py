@@ -9,7 +9,7 @@ from kdpipe.stages.losses.registry import LOSSES
 
 NAMES = ("kd", "dkd", "dist", "nkd", "mlld", "logit_mse", "hint", "fitnet", "at", "at_gradient", "nst", "vid")
 NAMES += ("review_kd", "simkd", "rkd", "sp", "pkt", "cc", "crd", "ttm", "wttm", "wsld", "hard_distillation")
-NAMES += ("pefd", "srd", "vkd", "cwd", "wkd_f", "ab", "fsp", "ofd", "gkl", "ft")
+NAMES += ("pefd", "srd", "vkd", "cwd", "wkd_f", "ab", "fsp", "ofd", "gkl", "ft", "kdsvd")
 
 
 @pytest.fixture(scope="module")

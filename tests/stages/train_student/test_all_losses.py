@@ -42,6 +42,7 @@ LAYERS = {
     "ab": (("stage1.4", "stage1.4"), ("stage2.4", "stage2")),  # batch norms before a ReLU
     "ofd": (("stage2.4", "stage2.4"),),
     "fsp": (("stage2", "stage1"), ("stage2", "stage1")),  # of as many channels
+    "kdsvd": (("stage2.4", "stage1.4"), ("stage2", "stage1")),
 }
 
 

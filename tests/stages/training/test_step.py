@@ -277,7 +277,11 @@ class Waits(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-LAYERS = {"fsp": (("stage2", "stage1"),) * 2, "ofd": (("stage2.4", "stage2.4"),)}  # of as many channels; no ReLU
+LAYERS = {
+    "fsp": (("stage2", "stage1"),) * 2,  # of as many channels
+    "kdsvd": (("stage2.4", "stage1.4"), ("stage2", "stage1")),
+    "ofd": (("stage2.4", "stage2.4"),),  # before the ReLU
+}
 
 
 def test_no_loss_waits_for_the_device(tmp_path):
