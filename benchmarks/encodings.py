@@ -24,7 +24,18 @@ from numcodecs.zstd import Zstd
 from numpy.typing import NDArray
 
 from kdpipe.store.format.encoding_error import TEMPERATURES, row_kl
-from kdpipe.store.format.topk import INDICES, TAIL, VALUES, TopK, default_temperatures, dense_logits, encode_topk
+from kdpipe.store.format.quantized import BITS, Quantized
+from kdpipe.store.format.sampled import Sampled, probabilities
+from kdpipe.store.format.topk import (
+    INDICES,
+    TAIL,
+    VALUES,
+    TopK,
+    default_temperatures,
+    dense_logits,
+    encode_topk,
+    index_dtype,
+)
 
 Logits = NDArray[np.float32]
 
@@ -55,8 +66,12 @@ def main() -> None:
     print(f"{exact.shape[0]:,} rows of {exact.shape[1]} classes\n")
     print("| encoding | bytes a row |", *(f"KL, T = {value:g} |" for value in temperatures), "top-1 flips |")
     print("|---|" + "---:|" * (len(temperatures) + 2))
-    for encoding in (*dense_encodings(exact), *topk_encodings(exact, default_temperatures(1.0, arguments.highest))):
+    grid = default_temperatures(1.0, arguments.highest)
+    for encoding in (*dense_encodings(exact), *quantized_encodings(exact), *topk_encodings(exact, grid)):
         print(table_row(encoding, exact, temperatures), flush=True)
+    print("\n| labels at T = 1 | bytes a row | angle of the gradient, degrees |\n|---|---:|---:|")
+    for row in sampled_labels(exact):
+        print(row, flush=True)
 
 
 def table_row(encoding: Encoding, exact: Logits, temperatures: Sequence[float]) -> str:
@@ -92,6 +107,50 @@ def bit_round(half: NDArray[np.float16], keepbits: int) -> NDArray[np.float16]:
     bits = half.view(np.uint16).astype(np.uint32)
     bits += (1 << (dropped - 1)) - 1 + ((bits >> dropped) & 1)
     return (bits >> dropped << dropped).astype(np.uint16).view(np.float16)
+
+
+def quantized_encodings(exact: Logits) -> Iterator[Encoding]:
+    """Yield kdpipe's, then with even steps of the range, which take the same bytes."""
+    ids = np.arange(len(exact))
+    for name, bits in BITS.items():
+        encoding = Quantized(name, exact.shape[1])
+        decoded = encoding.decode(encoding.encode(exact, "float16", ids, 0))
+        row_bytes = encoding.arrays("float16")[0].row_bytes
+        yield dense(name, decoded, row_bytes * len(exact))
+        largest, smallest = exact.max(axis=1, keepdims=True), exact.min(axis=1, keepdims=True)
+        step = (largest - smallest) / (2**bits - 1)
+        yield dense(f"({name}, even steps)", largest - step * np.rint((largest - exact) / step), row_bytes * len(exact))
+
+
+def sampled_labels(exact: Logits) -> Iterator[str]:
+    """Yield the rows of a table of sampled labels, whose divergence at one view says nothing.
+
+    Each is compared by the gradient of KD at T = 1 of a linear student, whose inputs are the teacher's logits and
+    whose outputs are half of these: the angle of a batch's gradient of the weights to that with all probabilities.
+    """
+    labels, num_classes = probabilities(exact), exact.shape[1]
+    for k in (8, 12, 25, 50):
+        if k < num_classes:
+            sampled = Sampled(num_classes, k, 0)
+            rows = probabilities(sampled.decode(sampled.encode(exact, "float16", np.arange(len(exact)), 0)))
+            num_bytes = sum(spec.row_bytes for spec in sampled.arrays("float16"))
+            yield f"| {k} sampled labels | {num_bytes} | {gradient_angle(exact, labels, rows):.1f} |"
+            kept = np.where(labels >= np.sort(labels, axis=1)[:, -k, None], labels, 0)
+            kept /= kept.sum(axis=1, keepdims=True)
+            yield f"| (top-{k} probabilities, rest dropped) | {num_bytes} | {gradient_angle(exact, labels, kept):.1f} |"
+            draws = num_bytes // np.dtype(index_dtype(num_classes)).itemsize
+            counts = np.random.default_rng(0).multinomial(draws, labels) / draws
+            yield f"| ({draws} independent draws) | {num_bytes} | {gradient_angle(exact, labels, counts):.1f} |"
+
+
+def gradient_angle(exact: Logits, labels: NDArray[np.float64], found: NDArray[np.float64]) -> float:
+    """Return the mean angle in degrees, over batches of 256 rows, of the gradients with these probabilities [N, C]."""
+    student, cosines = probabilities(exact / 2), []
+    for start in range(0, len(exact) - 255, 256):
+        rows = slice(start, start + 256)
+        ours, right = ((student[rows] - one[rows]).T @ exact[rows] for one in (found, labels))
+        cosines.append((ours * right).sum() / np.sqrt((ours**2).sum() * (right**2).sum()))
+    return float(np.degrees(np.arccos(np.clip(cosines, -1, 1))).mean())
 
 
 def topk_encodings(exact: Logits, grid: tuple[float, ...]) -> Iterator[Encoding]:

@@ -5,6 +5,9 @@
 Every candidate stores the same float16 rows on the same disk, in the page cache, and returns the same batches of 256
 rows, which is checked first. Each round measures all candidates in rotated order; the results are medians over the
 rounds, and ratios to np.memmap's `take` in the same round. h5py and lmdb are included if they are installed.
+
+A second table has the encodings of 100 and 1,000 logits: each gathered by id, array by array, against one np.memmap
+with the same bytes a row; and the rate of gathering and decoding them with torch, for a softmax at T = 1.
 """
 
 from __future__ import annotations
@@ -29,6 +32,7 @@ import torch
 import zarr
 from numpy.typing import NDArray
 
+from kdpipe.stages.targets.outputs import teacher_targets
 from kdpipe.store import (
     ArraySpec,
     Identity,
@@ -36,12 +40,17 @@ from kdpipe.store import (
     Samples,
     StoreLayout,
     TargetStore,
+    TopK,
     create_store,
+    default_temperatures,
     finish_store,
     open_store,
     rows_per_unit,
     write_unit,
 )
+from kdpipe.store.format.logit_encoding import LogitEncoding
+from kdpipe.store.format.quantized import Quantized
+from kdpipe.store.format.sampled import Sampled
 
 SHAPES = ((50_000, 100), (20_000, 1_000), (5_000, 64, 8, 8))
 NAME = "logits"
@@ -54,7 +63,7 @@ TURN_S = 0.2
 TARGET = 0.9
 MEMMAP, KDPIPE = "np.memmap, take", "kdpipe, by id"
 
-Rows = NDArray[np.float16]
+Rows = NDArray[Any]
 
 
 @dataclass(frozen=True)
@@ -81,6 +90,8 @@ def main() -> None:
     for shape in SHAPES:
         with tempfile.TemporaryDirectory(dir=arguments.dir) as folder, contextlib.ExitStack() as opened:
             reached.append(measure(shape, Path(folder), arguments.rounds, opened))
+    for shape in SHAPES[:2]:
+        measure_encodings(shape, arguments.dir, arguments.rounds)
     verdict = "met" if min(reached) >= TARGET else "NOT met"
     ratios = ", ".join(f"{ratio:.2f}" for ratio in reached)
     print(f"\nTarget of kdpipe by id, at least {TARGET} of np.memmap's take in every shape: {verdict} ({ratios}).")
@@ -136,7 +147,7 @@ def make_candidates(
     values: Rows, ids: NDArray[np.int64], folder: Path, opened: contextlib.ExitStack
 ) -> dict[str, Gather | None]:
     """Return the function that gathers a batch, by name; None if a library is not installed."""
-    store = make_store(folder / "store.zarr", NAME, values, ids)
+    store = make_store(folder / "store.zarr", {NAME: values}, ids)
     array: Any = zarr.open_array(store.path / NAME, mode="r")
     return {
         MEMMAP: memmap_candidate(values, folder / "memmap"),
@@ -149,28 +160,74 @@ def make_candidates(
     }
 
 
+def measure_encodings(shape: tuple[int, ...], parent: Path | None, num_rounds: int) -> None:
+    """Print the table of the encodings of logits of one shape."""
+    num_samples, num_classes = shape
+    rng = np.random.default_rng(0)
+    logits, ids = 3 * rng.standard_normal(shape, np.float32), rng.permutation(num_samples)
+    batches = [Batch(rows, ids[rows]) for rows in rng.integers(0, num_samples, (NUM_BATCHES, BATCH_ROWS))]
+    encodings: dict[str, LogitEncoding | None] = {
+        "float16": None,
+        "int8": Quantized("int8", num_classes),
+        "int4": Quantized("int4", num_classes),
+        "top-20": TopK(num_classes, 20, default_temperatures()),
+        "20 sampled labels": Sampled(num_classes, 20, 0),
+    }
+    print(f"\n| logits {list(shape)} | bytes | rows/s | of {MEMMAP} | decoded, rows/s |\n|---|---:|---:|---:|---:|")
+    for name, encoding in encodings.items():
+        with tempfile.TemporaryDirectory(dir=parent) as folder:
+            arrays = encoding.encode(logits, "float16", ids, 0) if encoding else {NAME: logits.astype(np.float16)}
+            store = make_store(Path(folder) / "store.zarr", arrays, ids, encoding)
+            joined = np.concatenate([rows.view(np.uint8).reshape(num_samples, -1) for rows in arrays.values()], axis=1)
+            candidates = {
+                MEMMAP: memmap_candidate(joined, Path(folder) / "memmap"),
+                KDPIPE: encoded_candidate(store, decode=False),
+                "decoded": encoded_candidate(store, decode=True),
+            }
+            rates = run_rounds(candidates, batches, num_rounds)
+        ratio = statistics.median(own / base for own, base in zip(rates[KDPIPE], rates[MEMMAP], strict=True))
+        gathered, decoded = (statistics.median(rates[one]) for one in (KDPIPE, "decoded"))
+        print(f"| {name} | {joined.shape[1]} | {gathered:,.0f} | {ratio:.2f} | {decoded:,.0f} |", flush=True)
+
+
+def encoded_candidate(store: TargetStore, *, decode: bool) -> Gather:
+    """Return the candidate that gathers the arrays of encoded logits, and may decode them for T = 1."""
+    names = [spec.name for spec in store.arrays]
+
+    def gather(batch: Batch) -> Rows:
+        rows = {name: store.gather(name, 0, batch.ids) for name in names}
+        if not decode:
+            return rows[names[0]]
+        tensors = {name: torch.from_numpy(one) for name, one in rows.items()}
+        return teacher_targets(store.manifest.encoding, tensors, {}).logits_at(1.0).numpy()
+
+    return gather
+
+
 def has(module: str) -> bool:
     return importlib.util.find_spec(module) is not None
 
 
-def make_store(path: Path, name: str, values: Rows, ids: NDArray[np.int64]) -> TargetStore:
-    """Write a store of one array and one view."""
-    num_samples = len(values)
+def make_store(
+    path: Path, arrays: dict[str, Rows], ids: NDArray[np.int64], encoding: LogitEncoding | None = None
+) -> TargetStore:
+    """Write a store of one view."""
+    num_samples = len(ids)
     samples = Samples(ids, np.zeros(num_samples, np.int64), np.zeros(num_samples, np.uint32))
-    spec = ArraySpec(name, values.shape[1:], "float16")
-    unit_rows = rows_per_unit([spec], num_samples, SHARD_BYTES)
+    specs = tuple(ArraySpec(name, values.shape[1:], str(values.dtype)) for name, values in arrays.items())
+    unit_rows = rows_per_unit(specs, num_samples, SHARD_BYTES)
     geometry = StoreLayout(1, unit_rows, (num_samples,))
-    manifest = Manifest(Identity({}, samples.digests(), {}), (spec,), geometry, {})
+    manifest = Manifest(Identity({}, samples.digests(), {}), specs, geometry, {}, encoding=encoding)
     create_store(path, manifest, samples)
     for unit in geometry.units():
-        write_unit(path, manifest, unit, {name: values[unit.start : unit.stop]})
+        write_unit(path, manifest, unit, {name: rows[unit.start : unit.stop] for name, rows in arrays.items()})
     finish_store(path)
     return open_store(path)
 
 
 def memmap_candidate(values: Rows, path: Path) -> Gather:
     values.tofile(path)
-    mapped = np.memmap(path, np.float16, "r", shape=values.shape)
+    mapped = np.memmap(path, values.dtype, "r", shape=values.shape)
     return lambda batch: mapped.take(batch.rows, axis=0)
 
 

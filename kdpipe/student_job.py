@@ -14,6 +14,7 @@ from kdpipe.stages.compress.compress import CompressConfig, compressed_root
 from kdpipe.stages.config import config_fingerprint
 from kdpipe.stages.context import StageContext, samples_of
 from kdpipe.stages.data.image_set import ImageSet
+from kdpipe.stages.distillation.classifier_reuse import reuse_own_classifier
 from kdpipe.stages.distillation.spec import DistillationSpec
 from kdpipe.stages.distillation.stores import open_distillation
 from kdpipe.stages.distillation.student_config import ALONE, DISTILLED, StudentConfig
@@ -88,8 +89,11 @@ class StudentJob:
     def load(self, folder: Path) -> ModelBundle:
         """Load the trained network of a folder, in eval mode on the CPU."""
         context = RunOptions(device="cpu", progress=False).context(self.train_set, self.test_set, self.views)
-        bundle = build_student(self.config, self.seed, replace(context, run_dir=self.run), self.losses)
-        bundle.model.load_state_dict(load_tensors(folder / "model.safetensors")[0])
+        tensors, _ = load_tensors(folder / "model.safetensors")
+        image_shape = context.resized(self.config.image_size).image_shape
+        bundle = build_student(self.config, self.seed, context)
+        bundle = reuse_own_classifier(bundle, self.losses, tensors, image_shape)
+        bundle.model.load_state_dict(tensors)
         bundle.model.eval()
         return bundle
 

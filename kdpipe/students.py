@@ -35,6 +35,7 @@ from kdpipe.stages.distillation.task_builder import build_student
 from kdpipe.stages.errors import RecipeError
 from kdpipe.stages.losses.logits.kd import KD
 from kdpipe.stages.losses.schedules import Scheduled
+from kdpipe.stages.models.build import ModelConfig
 from kdpipe.stages.runtime.events import RunMonitor
 from kdpipe.stages.targets.ensemble import TeachersConfig
 from kdpipe.stages.targets.open import local_store_path, trust_links
@@ -117,6 +118,55 @@ def train_student(
         KdpipeError: An input does not fit.
     """
     run_options = as_run_options(run, device, num_workers, progress, callbacks)
+    job = as_student_job(
+        models.model_config(model, model_args),
+        dataset,
+        store,
+        test=test,
+        validation=validation,
+        losses=losses,
+        hard_label_weight=hard_label_weight,
+        normalize=normalize,
+        views=views,
+        seed=seed,
+        options=options,
+        train=TrainConfig(**as_settings("train_student", train, {"seeds": OPTIONS["seeds"]})),
+    )
+    config = job.config
+    context = job.context(run_options)
+    spec = job.open_stores(context)
+    fingerprint = student_fingerprint(config, seed, spec, build_student(config, seed, context, spec), context)
+    job = replace(job, run=run_options.folder("student", fingerprint))
+    require_same_student(job.run, job.sections())
+    with run_options.open(job.run, context) as opened:
+        if spec is not None and (warning := view_warning(job.views)):
+            opened.monitor.warn("train-student", warning)
+        figures = steps.train_student(config, seed, spec, opened)
+        if opened.process_group.is_main:
+            write_run_recipe(job.run, job.sections())
+    return StudentResult(figures, student_folder(job.run, job.kind, seed).path, job)
+
+
+def as_student_job(
+    model: ModelConfig,
+    dataset: Any,
+    store: Store | Sequence[Store] | None,
+    *,
+    test: Any,
+    validation: Any,
+    losses: LossLike | Sequence[LossLike] | None,
+    hard_label_weight: Scheduled,
+    normalize: Scaling | None,
+    views: Views | None,
+    seed: int,
+    options: Mapping[str, Any] | None,
+    train: TrainConfig,
+) -> StudentJob:
+    """Return the job that arguments of `train_student`, or `train_cohort`, describe, without a run folder.
+
+    Raises:
+        KdpipeError: An argument does not fit.
+    """
     seed, places, distill = whole_number("seed", seed), store_places(store), as_losses(losses)
     if distill and not places:
         raise RecipeError("losses need a store: give that of cache_teacher, or leave the losses out.")
@@ -127,8 +177,8 @@ def train_student(
     further |= {key: TABLES[key](**own) for key, own in further.items() if key in TABLES and isinstance(own, Mapping)}
     scaling = as_scaling(normalize, further.pop("mean", None), further.pop("std", None), train_set.in_channels)
     config = StudentConfig(
-        model=models.model_config(model, model_args),
-        train=TrainConfig(**as_settings("train_student", train, {"seeds": OPTIONS["seeds"]})),
+        model=model,
+        train=train,
         seeds=(seed,),
         hard_label_weight=hard_label_weight,
         stores=tuple(map(str, places)),
@@ -138,7 +188,7 @@ def train_student(
     )
     if config.target_loading.follow_links:
         trust_links(places)
-    job = StudentJob(
+    return StudentJob(
         config=config,
         seed=seed,
         losses=distill or ((KD(),) if places else ()),
@@ -149,20 +199,6 @@ def train_student(
         run=Path(),
         validation_set=datasets.as_validation(validation, train_set),
     )
-    context = job.context(run_options)
-    if run is not None:
-        context = replace(context, run_dir=run_options.folder("student", {}))  # where a loss may look for the teacher
-    spec = job.open_stores(context)
-    fingerprint = student_fingerprint(config, seed, spec, build_student(config, seed, context, job.losses), context)
-    job = replace(job, run=run_options.folder("student", fingerprint))
-    require_same_student(job.run, job.sections())
-    with run_options.open(job.run, context) as opened:
-        if spec is not None and (warning := view_warning(job.views)):
-            opened.monitor.warn("train-student", warning)
-        figures = steps.train_student(config, seed, spec, opened)
-        if opened.process_group.is_main:
-            write_run_recipe(job.run, job.sections())
-    return StudentResult(figures, student_folder(job.run, job.kind, seed).path, job)
 
 
 def store_places(store: Store | Sequence[Store] | None) -> tuple[Path | str, ...]:

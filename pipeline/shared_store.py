@@ -8,13 +8,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from kdpipe.pipeline.recipe.load import all_losses
 from kdpipe.pipeline.run import Run
 from kdpipe.stages.cache_teacher.cache import store_figures
 from kdpipe.stages.cache_teacher.estimate import plan_cache
 from kdpipe.stages.cache_teacher.plan import plan_store, samples_in_row_order
 from kdpipe.stages.given_teacher import is_as_expected
-from kdpipe.stages.losses.features.simkd import SimKD
 from kdpipe.stages.models.bundle import ModelBundle
 from kdpipe.stages.runtime.events import ProgressEvent
 from kdpipe.stages.targets.feature_spec import FeatureSpec
@@ -58,7 +56,7 @@ def _is_cached(run: Run, features: Sequence[FeatureSpec]) -> bool:
     """Return whether cache.store holds all outputs of a teacher that would otherwise be trained."""
     recipe = run.recipe
     is_made_here = not recipe.cache.store or teacher_folder(run.folder).path.exists()
-    if is_made_here or recipe.teacher.train is None or not run.store.exists() or _reads_weights(run):
+    if is_made_here or recipe.teacher.train is None or not run.store.exists():
         return False
     teacher, test_config = untrained_teacher(recipe.teacher, recipe.seed, run.context), recipe.cache.for_test
     plans = [
@@ -69,12 +67,6 @@ def _is_cached(run: Run, features: Sequence[FeatureSpec]) -> bool:
         ),
     ]
     return all(plan["exists"] and plan["num_images"] == 0 for plan in plans)
-
-
-def _reads_weights(run: Run) -> bool:
-    """Return whether a loss reads the teacher's own weights from the run folder."""
-    losses = (loss for entry in all_losses(run.recipe).values() for loss in entry)
-    return any(isinstance(loss, SimKD) and not loss.teacher for loss in losses)
 
 
 @contextmanager

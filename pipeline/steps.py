@@ -20,6 +20,7 @@ from kdpipe.stages.cache_teacher.cache import fill_store
 from kdpipe.stages.cache_teacher.plan import (
     CacheConfig,
     build_cache_job,
+    head_to_store,
     missing_bytes,
     plan_store,
     require_room,
@@ -169,6 +170,7 @@ def cache_teacher(
         samples,
         decide=lambda new: decide(new, config, teacher, features, context, like=like),
         check=context.monitor.check,
+        head=head_to_store(config, teacher, features, context),
     )
     job = build_cache_job(config, path, manifest, teacher, context)
     figures = fill_store(job, work_shard.select(manifest.layout.units()))
@@ -200,7 +202,7 @@ def train_student(
     student_run = student_run or StudentRun(student_folder(context.run_dir, kind, seed), f"student {kind}, seed {seed}")
     process_group.require_shares(config.train.batch_size, context.train_set.num_samples)
 
-    student = build_student(config, seed, context, spec.losses if spec else ())
+    student = build_student(config, seed, context, spec)
     student_run = replace(student_run, with_onnx=student_run.with_onnx and config.export)
     try_student(replace(config, export=student_run.with_onnx), student, student_run.job_dir, context)
     inputs = student_fingerprint(config, seed, spec, student, context)

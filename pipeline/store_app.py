@@ -80,6 +80,36 @@ def store_verify(
         verify.exit_for(verdict, recomputed)
 
 
+@store_app.command("advise")
+def store_advise(
+    place: Annotated[Path, typer.Argument(metavar="STORE|RECIPE", help="A store's folder, or a recipe.")],
+    set_: SetOption = None,
+    run: RunDir = None,
+    *,
+    max_kl: Annotated[
+        float, typer.Option("--max-kl", help="KL divergence from the exact soft labels to accept, in nats.")
+    ] = 1e-3,
+    as_json: AsJson = False,
+) -> None:
+    """Compare encodings of a teacher's logits. Bytes, fidelity and speed for a recipe's losses; one is recommended."""
+    if not 0 < max_kl < float("inf"):
+        raise typer.BadParameter(f"--max-kl is {max_kl:g}; give a number of nats above 0.")
+    is_store = os.path.isdir(place)  # noqa: PTH112 (Path.is_dir raises for a name that is too long)
+    if is_store and (set_ or run):
+        raise typer.BadParameter("--set and --run need a recipe, and this is a folder.")
+    with guarded():
+        from kdpipe.pipeline.commands.store import advise
+        from kdpipe.stages.distillation.encoding_advice import advice_json
+
+        if is_store:
+            reports = advise.advise_store(place)
+        else:
+            with open_run(place, CommonOptions(set_=set_, run=run, as_json=as_json)) as opened:
+                reports = advise.advise_run(opened)
+        document = {"path": str(place), **advice_json(reports, max_kl)}
+        print_result(as_json, document, lambda: advise.print_advice(reports, max_kl))
+
+
 @store_app.command("repair")
 @with_options
 def store_repair(recipe: RecipePath, options: CommonOptions) -> None:
@@ -113,10 +143,16 @@ def store_transcode(
     source: Annotated[str, typer.Argument(metavar="SRC", help="The store to read, a folder or a URL.")],
     target: Annotated[Path, typer.Argument(metavar="DST", parser=output_path, help="The folder of the new store.")],
     *,
+    encoding: Annotated[
+        str | None, typer.Option(metavar="NAME", help="int8 or int4: bits a logit; dense: decode these, or a head.")
+    ] = None,
     top_k: Annotated[int | None, typer.Option("--top-k", metavar="K", help="Keep the K largest logits.")] = None,
     temperatures: Annotated[
         tuple[float, float] | None,
         typer.Option(help="Range in which --top-k preserves the mass of the other classes [default: 1 20]."),
+    ] = None,
+    sampled_labels: Annotated[
+        int | None, typer.Option("--sampled-labels", metavar="K", help="Sample K classes of each row, for T = 1.")
     ] = None,
     dtype: Annotated[str | None, typer.Option(help="float16: convert float32 arrays.")] = None,
     views: Annotated[int | None, typer.Option("--views", metavar="N", help="Keep the first N views.")] = None,
@@ -134,7 +170,7 @@ def store_transcode(
     ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Convert a store without the teacher. Top-k logits, float16, fewer views, compressed or decompressed."""
+    """Convert a store without the teacher. Logits in fewer bytes, float16, fewer views, compressed or decompressed."""
     if logits_only and arrays:
         raise typer.BadParameter("--logits-only and --array exclude each other.")
     with guarded():
@@ -147,8 +183,10 @@ def store_transcode(
         from kdpipe.store import TranscodeOptions
 
         change = TranscodeOptions(
+            encoding=encoding,
             top_k=top_k,
             temperatures=parse_temperatures(temperatures),
+            sampled_labels=sampled_labels,
             dtype=dtype,
             num_views=views,
             arrays=() if logits_only else tuple(arrays) if arrays else None,

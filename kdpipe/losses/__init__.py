@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from kdpipe.stages.losses.base import FeatureLoss, LogitLoss, Loss, MapLoss, PooledLoss, SoftLogitLoss
     from kdpipe.stages.losses.features.ab import AB
     from kdpipe.stages.losses.features.at import AT, ATGradient
+    from kdpipe.stages.losses.features.cat_kd import CATKD
     from kdpipe.stages.losses.features.cosine import Cosine
     from kdpipe.stages.losses.features.cwd import CWD
     from kdpipe.stages.losses.features.fitnet import FitNet
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
     from kdpipe.stages.losses.features.review_kd import ReviewKD
     from kdpipe.stages.losses.features.simkd import SimKD
     from kdpipe.stages.losses.features.srd import SRD
+    from kdpipe.stages.losses.features.srrl import SRRL
     from kdpipe.stages.losses.features.vid import VID
     from kdpipe.stages.losses.features.vkd import VkD
     from kdpipe.stages.losses.features.wkd import WKDF
@@ -45,6 +47,7 @@ if TYPE_CHECKING:
     from kdpipe.stages.losses.logits.mlld import MLLD
     from kdpipe.stages.losses.logits.nkd import NKD
     from kdpipe.stages.losses.logits.ttm import TTM, WTTM
+    from kdpipe.stages.losses.logits.wkd import WKDL
     from kdpipe.stages.losses.logits.wsld import WSLD
     from kdpipe.stages.losses.relations.cc import CC
     from kdpipe.stages.losses.relations.crd import CRD
@@ -62,6 +65,7 @@ _MODULES = {
     "losses.base": "FeatureLoss LogitLoss Loss MapLoss PooledLoss SoftLogitLoss",
     "losses.features.ab": "AB",
     "losses.features.at": "AT ATGradient",
+    "losses.features.cat_kd": "CATKD",
     "losses.features.cosine": "Cosine",
     "losses.features.cwd": "CWD",
     "losses.features.fitnet": "FitNet",
@@ -75,6 +79,7 @@ _MODULES = {
     "losses.features.review_kd": "ReviewKD",
     "losses.features.simkd": "SimKD",
     "losses.features.srd": "SRD",
+    "losses.features.srrl": "SRRL",
     "losses.features.vid": "VID",
     "losses.features.vkd": "VkD",
     "losses.features.wkd": "WKDF",
@@ -88,6 +93,7 @@ _MODULES = {
     "losses.logits.mlld": "MLLD",
     "losses.logits.nkd": "NKD",
     "losses.logits.ttm": "TTM WTTM",
+    "losses.logits.wkd": "WKDL",
     "losses.logits.wsld": "WSLD",
     "losses.relations.cc": "CC",
     "losses.relations.crd": "CRD",
@@ -105,11 +111,12 @@ _MODULE_OF = {name: module for module, names in _MODULES.items() for name in nam
 
 # fmt: off
 __all__ = [  # literal, so that linters and type checkers see it; a test compares it with _MODULES
-    "AB", "AT", "CC", "CRD", "CWD", "DIST", "DKD", "FSP", "FT", "GKL", "KD", "KDSVD", "MLLD", "NKD", "NST", "OFD",
-    "PEFD", "PKT", "RKD", "SP", "SRD", "TTM", "VID", "WKDF", "WSLD", "WTTM", "ATGradient", "BinaryKD", "Cosine",
-    "FeatureLoss", "FeatureSpec", "FitNet", "HardDistillation", "Hint", "LogitLoss", "LogitMSE", "Loss", "LossInputs",
-    "MapLoss", "ModelOutput", "Negatives", "PooledLoss", "RelationLoss", "ReviewKD", "SampleSelection", "Schedule",
-    "Scheduled", "SimKD", "SoftLogitLoss", "TrainProgress", "VkD", "all_gather_with_grad", "functional",
+    "AB", "AT", "CATKD", "CC", "CRD", "CWD", "DIST", "DKD", "FSP", "FT", "GKL", "KD", "KDSVD", "MLLD", "NKD", "NST",
+    "OFD", "PEFD", "PKT", "RKD", "SP", "SRD", "SRRL", "TTM", "VID", "WKDF", "WKDL", "WSLD", "WTTM", "ATGradient",
+    "BinaryKD", "Cosine", "FeatureLoss", "FeatureSpec", "FitNet", "HardDistillation", "Hint", "LogitLoss", "LogitMSE",
+    "Loss", "LossInputs", "MapLoss", "ModelOutput", "Negatives", "PooledLoss", "RelationLoss", "ReviewKD",
+    "SampleSelection", "Schedule", "Scheduled", "SimKD", "SoftLogitLoss", "TrainProgress", "VkD",
+    "all_gather_with_grad", "functional",
 ]
 # fmt: on
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from kdpipe.stages.losses.features.ab import ab_loss
     from kdpipe.stages.losses.features.at import at_loss
+    from kdpipe.stages.losses.features.cat_kd import cat_kd_loss
     from kdpipe.stages.losses.features.cosine import cosine_loss
     from kdpipe.stages.losses.features.cwd import cwd_loss
     from kdpipe.stages.losses.features.fsp import fsp_loss
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     from kdpipe.stages.losses.features.ofd import ofd_loss
     from kdpipe.stages.losses.features.review_kd import hcl_loss
     from kdpipe.stages.losses.features.srd import srd_loss
+    from kdpipe.stages.losses.features.srrl import srrl_loss
     from kdpipe.stages.losses.features.vid import vid_loss
     from kdpipe.stages.losses.features.vkd import vkd_loss
     from kdpipe.stages.losses.features.wkd import wkd_f_loss
@@ -33,6 +35,7 @@ if TYPE_CHECKING:
     from kdpipe.stages.losses.logits.mlld import mlld_loss
     from kdpipe.stages.losses.logits.nkd import nkd_loss
     from kdpipe.stages.losses.logits.ttm import ttm_loss, wttm_loss
+    from kdpipe.stages.losses.logits.wkd import class_costs, wkd_l_loss
     from kdpipe.stages.losses.logits.wsld import wsld_loss
     from kdpipe.stages.losses.relations.cc import cc_loss, correlation_loss
     from kdpipe.stages.losses.relations.nce import nce_loss
@@ -44,6 +47,7 @@ if TYPE_CHECKING:
 _MODULES = {
     "features.ab": "ab_loss",
     "features.at": "at_loss",
+    "features.cat_kd": "cat_kd_loss",
     "features.cosine": "cosine_loss",
     "features.cwd": "cwd_loss",
     "features.fsp": "fsp_loss",
@@ -54,6 +58,7 @@ _MODULES = {
     "features.ofd": "ofd_loss",
     "features.review_kd": "hcl_loss",
     "features.srd": "srd_loss",
+    "features.srrl": "srrl_loss",
     "features.vid": "vid_loss",
     "features.vkd": "vkd_loss",
     "features.wkd": "wkd_f_loss",
@@ -66,6 +71,7 @@ _MODULES = {
     "logits.mlld": "mlld_loss",
     "logits.nkd": "nkd_loss",
     "logits.ttm": "ttm_loss wttm_loss",
+    "logits.wkd": "class_costs wkd_l_loss",
     "logits.wsld": "wsld_loss",
     "relations.cc": "cc_loss correlation_loss",
     "relations.nce": "nce_loss",
@@ -82,7 +88,9 @@ __all__ = [  # literal, so that linters and type checkers see it; a test compare
     "angle_loss",
     "at_loss",
     "binary_kd_loss",
+    "cat_kd_loss",
     "cc_loss",
+    "class_costs",
     "correlation_loss",
     "cosine_loss",
     "cwd_loss",
@@ -108,12 +116,14 @@ __all__ = [  # literal, so that linters and type checkers see it; a test compare
     "rkd_loss",
     "sp_loss",
     "srd_loss",
+    "srrl_loss",
     "standardize_logits",
     "tckd_loss",
     "ttm_loss",
     "vid_loss",
     "vkd_loss",
     "wkd_f_loss",
+    "wkd_l_loss",
     "wsld_loss",
     "wttm_loss",
 ]

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from kdpipe.pipeline.recipe.load import Recipe, fault_of, faults_of_each, students_of
-from kdpipe.stages.cache_teacher.plan import top_k_of
+from kdpipe.stages.cache_teacher.plan import encoding_of
 from kdpipe.stages.compress.compress import dry_run
 from kdpipe.stages.context import StageContext
 from kdpipe.stages.data.config import DataConfig
@@ -193,7 +193,7 @@ def _faults_of_cache(recipe: Recipe, teacher: ModelBundle, context: StageContext
         except (ModelError, RecipeError) as error:
             yield f"cache.layers.{number}: {error}"
     if recipe.data.name in SHAPES:  # the number of classes is known
-        fault = fault_of(top_k_of, recipe.cache, context, teacher)
+        fault = fault_of(encoding_of, recipe.cache, context, teacher)
         yield from [fault] if fault else []
 
 

@@ -32,6 +32,8 @@ STYLES = {
     "quantized": Style("quantized", "P"),
     "unpruned": Style("unpruned", "v"),
     "ptq": Style("calibrated", "X"),
+    "member": Style("student", "<"),
+    "ensemble": Style("teacher", ">"),
 }
 
 
@@ -77,6 +79,19 @@ def network_entries(recipe: Mapping[str, Any], run: Path, root: Path | None = No
         jobs = [root / f"{kind}-seed{seed}" for seed in seeds]
         entries.append(NetworkEntry(network_name(kind, prunes=prunes), kind, jobs, timed_as))
     return entries
+
+
+def cohort_entries(recipe: Mapping[str, Any], run: Path) -> list[NetworkEntry]:
+    """Return the members of the recipe's cohort, and their ensemble; none without a cohort."""
+    if not (cohort := recipe.get("cohort")):
+        return []
+    members, seeds = cohort["members"], _seeds(recipe)
+    count = members if isinstance(members, int) else len(members)
+    kinds = {f"member {number}": f"cohort-{number}" for number in range(1, count + 1)}
+    return [
+        NetworkEntry(name, name.split()[0], [run / "students" / f"{kind}-seed{seed}" for seed in seeds], kind)
+        for name, kind in {**kinds, "ensemble": "cohort-ensemble"}.items()
+    ]
 
 
 def teacher_job(recipe: Mapping[str, Any], run: Path) -> Path | None:

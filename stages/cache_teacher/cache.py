@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from kdpipe.stages.cache_teacher.choice import compile_key_of
@@ -68,6 +69,7 @@ class CacheJob:
         positions: int64 [N], the position in the data set of each row's sample; -1 for padding and for unknown samples.
         batch_size: Images that the teacher sees at once.
         monitor: Progress and the stop flag.
+        head: The teacher's head [C, D + 1], if logits follow from it.
     """
 
     path: Path
@@ -77,6 +79,7 @@ class CacheJob:
     positions: Tensor
     batch_size: int
     monitor: RunMonitor
+    head: NDArray[np.float32] | None = None
 
     @property
     def num_threads(self) -> int:
@@ -170,7 +173,7 @@ def _fill(job: CacheJob, units: Sequence[Unit]) -> int:
         nonlocal num_computed
         task, outputs = computed
         try:
-            arrays, fidelity = outputs.encode(manifest, task.missing)
+            arrays, fidelity = outputs.encode(manifest, task.missing, job.head)
             metrics = {"unit_bytes": write_unit(path, manifest, task.unit, arrays, fidelity)}
         finally:
             task.claim.release()

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
@@ -16,8 +17,10 @@ from kdpipe.stages.errors import NotFiniteError
 from kdpipe.stages.models.hooks import ModelOutput
 from kdpipe.stages.runtime.gpu.transfers import Download, download, empty_on_host
 from kdpipe.stages.targets.feature_spec import FeatureSpec, compute_statistic
-from kdpipe.store import Manifest, Unit, all_finite, encode_topk, measure_dense, measure_features, measure_topk
-from kdpipe.store.format.topk import VALUES
+from kdpipe.store import Manifest, Unit, all_finite, measure_dense, measure_features
+from kdpipe.store.format.head import head_logits
+from kdpipe.store.format.logit_encoding import measure_encoded
+from kdpipe.store.format.manifest import EMBEDDINGS
 
 MEASURED_ROWS = 64
 """Rows of a unit's features of which the encoding error is measured."""
@@ -39,6 +42,7 @@ class UnitOutputs:
 
     Attributes:
         unit: The unit.
+        sample_ids: int64 [n].
         logits: float32 [n, C]; [n, 0] if the store has none.
         features: By array, [n, ...] in the store's type.
         samples: By array, its first rows in float32: they represent the unit, as maps are large, and errors alike.
@@ -46,6 +50,7 @@ class UnitOutputs:
     """
 
     unit: Unit
+    sample_ids: Tensor
     logits: Tensor
     features: dict[str, Tensor]
     samples: dict[str, Tensor]
@@ -60,10 +65,15 @@ class UnitOutputs:
 
         stored = {name: empty(one, unit.num_rows, _dtype(manifest, name)) for name, one in features.items()}
         samples = {name: empty(one, min(len(one), MEASURED_ROWS)) for name, one in features.items()}
-        return UnitOutputs(unit, empty(logits, unit.num_rows), stored, samples)
+        sample_ids = torch.empty(unit.num_rows, dtype=torch.int64)
+        return UnitOutputs(unit, sample_ids, empty(logits, unit.num_rows), stored, samples)
 
-    def encode(self, manifest: Manifest, names: Sequence[str]) -> tuple[dict[str, NDArray[Any]], dict[str, Any]]:
+    def encode(
+        self, manifest: Manifest, names: Sequence[str], head: NDArray[np.float32] | None = None
+    ) -> tuple[dict[str, NDArray[Any]], dict[str, Any]]:
         """Return the rows of the arrays `names` in the store's types, and their encoding errors.
+
+        `head` [C, D + 1] is the teacher's, if logits follow from it.
 
         Raises:
             NotFiniteError: There is NaN, infinity or overflow; the message names samples.
@@ -73,16 +83,19 @@ class UnitOutputs:
         rows = {name: self.features[name].numpy() for name in names if name in self.features}
         fidelity = {name: self._measure(name) for name in rows}
         logits_arrays = [name for name in names if name not in self.features]
+        exact = self.logits.numpy()
+        measure = measure_dense if manifest.task == CLASSIFICATION else measure_features
+        if head is not None and EMBEDDINGS in rows:
+            fidelity["logits"] = measure(exact, head_logits(rows[EMBEDDINGS], head))
         if not logits_arrays:
             return rows, fidelity
-        exact = self.logits.numpy()
-        if manifest.top_k is None:
+        encoding = manifest.encoding
+        if encoding is None:
             stored = self.logits.to(_dtype(manifest, "logits")).numpy()
-            measure = measure_dense if manifest.task == CLASSIFICATION else measure_features
             return {**rows, "logits": stored}, {**fidelity, "logits": measure(exact, stored)}
-        packed = encode_topk(exact, manifest.top_k, manifest.spec(VALUES).dtype)
-        fidelity["logits"] = measure_topk(exact, packed, manifest.top_k)
-        return {**rows, **{name: packed[name] for name in logits_arrays}}, fidelity
+        encoded = encoding.encode(exact, manifest.logits_dtype, self.sample_ids.numpy(), self.unit.view)
+        fidelity["logits"] = measure_encoded(exact, encoded, encoding)
+        return {**rows, **{name: encoded[name] for name in logits_arrays}}, fidelity
 
     def check_next(self, manifest: Manifest) -> None:
         """Wait for the rows of the next batch; raises NotFiniteError if some are not finite in the store's type."""
@@ -117,6 +130,7 @@ def collect_unit(
         exact = {feature.array: compute_statistic(feature, found.features[feature.source]) for feature in required}
         if outputs is None:
             outputs = UnitOutputs.empty(manifest, unit, logits, exact)
+        outputs.sample_ids[start : start + len(ids)] = ids
         outputs.waiting.append(_send(outputs, slice(start, start + len(ids)), ids, {"logits": logits.float(), **exact}))
         start += len(ids)
         if len(outputs.waiting) > found.logits.is_cuda:
@@ -135,9 +149,9 @@ def _send(outputs: UnitOutputs, rows: slice, ids: Tensor, exact: dict[str, Tenso
 
 
 def _dtype(manifest: Manifest, name: str) -> torch.dtype:
-    if name == "logits" and not manifest.has_logits:
+    if name == "logits" and (manifest.logits_from_head or not manifest.has_logits):
         return torch.float32
-    dtype: torch.dtype = getattr(torch, manifest.spec(VALUES if name == "logits" and manifest.top_k else name).dtype)
+    dtype: torch.dtype = getattr(torch, manifest.logits_dtype if name == "logits" else manifest.spec(name).dtype)
     return dtype
 
 
@@ -147,7 +161,7 @@ def _not_finite(name: str, stored: Tensor, exact: Tensor, sample_ids: Tensor, un
     if torch.isfinite(exact).all():
         return NotFiniteError(
             f"{name} of samples {named} in view {unit.view} reach {float(exact.abs().max()):.4g}, beyond "
-            f"{str(stored.dtype).removeprefix('torch.')}'s range: set cache.dtype = 'float32'."
+            f"{str(stored.dtype).removeprefix('torch.')}'s range: set cache.dtype = 'float32', without cache.encoding."
         )
     return NotFiniteError(
         f"the teacher returned NaN or infinity as {name} of samples {named} in view {unit.view}: "

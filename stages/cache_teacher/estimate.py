@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from kdpipe.stages.cache_teacher.choice import DEFAULT_BATCH_SIZE, batch_size_of, settings_of
 from kdpipe.stages.cache_teacher.inference import hooked_layers, iter_teacher_outputs
-from kdpipe.stages.cache_teacher.plan import CacheConfig, free_bytes, plan_store, samples_in_row_order
+from kdpipe.stages.cache_teacher.plan import CacheConfig, free_bytes, head_bytes, plan_store, samples_in_row_order
 from kdpipe.stages.compute.settings import ComputeSettings
 from kdpipe.stages.compute.threads import CheckedThreads, max_threads
 from kdpipe.stages.context import StageContext
@@ -45,14 +45,17 @@ def plan_cache(
     """
     samples = samples_in_row_order(context)
     manifest = plan_store(config, teacher, layers, samples, context)
+    missing_bytes = head_bytes(manifest)
     if path.exists():
         stored = read_store_manifest(path)
         if not trained:
-            manifest = replace(manifest, identity=replace(manifest.identity, teacher=stored.identity.teacher))
+            identity = replace(manifest.identity, teacher=stored.identity.teacher)
+            manifest = replace(manifest, identity=identity, head=manifest.head and (stored.head or manifest.head))
         manifest, _ = plan_growth(path, stored, manifest, samples)
+        missing_bytes = head_bytes(manifest) - head_bytes(stored)
     units = manifest.layout.units()
     missing = {unit: names for unit in units if (names := missing_arrays(path, manifest, unit))}
-    missing_bytes = sum(store_bytes(manifest, [unit], names) for unit, names in missing.items())
+    missing_bytes += sum(store_bytes(manifest, [unit], names) for unit, names in missing.items())
     return {
         "store": str(path),
         "exists": path.exists(),
@@ -62,7 +65,8 @@ def plan_cache(
         "num_units": len(units),
         "num_units_missing": len(missing),
         "arrays": {spec.name: _array(manifest, spec.name, units, missing) for spec in manifest.arrays},
-        "store_bytes": store_bytes(manifest, units),
+        "head": manifest.head and {"shape": list(manifest.head.shape), "store_bytes": manifest.head.num_bytes},
+        "store_bytes": store_bytes(manifest, units) + head_bytes(manifest),
         "missing_bytes": missing_bytes,
         "free_bytes": free_bytes(path),
         "compute": _compute(config, manifest, exists=path.exists()),

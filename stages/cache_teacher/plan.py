@@ -9,6 +9,8 @@ from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
+import numpy as np
+from numpy.typing import NDArray
 from pydantic import AfterValidator, Field
 
 from kdpipe.stages.cache_teacher.cache import CacheJob, row_positions
@@ -20,10 +22,11 @@ from kdpipe.stages.context import StageContext
 from kdpipe.stages.data.image_set import require_classes
 from kdpipe.stages.errors import RecipeError, RunError
 from kdpipe.stages.models.bundle import ModelBundle
+from kdpipe.stages.models.head import linear_head
 from kdpipe.stages.models.hooks import overwritten_layers
 from kdpipe.stages.models.tokens import PRE_LOGITS
 from kdpipe.stages.runtime.versions import library_versions
-from kdpipe.stages.targets.feature_spec import FeatureSpec, statistic_shapes
+from kdpipe.stages.targets.feature_spec import TEACHER_HEAD, FeatureSpec, statistic_shapes
 from kdpipe.store import (
     ArraySpec,
     Identity,
@@ -39,6 +42,10 @@ from kdpipe.store import (
     rows_per_unit,
     store_bytes,
 )
+from kdpipe.store.format.head import head_record, read_head
+from kdpipe.store.format.logit_encoding import LogitEncoding
+from kdpipe.store.format.quantized import Quantized
+from kdpipe.store.format.sampled import Sampled
 from kdpipe.store.write.acceptance import require_readable
 
 LOGITS = "logits"
@@ -61,8 +68,12 @@ class CacheConfig:
         layers: Modules of the teacher to store beside the features that the losses require: `layer3` stores its map,
             `layer3:pooled`, `layer3:attention` and `layer3:gram` a statistic of it.
         dtype: The type of logits and features.
+        encoding: Store logits with 8 bits a class ("int8") or 4 ("int4"), at any temperature; or the teacher's last
+            linear layer once, and of each row the vector that goes into it ("head").
         top_k: Store only the largest logits of a row, and the mass of the rest at any temperature in `temperatures`.
         temperatures: The lowest and highest temperature; a narrow range takes fewer bytes.
+        sampled_labels: Store only so many classes of a row, drawn so that the mean over views is the teacher's
+            probabilities at T = 1: for losses that are linear in them.
         store: The store's folder; by default `store.zarr` in the run folder.
         precision: How the teacher is computed: in "float32", or in "tf32", "bfloat16" or "float16" where the device has
             it. "auto" is float32 for a small job; for a large one a trial finds the fastest that is faithful, and it is
@@ -78,8 +89,10 @@ class CacheConfig:
 
     layers: tuple[str, ...] = ()
     dtype: Literal["float16", "float32"] = "float16"
+    encoding: Literal["int8", "int4", "head"] | None = None
     top_k: Annotated[int, Field(ge=1, lt=2**31)] | None = None
     temperatures: Annotated[tuple[Temperature, Temperature], AfterValidator(_ascending)] = (1.0, 20.0)
+    sampled_labels: Annotated[int, Field(ge=1, lt=2**31)] | None = None
     store: PathStr | None = None
     precision: Literal["auto", Precision] = "auto"
     memory_format: Literal["auto", MemoryFormat] = "auto"
@@ -91,7 +104,7 @@ class CacheConfig:
     @property
     def for_test(self) -> CacheConfig:
         """The configuration of the store of the test images, which has all logits."""
-        return replace(self, top_k=None)
+        return replace(self, encoding=None, top_k=None, sampled_labels=None)
 
     @property
     def settings(self) -> ComputeSettings:
@@ -120,16 +133,17 @@ def plan_store(
 
     That of a teacher without a classifier has embeddings in place of logits.
 
-    Raises ModelError, listing the nearest paths, for an unknown layer; RecipeError for a top_k of all classes;
-    StoreError for a store that readers would refuse.
+    Raises ModelError, listing the nearest paths, for an unknown layer, or for a head that cannot be stored; RecipeError
+    for an encoding that does not fit; StoreError for a store that readers would refuse.
     """
-    top_k = top_k_of(config, context, teacher)
-    if teacher.is_headless:
+    encoding = encoding_of(config, context, teacher)
+    head = head_to_store(config, teacher, layers, context)
+    layers = stored_layers(config, teacher, layers)
+    if teacher.is_headless or config.encoding == "head":
         logits: tuple[ArraySpec, ...] = ()
-        layers = with_embeddings(layers)
     else:
         num_classes = context.train_set.num_classes
-        logits = top_k.arrays(config.dtype) if top_k else (ArraySpec(LOGITS, (num_classes,), config.dtype),)
+        logits = encoding.arrays(config.dtype) if encoding else (ArraySpec(LOGITS, (num_classes,), config.dtype),)
     if needs_labels(layers) and not context.train_set.is_labeled:
         raise RecipeError(
             "the input gradient is that of the cross entropy with the labels, and some training images have none: "
@@ -147,8 +161,9 @@ def plan_store(
             context.views.num_views, rows_per_unit(specs, num_samples, config.shard_bytes), (num_samples,)
         ),
         versions=library_versions(),
-        top_k=top_k,
+        encoding=encoding,
         named_axes=True,
+        head=None if head is None else head_record(head),
     )
     require_readable(planned, "the store")
     return planned
@@ -157,9 +172,19 @@ def plan_store(
 def missing_bytes(path: Path, planned: Manifest, samples: Samples) -> int:
     """Return the bytes that the store at `path` still needs. Raises the same as `plan_growth`."""
     if not path.exists():
-        return store_bytes(planned, planned.layout.units())
-    grown, _ = plan_growth(path, read_store_manifest(path), planned, samples)
-    return sum(store_bytes(grown, [unit], missing_arrays(path, grown, unit)) for unit in grown.layout.units())
+        return store_bytes(planned, planned.layout.units()) + head_bytes(planned)
+    stored = read_store_manifest(path)
+    grown, _ = plan_growth(path, stored, planned, samples)
+    return (
+        head_bytes(grown)
+        - head_bytes(stored)
+        + sum(store_bytes(grown, [unit], missing_arrays(path, grown, unit)) for unit in grown.layout.units())
+    )
+
+
+def head_bytes(manifest: Manifest) -> int:
+    """Return the bytes of the teacher's head; 0 if the store has none."""
+    return manifest.head.num_bytes if manifest.head else 0
 
 
 def free_bytes(path: Path) -> int:
@@ -177,28 +202,45 @@ def require_room(path: Path, needed: int) -> None:
         )
 
 
-def with_embeddings(layers: Sequence[FeatureSpec]) -> list[FeatureSpec]:
-    """Return the features to store of a teacher without a classifier: its embeddings first."""
-    embeddings = FeatureSpec(PRE_LOGITS)
-    return [embeddings, *(one for one in layers if one != embeddings)]
+def stored_layers(config: CacheConfig, teacher: ModelBundle, layers: Sequence[FeatureSpec]) -> list[FeatureSpec]:
+    """Return the features that have an array: those that stand for logits first."""
+    first = [FeatureSpec(PRE_LOGITS)] if teacher.is_headless or config.encoding == "head" else []
+    return list(dict.fromkeys([*first, *(one for one in layers if not one.is_head)]))
 
 
-def top_k_of(config: CacheConfig, context: StageContext, teacher: ModelBundle) -> TopK | None:
-    """Return the layout of top-k logits, None for all of them.
+def head_to_store(
+    config: CacheConfig, teacher: ModelBundle, layers: Sequence[FeatureSpec], context: StageContext
+) -> NDArray[np.float32] | None:
+    """Return the teacher's head [C, D + 1] if it is to be stored. Raises ModelError if it cannot be."""
+    is_wanted = config.encoding == "head" or TEACHER_HEAD in layers
+    return linear_head(teacher.model, context.image_shape) if is_wanted else None
 
-    Raises RecipeError if k is the number of classes, or there are no logits.
+
+def encoding_of(config: CacheConfig, context: StageContext, teacher: ModelBundle) -> LogitEncoding | None:
+    """Return the encoding of the logits, None for all of them as they are.
+
+    Raises RecipeError if two are set, if k is the number of classes, or if there are no logits of classes.
     """
-    if config.top_k is None:
+    given = {key: getattr(config, key) for key in ("encoding", "top_k", "sampled_labels")}
+    keys = [f"cache.{key}" for key, value in given.items() if value is not None]
+    if not keys:
         return None
-    require_classes(context.train_set, "cache.top_k")
+    if len(keys) > 1:
+        raise RecipeError(f"{keys[0]} and {keys[1]} each say how logits are stored: set one of them.")
+    if config.encoding == "head":
+        return None
+    require_classes(context.train_set, keys[0])
     if teacher.is_headless:
-        raise RecipeError("cache.top_k keeps the largest logits, and the teacher has embeddings: leave it out.")
+        raise RecipeError(f"{keys[0]} is for logits, and the teacher has embeddings: leave it out.")
     num_classes = context.train_set.num_classes
-    if config.top_k >= num_classes:
-        raise RecipeError(
-            f"cache.top_k = {config.top_k} keeps all of {num_classes} classes: leave it out, or keep fewer."
-        )
-    return TopK(num_classes, config.top_k, default_temperatures(*config.temperatures))
+    if config.encoding is not None:
+        return Quantized(config.encoding, num_classes)
+    k = config.top_k or config.sampled_labels or 0
+    if k >= num_classes:
+        raise RecipeError(f"{keys[0]} = {k} keeps all of {num_classes} classes: leave it out, or keep fewer.")
+    if config.sampled_labels is not None:
+        return Sampled(num_classes, k, context.views.seed)
+    return TopK(num_classes, k, default_temperatures(*config.temperatures))
 
 
 def build_cache_job(
@@ -212,4 +254,5 @@ def build_cache_job(
     warn = partial(context.monitor.warn, "cache-teacher")
     teacher = teacher_of_store(teacher, path, manifest, context.device, warn)
     batch_size = batch_size_of(manifest, config.batch_size)
-    return CacheJob(path, manifest, teacher, context.train_loader, positions, batch_size, context.monitor)
+    head = read_head(path, manifest.head) if manifest.head and manifest.logits_from_head else None
+    return CacheJob(path, manifest, teacher, context.train_loader, positions, batch_size, context.monitor, head)

@@ -23,8 +23,11 @@ from kdpipe.stages.models.hooks import extract_features
 from kdpipe.stages.runtime.versions import library_versions
 from kdpipe.stages.targets.feature_spec import compute_statistic
 from kdpipe.store import StoreError, TargetStore, open_store
-from kdpipe.store.format.manifest import require, version_note
-from kdpipe.store.format.topk import INDICES, TAIL, VALUES, encode_topk
+from kdpipe.store.format.head import head_logits
+from kdpipe.store.format.manifest import EMBEDDINGS, require, version_note
+from kdpipe.store.format.quantized import PACKED, Quantized
+from kdpipe.store.format.sampled import Sampled, probabilities, threshold
+from kdpipe.store.format.topk import INDICES, TAIL, VALUES, TopK, encode_topk
 
 TOLERANCE = 1e-2
 """The tolerated difference from the teacher, relative to the largest number in the row.
@@ -161,14 +164,58 @@ def _logit_errors(
 
     Of top-k logits the stored classes and the mass of the rest are compared; a stored class must be one of the largest.
     """
-    top_k = store.manifest.top_k
+    encoding = store.manifest.encoding
     if not store.manifest.has_logits:
         return {}
-    if top_k is None:
+    if store.head is not None and store.manifest.logits_from_head:
+        decoded = head_logits(stored[EMBEDDINGS], store.head)
+        return {"logits": _row_errors(logits, decoded, _tolerance(store, EMBEDDINGS))}
+    if encoding is None:
         return {"logits": _row_errors(logits, stored["logits"], _tolerance(store, "logits"))}
-    classes = np.minimum(stored[INDICES].astype(np.intp), top_k.num_classes - 1)
-    kept = np.take_along_axis(logits, classes, axis=1)
+    if isinstance(encoding, Quantized):
+        return {PACKED: _quantized_errors(encoding, logits, encoding.decode(stored), _tolerance(store, PACKED))}
+    classes = np.minimum(stored[INDICES].astype(np.intp), encoding.num_classes - 1)
     tolerance = _tolerance(store, VALUES)
+    if isinstance(encoding, Sampled):
+        return {VALUES: _sampled_errors(encoding, logits, stored[VALUES], classes, tolerance)}
+    return _top_k_errors(encoding, logits, stored, classes, tolerance)
+
+
+def _quantized_errors(
+    encoding: Quantized, logits: NDArray[np.float32], decoded: NDArray[np.float32], tolerance: float
+) -> NDArray[np.float64]:
+    """Return the largest error of each row [n, C], relative to the tolerance and half the widest step of its range."""
+    step = (logits.max(axis=1) - logits.min(axis=1)) * np.diff(encoding.places).max()
+    allowed = tolerance * np.abs(logits).max(axis=1) + 0.5 * step.astype(np.float64) + SMALLEST
+    return np.asarray(np.abs(decoded.astype(np.float64) - logits).max(axis=1) / allowed)
+
+
+def _sampled_errors(
+    encoding: Sampled,
+    logits: NDArray[np.float32],
+    values: NDArray[Any],
+    classes: NDArray[np.intp],
+    tolerance: float,
+) -> NDArray[np.float64]:
+    """Return the largest error of the log weights of each row [n, k], relative to the tolerance.
+
+    Another class may be drawn where the teacher's last bits differ, with the same weight: the threshold.
+    """
+    masses = probabilities(logits)
+    weights = np.maximum(np.take_along_axis(masses, classes, axis=1), threshold(masses, encoding.k))
+    allowed = tolerance * (np.abs(logits).max(axis=1) + np.abs(np.log(weights)).max(axis=1)) + SMALLEST
+    return np.asarray(np.abs(values.astype(np.float64) - np.log(weights)).max(axis=1) / allowed)
+
+
+def _top_k_errors(
+    top_k: TopK,
+    logits: NDArray[np.float32],
+    stored: Mapping[str, NDArray[Any]],
+    classes: NDArray[np.intp],
+    tolerance: float,
+) -> dict[str, NDArray[np.float64]]:
+    """Return the errors of values, of classes that are not among the largest, and of the mass of the rest."""
+    kept = np.take_along_axis(logits, classes, axis=1)
     allowed = tolerance * np.abs(logits).max(axis=1) + SMALLEST
     threshold = np.sort(logits, axis=1)[:, -top_k.k]
     tails = encode_topk(logits, top_k, "float32")[TAIL]

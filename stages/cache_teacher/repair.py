@@ -16,10 +16,12 @@ from kdpipe.stages.compute.settings import ComputeSettings, MemoryFormat, Precis
 from kdpipe.stages.context import StageContext
 from kdpipe.stages.errors import RunError
 from kdpipe.stages.models.bundle import ModelBundle
-from kdpipe.stages.targets.feature_spec import FeatureSpec
+from kdpipe.stages.models.head import linear_head
+from kdpipe.stages.targets.feature_spec import TEACHER_HEAD, FeatureSpec
 from kdpipe.store import Manifest, StoreError, read_store_manifest
 from kdpipe.store.check.repair import rebuild_manifest, restore_samples, uncommit
 from kdpipe.store.check.verify import VerifyReport, verify_store
+from kdpipe.store.format.head import HEAD_KEY, require_head, write_head
 from kdpipe.store.format.schema import SAMPLES
 from kdpipe.store.format.zarr_metadata import replace_metadata
 from kdpipe.store.write.claims import exclusive_store
@@ -50,6 +52,10 @@ def repair(
         replace_metadata(path, manifest)
         if any(fault.key.startswith(f"{SAMPLES}/") or fault.key == SAMPLES for fault in found.damaged):
             restore_samples(path, manifest, context.samples)
+        if any(fault.key == HEAD_KEY for fault in found.damaged):
+            head = linear_head(teacher.model, context.image_shape)
+            require_head(head, manifest.head, str(path))
+            write_head(path, head)
     units = uncommit(path, manifest, found.damaged)
     result = fill_store(build_cache_job(config, path, manifest, teacher, context), sorted(units))
     left = verify_store(path, context.monitor.counter("repair", "check again", "unit"))
@@ -81,5 +87,6 @@ def _require_own(
             f"{path} was made by `kdpipe store transcode`, which rounded {', '.join(manifest.rounded)}: rounded "
             "numbers cannot be recomputed. Transcode the original store again."
         )
-    planned = plan_store(config, teacher, layers_of(manifest), samples_in_row_order(context), context)
+    layers = [*layers_of(manifest), *([TEACHER_HEAD] if manifest.head else [])]
+    planned = plan_store(config, teacher, layers, samples_in_row_order(context), context)
     require_same_origin(path, manifest, replace(planned, codec=manifest.codec))

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from kdpipe.stages.cache_teacher.choice import DEFAULT_BATCH_SIZE, require_available, settings_of, with_settings
 from kdpipe.stages.cache_teacher.fidelity import compare
 from kdpipe.stages.cache_teacher.inference import forward, hooked_layers, needs_labels
-from kdpipe.stages.cache_teacher.plan import CacheConfig, samples_in_row_order, with_embeddings
+from kdpipe.stages.cache_teacher.plan import CacheConfig, samples_in_row_order, stored_layers
 from kdpipe.stages.compute.settings import EXACT, ComputeSettings, fast_precisions
 from kdpipe.stages.compute.threads import fastest_count, max_threads, open_counts, threads
 from kdpipe.stages.compute.trial import WORTH_A_TRIAL, choose, is_worth_a_trial, time_in_turn, time_on_one_thread
@@ -72,7 +72,7 @@ def decide(
         own = read_store_manifest(like)
         return with_settings(planned, settings_of(own), own.trial)
     require_available(config.precision, context.device)
-    layers = with_embeddings(layers) if teacher.is_headless else layers
+    layers = stored_layers(config, teacher, layers)
     settings, num_images = config.settings, planned.layout.num_views * planned.layout.num_samples
     is_large = _is_large(teacher.model, context, num_images)
     if not is_large and settings.precision == "float32":

@@ -148,3 +148,5 @@ def _require_possible(loss: Loss, entry: str) -> None:
             f"{entry}: it trains a student in stages, changes its network or needs the gradient by its images, which "
             "is for single students: use another loss, such as hint or at."
         )
+    if loss.needs_head:
+        raise RecipeError(f"{entry}: it needs a teacher's last layer, which is for single students: use another loss.")

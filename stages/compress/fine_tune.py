@@ -131,7 +131,7 @@ def build_fine_tuning(
         seed=seed,
         spec=spec,
         label_smoothing=smoothing,
-        build_student=lambda: build_student(student, seed, context, spec.losses if spec else ()),
+        build_student=lambda: build_student(student, seed, context, spec),
         build_task=lambda network, losses: build_task(
             network, losses, seed, context, label_smoothing=smoothing, is_fine_tuning=True
         ),

@@ -5,7 +5,7 @@ the projector, as `projector`, so that a hook at that path gets the projected ma
 become `layer3.body.0`.
 
 Example:
-    student = reuse_classifier(student, config, image_shape, linear_at(teacher, config.classifier[1]), seed=0)
+    student = reuse_classifier(student, config, image_shape, as_linear(store.head), seed=0)
     # in another process
     student = add_projector(build_same_student(), config, image_shape, num_features=256, num_classes=100, bias=True)
     student.load_state_dict(weights)  # strict
@@ -14,84 +14,65 @@ Example:
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from pathlib import Path
-from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from kdpipe.stages.errors import ModelError, RecipeError, cause
+from kdpipe.stages.losses.base import Loss
 from kdpipe.stages.losses.features.simkd import SimKD
 from kdpipe.stages.models.bundle import ModelBundle
 from kdpipe.stages.models.hooks import feature_shapes, get_module
-from kdpipe.stages.models.safetensors_io import load_tensors
-from kdpipe.stages.models.weights.state_dict import state_sha256
-from kdpipe.store import FingerprintMismatch, differences
+from kdpipe.stages.models.tokens import classifier_path
 
 ImageShape = tuple[int, int, int]
 
 
 def reuse_teacher_classifier(
-    network: ModelBundle, config: SimKD, run: Path, image_shape: ImageShape, seed: int
+    network: ModelBundle, config: SimKD, head: NDArray[np.float32], image_shape: ImageShape, seed: int
 ) -> ModelBundle:
     """Add a projector and the teacher's classifier to `network`, in place, and to the record of its architecture.
 
-    The teacher's weights are those that the recipe names, or else those in the folder `run`. Raises like
-    `reuse_classifier`.
+    `head` [C, D + 1] is the teacher's, as its store has it. Raises like `reuse_classifier`.
     """
-    classifier = stored_linear(teacher_file(config, run), config.classifier[1])
+    path, classifier = replaced_path(network.model, config), as_linear(head)
     reuse_classifier(network.model, config, image_shape, classifier, seed=seed)
     record = {
         "layer": config.layers[0][0],
-        "classifier": config.classifier[0],
+        "classifier": path,
         "factor": config.factor,
         "num_features": classifier.in_features,
     }
     return replace(network, architecture={**network.architecture, "reused_classifier": record})
 
 
-def teacher_file(config: SimKD, run: Path) -> Path:
-    """Return the file with the teacher's weights. Raises RecipeError if there is none."""
-    path = Path(config.teacher) if config.teacher else run / "teacher" / "model.safetensors"
-    if not path.exists():
-        raise RecipeError(f"simkd needs the teacher's classifier, but {path} does not exist: set the loss's teacher.")
-    return path
+def reuse_own_classifier(
+    network: ModelBundle, losses: Sequence[Loss], weights: Mapping[str, Tensor], image_shape: ImageShape
+) -> ModelBundle:
+    """Add what SimKD added to a student before it was trained, of which these are the weights, by name."""
+    for loss in losses:
+        if isinstance(loss, SimKD):
+            path = replaced_path(network.model, loss)
+            head = torch.cat([weights[f"{path}.weight"], weights[f"{path}.bias"][:, None]], 1).numpy()
+            network = reuse_teacher_classifier(network, loss, head, image_shape, seed=0)
+    return network
 
 
-def require_teacher(config: SimKD, run: Path, teacher: Mapping[str, Any], store: Path) -> None:
-    """Raise FingerprintMismatch unless the file's weights are those of the teacher that filled `store`."""
-    actual = state_sha256(load_tensors(teacher_file(config, run))[0])
-    if found := differences(teacher.get("weights_sha256"), actual, "weights_sha256"):
-        advice = f"{store} is of another teacher: set simkd's teacher to the file of that one."
-        raise FingerprintMismatch(f"the teacher in {teacher_file(config, run)}", found, advice)
+def replaced_path(student: nn.Module, config: SimKD) -> str:
+    """Return the path of the student's classifier, by default its last layer."""
+    return config.classifier or classifier_path(student)
 
 
-def stored_linear(path: Path, layer: str) -> nn.Linear:
-    """Load the linear layer at path `layer` from a weights file. Raises RecipeError if there is none."""
-    tensors, _ = load_tensors(path)
-    weight, bias = tensors.get(f"{layer}.weight"), tensors.get(f"{layer}.bias")
-    if weight is None or weight.dim() != 2:
-        linear = sorted(name.removesuffix(".weight") for name, tensor in tensors.items() if tensor.dim() == 2)
-        raise RecipeError(
-            f"simkd.classifier: the teacher in {path} has no linear layer {layer!r}; it has "
-            f"{', '.join(linear) or 'none'}."
-        )
-    classifier = nn.Linear(weight.shape[1], weight.shape[0], bias is not None)
-    classifier.load_state_dict({"weight": weight} | ({} if bias is None else {"bias": bias}))
+def as_linear(head: NDArray[np.float32]) -> nn.Linear:
+    """Return the layer of a head [C, D + 1]."""
+    weights = torch.from_numpy(head)
+    classifier = nn.Linear(head.shape[1] - 1, head.shape[0], device="meta")  # draws no random weights
+    classifier.load_state_dict({"weight": weights[:, :-1].clone(), "bias": weights[:, -1].clone()}, assign=True)
     return classifier
-
-
-def linear_at(teacher: nn.Module, path: str) -> nn.Linear:
-    """Return the teacher's classifier. Raises ModelError for an unknown path, RecipeError for other layers."""
-    classifier = get_module(teacher, path)
-    if isinstance(classifier, nn.Linear):
-        return classifier
-    raise RecipeError(
-        f"simkd.classifier is the teacher's {path}, a {type(classifier).__name__}: only a linear layer after average "
-        "pooling can be reused."
-    )
 
 
 def reuse_classifier(
@@ -104,6 +85,7 @@ def reuse_classifier(
         RecipeError: The student's layer does not output maps, or the student does not run with these parts; it is left
             unchanged.
     """
+    path = replaced_path(student, config)
     add_projector(
         student,
         config,
@@ -113,7 +95,7 @@ def reuse_classifier(
         bias=classifier.bias is not None,
         seed=seed,
     )
-    get_module(student, config.classifier[0]).load_state_dict(classifier.state_dict())
+    get_module(student, path).load_state_dict(classifier.state_dict())
     return student
 
 
@@ -131,7 +113,7 @@ def add_projector(
 
     `num_features`, `num_classes` and `bias` are those of the teacher's classifier. Raises like `reuse_classifier`.
     """
-    layer, path = config.layers[0][0], config.classifier[0]
+    layer, path = config.layers[0][0], replaced_path(student, config)
     body, original = get_module(student, layer), get_module(student, path)
     channels = _channels(student, layer, image_shape)
     with torch.random.fork_rng(devices=[]):

@@ -11,13 +11,15 @@ from kdpipe.stages.distillation.spec import DistillationSpec
 from kdpipe.stages.distillation.student_config import StudentConfig
 from kdpipe.stages.errors import RecipeError
 from kdpipe.stages.losses.base import LogitLoss, Loss
-from kdpipe.stages.losses.schedules import bounds
+from kdpipe.stages.losses.schedules import Temperature, bounds
 from kdpipe.stages.targets.ensemble import TeachersConfig
 from kdpipe.stages.targets.join import JoinedStore
 from kdpipe.stages.targets.outputs import NO_LOGITS
 from kdpipe.stages.targets.reader import Targets
 from kdpipe.stages.views.config import Views
-from kdpipe.store import StoreError, TargetStore, interpolation
+from kdpipe.store import StoreError, TargetStore, TopK
+from kdpipe.store.format.logit_encoding import LogitEncoding
+from kdpipe.store.format.sampled import Sampled
 
 
 def check_losses(losses: Sequence[Loss], views: Views, teachers: TeachersConfig, where: str = "distill") -> None:
@@ -156,6 +158,8 @@ def check_combination(spec: DistillationSpec, sources: Sequence[JoinedStore], ta
                 f"distill.{number} ({loss.loss}) needs raw logits, which student.teachers does not keep (temperatures, "
                 "or ensemble = 'probabilities'): select one teacher with distill.store."
             )
+        if loss.compares_classes:
+            _require_same_classes(spec, sources, number, loss)
         if loss.negative_features and targets.residence == "streamed":
             raise RecipeError(
                 f"distill.{number} ({loss.loss}) reads samples from the whole store at every step, but the targets are "
@@ -169,6 +173,15 @@ def check_combination(spec: DistillationSpec, sources: Sequence[JoinedStore], ta
         )
 
 
+def _require_same_classes(spec: DistillationSpec, sources: Sequence[JoinedStore], number: int, loss: Loss) -> None:
+    """Raise RecipeError unless a loss that compares classes has one teacher, of the student's classes."""
+    entry = f"distill.{number} ({loss.loss}) compares classes by what one teacher says of them, and"
+    if loss.on_logits and loss.store is None and (len(sources) > 1 or spec.teachers.temperatures):
+        raise RecipeError(f"{entry} student.teachers combines logits: select one teacher with distill.store.")
+    if sources[loss.store or 0].class_map:
+        raise RecipeError(f"{entry} its classes are not the student's: use another loss, or another teacher.")
+
+
 def require_views(store: TargetStore, num_views: int) -> None:
     if store.num_views < num_views:
         raise RecipeError(
@@ -178,16 +191,17 @@ def require_views(store: TargetStore, num_views: int) -> None:
 
 
 def _require_probabilities(store: TargetStore, entry: str) -> None:
-    """Raise RecipeError if a store with top-k logits does not have the teacher's probabilities at T = 1."""
-    if store.manifest.top_k is None:
+    """Raise RecipeError if a store with encoded logits does not have the teacher's probabilities at T = 1."""
+    encoding = store.manifest.encoding
+    if encoding is None:
         return
+    what = f"{entry} selects or weights samples or teachers by the teacher's probabilities at T = 1"
+    if isinstance(encoding, Sampled):
+        raise RecipeError(f"{what}, of which {store.path} has samples only: cache without cache.sampled_labels.")
     try:
-        interpolation(store.manifest.top_k, 1.0)
+        encoding.require_temperature(1.0)
     except StoreError as error:
-        raise RecipeError(
-            f"{entry} selects or weights samples or teachers by the teacher's probabilities at T = 1, which "
-            f"{store.path} does not have ({error})"
-        ) from error
+        raise RecipeError(f"{what}, which {store.path} does not have ({error})") from error
 
 
 def require_no_logits(losses: Sequence[Loss], store: int, where: str = "distill") -> None:
@@ -200,30 +214,53 @@ def require_no_logits(losses: Sequence[Loss], store: int, where: str = "distill"
 
 
 def require_logits(stores: Sequence[TargetStore], losses: Sequence[Loss], teachers: TeachersConfig) -> None:
-    """Check that stores with top-k logits, or without any, have what the losses require.
+    """Check that stores with encoded logits, or without any, have what the losses require.
 
     Raises:
         StoreError: A loss's temperature is outside the range of the stored tail.
-        RecipeError: A loss needs the logits of all classes.
+        RecipeError: A loss needs the logits of all classes, or is not linear in sampled labels.
     """
     for index, store in enumerate(stores):
         if not store.manifest.has_logits:
             require_no_logits(losses, index)
     for number, loss in enumerate(losses):
+        entry = f"distill.{number} ({loss.loss})"
         for index, store in enumerate(stores):
-            if not store.manifest.top_k or not loss.on_logits or loss.store not in (None, index):
-                continue
-            if loss.whole_logits or (isinstance(loss, LogitLoss) and loss.standardize):
-                raise RecipeError(
-                    f"distill.{number} ({loss.loss}) needs the logits of all classes, but {store.path} has only the "
-                    f"{store.manifest.top_k.k} largest: cache without cache.top_k into another store."
-                )
-            own = teachers.temperatures[index : index + 1] if loss.store is None else ()
-            for temperature in own or loss.temperatures():
-                for value in bounds(temperature):
-                    interpolation(store.manifest.top_k, value)
+            if loss.on_logits and loss.store in (None, index):
+                own = teachers.temperatures[index : index + 1] if loss.store is None else ()
+                encoding = store.manifest.encoding
+                require_encoding(encoding, str(store.path), loss, own or loss.temperatures(), entry)
+                averaged = loss.store is None and len(stores) > 1 and teachers.ensemble == "logits"
+                if averaged and isinstance(encoding, Sampled):
+                    raise RecipeError(
+                        f"{entry} averages logits, and {store.path} has sampled labels: set "
+                        "student.teachers.ensemble = 'probabilities'."
+                    )
         own_teacher = loss.store is not None or not loss.on_logits
         used = [stores[loss.store or 0]] if own_teacher else list(stores)
         by_label = teachers.weights in ("confidence", "learnable") and len(stores) > 1 and not own_teacher
         for store in used if loss.samples.needs_probabilities or by_label else ():
-            _require_probabilities(store, f"distill.{number} ({loss.loss})")
+            _require_probabilities(store, entry)
+
+
+def require_encoding(
+    encoding: LogitEncoding | None, where: str, loss: Loss, temperatures: Sequence[Temperature], entry: str
+) -> None:
+    """Raise an error, as `require_logits`, unless an encoding serves a loss on logits at its temperatures."""
+    if encoding is None or encoding.all_logits:
+        return
+    standardizes = isinstance(loss, LogitLoss) and loss.standardize
+    if loss.whole_logits or standardizes:
+        raise RecipeError(
+            f"{entry} needs the logits of all classes, but {where} has {encoding.describe()}: cache without "
+            f"cache.{'top_k' if isinstance(encoding, TopK) else 'sampled_labels'} into another store."
+        )
+    if isinstance(encoding, Sampled) and (not loss.linear or vars(loss).get("rest") == "student"):
+        what = "rest = 'student'" if loss.linear else "it"
+        raise RecipeError(
+            f"{entry}: {what} is not linear in the teacher's probabilities, of which {where} has samples: use kd "
+            "at T = 1, or cache without cache.sampled_labels into another store."
+        )
+    for temperature in temperatures:
+        for value in bounds(temperature):
+            encoding.require_temperature(value)

@@ -26,7 +26,7 @@ from kdpipe.stages.models.normalization import Normalization, Numbers, as_normal
 from kdpipe.stages.runtime.distributed import ProcessGroup
 from kdpipe.stages.runtime.events import RunMonitor
 from kdpipe.stages.runtime.gpu.device import check_device, torch_device
-from kdpipe.stages.targets.feature_spec import FeatureSpec, parse_feature, parse_statistic
+from kdpipe.stages.targets.feature_spec import TEACHER_HEAD, FeatureSpec, parse_feature, parse_statistic
 from kdpipe.stages.targets.join import join
 from kdpipe.stages.targets.open import open_store_anywhere, open_with_views
 from kdpipe.stages.targets.outputs import TeacherTargets
@@ -34,7 +34,7 @@ from kdpipe.stages.targets.reader import TargetLoadingConfig, Targets
 from kdpipe.stages.targets.resolve import LOGITS
 from kdpipe.stages.training.task import Batch, TrainingTask
 from kdpipe.stages.views.from_store import views_of_store
-from kdpipe.store import TargetStore, interpolation
+from kdpipe.store import TargetStore
 
 
 class StudentBatch(dict[str, Any]):
@@ -47,7 +47,7 @@ class StudentBatch(dict[str, Any]):
         labels: int64 [B]; of views mixed by MixUp or CutMix, probabilities float32 [B, num_classes], as torchvision's
             CutMix returns. `F.cross_entropy` takes either.
         teacher_logits: float32 [B, num_classes]; not there where the store has embeddings.
-        features: The teacher's features by name, float32 [B, ...].
+        features: The teacher's features by name, float32 [B, ...], and its head, "pre_logits:head", [C, D + 1].
         sample_ids: int64 [B].
         teacher: Everything the store has of these samples, for losses of kdpipe; an attribute only, not an entry.
     """
@@ -165,8 +165,8 @@ class DistillationLoader:
             context = replace(context, mix_partners=find_partners(opened.path, dataset, mix_partners))
         open_with_views(opened.path, context.view_identity(), {})
         self._temperature = temperature
-        if opened.manifest.top_k is not None:
-            interpolation(opened.manifest.top_k, temperature)  # raises outside the store's range
+        if opened.manifest.encoding is not None:
+            opened.manifest.encoding.require_temperature(temperature)
         named = [features] if isinstance(features, str) else features
         specs = _all_features(opened) if named is None else [parse_feature(name, "features") for name in named]
         self._features = {str(spec): spec for spec in specs}
@@ -257,7 +257,8 @@ def _labels(hard: HardLabels, num_classes: int) -> Tensor:
 
 def _all_features(store: TargetStore) -> list[FeatureSpec]:
     parts = [spec.name.partition("/") for spec in store.arrays if not spec.name.startswith(LOGITS)]
-    return [spec for kind, _, layer in parts if (spec := parse_statistic(layer, kind))]
+    head = [TEACHER_HEAD] if store.manifest.head else []
+    return [*(spec for kind, _, layer in parts if (spec := parse_statistic(layer, kind))), *head]
 
 
 def _image_set(dataset: Any) -> ImageSet:

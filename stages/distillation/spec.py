@@ -6,6 +6,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 from kdpipe.stages.config import config_fingerprint
 from kdpipe.stages.data.image_set import ImageSet
 from kdpipe.stages.losses.base import Loss
@@ -15,10 +18,10 @@ from kdpipe.stages.losses.inputs import TeacherShapes
 from kdpipe.stages.losses.sample_selection import SampleSelection
 from kdpipe.stages.losses.schedules import Schedule, Scheduled
 from kdpipe.stages.targets.ensemble import TeachersConfig
-from kdpipe.stages.targets.feature_spec import FeatureSpec, Shape
+from kdpipe.stages.targets.feature_spec import TEACHER_HEAD, FeatureSpec, Shape
 from kdpipe.stages.targets.join import JoinedStore, Missing, join
 from kdpipe.stages.targets.reader import TargetLoadingConfig, slab_window
-from kdpipe.stages.targets.resolve import arrays_needed
+from kdpipe.stages.targets.resolve import arrays_needed, resolve_feature
 from kdpipe.store import TargetStore
 
 
@@ -73,6 +76,13 @@ class DistillationSpec:
     def with_losses(self, losses: Sequence[Loss]) -> DistillationSpec:
         """Return the same with these losses alone."""
         return replace(self, losses=tuple(losses))
+
+    def head_for(self, loss: Loss) -> NDArray[np.float32]:
+        """Return the head [C, D + 1] of the teacher that a loss learns from. Raises StoreError if it is not stored."""
+        store = self.stores[loss.store or 0]
+        resolve_feature(store, TEACHER_HEAD)
+        assert store.head is not None, "it was found"
+        return store.head
 
     @property
     def without_hint_losses(self) -> DistillationSpec:

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kdpipe.stages.context import StageContext
-from kdpipe.stages.distillation.classifier_reuse import require_teacher
 from kdpipe.stages.distillation.compatibility import (
     check_image_size,
     check_labels,
@@ -25,7 +24,6 @@ from kdpipe.stages.distillation.task_builder import student_shapes
 from kdpipe.stages.distillation.teacher_accuracy import deciding_accuracies
 from kdpipe.stages.errors import RecipeError
 from kdpipe.stages.losses.base import Loss
-from kdpipe.stages.losses.features.simkd import SimKD
 from kdpipe.stages.targets.ensemble import check_teachers
 from kdpipe.stages.targets.open import local_store_path, open_with_views
 from kdpipe.stages.targets.tail_mass import measure_tails, report_tail, tail_of
@@ -100,8 +98,4 @@ def open_distillation(
     spec.to_json()  # raises if a store lacks an array
     if student.teachers.weights == "accuracy":
         spec = replace(spec, accuracies=deciding_accuracies(places, student.teachers, context))
-    for loss in losses:
-        if isinstance(loss, SimKD):
-            store = stores[loss.store or 0]
-            require_teacher(loss, context.run_dir, store.manifest.identity.teacher, store.path)
     return spec

@@ -69,13 +69,15 @@ def build_task(
     )
 
 
-def build_student(config: StudentConfig, seed: int, context: StageContext, losses: Sequence[Loss] = ()) -> ModelBundle:
-    """Build the untrained student of a seed, with the modules that `losses` add to it."""
+def build_student(
+    config: StudentConfig, seed: int, context: StageContext, spec: DistillationSpec | None = None
+) -> ModelBundle:
+    """Build the untrained student of a seed, with the modules that the losses of `spec` add to it."""
     context = config.context(context)
     normalize = model_normalization(context.train_set, config.model, config.mean, config.std)
     network = ModelBundle(context.build_model(config.model, seed), context.architecture(config.model), normalize)
-    for loss in losses:
-        if isinstance(loss, SimKD):
+    for loss in spec.losses if spec else ():
+        if spec and isinstance(loss, SimKD):
             own = derive_seed(seed, "projector")
-            network = reuse_teacher_classifier(network, loss, context.run_dir, context.image_shape, own)
+            network = reuse_teacher_classifier(network, loss, spec.head_for(loss), context.image_shape, own)
     return network

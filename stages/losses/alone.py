@@ -13,11 +13,18 @@ from kdpipe.stages.errors import RecipeError
 from kdpipe.stages.losses.inputs import DatasetInfo, Negatives, Shapes, TeacherShapes
 from kdpipe.stages.losses.schedules import FINISHED, TrainProgress
 from kdpipe.stages.losses.weighted import DistillationBatch, LossSettings, WeightedLoss
-from kdpipe.stages.models.hooks import ModelOutput, rows_of
+from kdpipe.stages.models.hooks import ModelOutput
 from kdpipe.stages.numerics import to_float32
 from kdpipe.stages.runtime.collectives import all_reduce_sum
-from kdpipe.stages.targets.feature_spec import INPUT_GRADIENT, FeatureSpec, compute_statistic, parse_feature
-from kdpipe.stages.targets.outputs import DenseTargets, TeacherTargets
+from kdpipe.stages.targets.feature_spec import (
+    HEAD,
+    INPUT_GRADIENT,
+    FeatureSpec,
+    compute_statistic,
+    parse_feature,
+    shape_of,
+)
+from kdpipe.stages.targets.outputs import DenseTargets, TeacherTargets, feature_rows
 from kdpipe.stages.targets.resolve import fits
 from kdpipe.store.errors import did_you_mean
 
@@ -59,7 +66,7 @@ class LossModule(nn.Module):
         shapes = {layer: tuple(feature.shape[1:]) for layer, feature in output.features.items()}
         self._required = config.required_features(shapes)
         features = self._teacher(teacher, output).features
-        served = {feature: tuple(features[feature].shape[1:]) for feature in self._required}
+        served = {feature: shape_of(feature, features[feature]) for feature in self._required}
         info = DatasetInfo(num_samples, num_classes or output.logits.shape[1])
         if info.num_classes:  # not where only features are given
             config.require_classes(info.num_classes)
@@ -196,7 +203,7 @@ class _Targets:
         return self if spread is None else _Targets(spread(logits), self.features)
 
     def rows(self, index: Tensor) -> _Targets:
-        return _Targets(self.given.rows(index), rows_of(self.features, index))
+        return _Targets(self.given.rows(index), feature_rows(self.features, index))
 
 
 def _as_output(given: StudentOutput, name: str, role: str) -> ModelOutput:
@@ -234,7 +241,7 @@ def _serve(feature: FeatureSpec, given: Mapping[FeatureSpec, Tensor], name: str)
         if candidate in given and (candidate == feature or fits(tuple(given[candidate].shape[1:]), feature)):
             return given[candidate]
     whole = FeatureSpec(feature.layer)
-    if whole in given and feature.statistic != INPUT_GRADIENT:
+    if whole in given and feature.statistic not in (INPUT_GRADIENT, HEAD):
         output = to_float32(given[whole])
         return compute_statistic(feature.for_shape(tuple(output.shape[1:])), output)
     raise _missing(name, "teacher", str(feature), given)

@@ -19,8 +19,9 @@ What happens with it, in this order:
    parameters (adapters, embeddings) train with the student, and are no part of the exported student.
 4. The module's `forward` gets `LossInputs`, in float32: `inputs.student.logits` and `inputs.teacher.logits_at(T)` are
    [B, num_classes]; `inputs.student.features[path]` and `inputs.teacher.features[feature]` are maps [B, C, H, W],
-   tokens [B, L, C] or vectors [B, D]. It returns the loss without `weight`: [B] if `per_sample`, else a scalar for the
-   batch of all processes, whose rows `all_gather_with_grad` collects.
+   tokens [B, L, C] or vectors [B, D]; the teacher's head, `TEACHER_HEAD`, is [C, D + 1]. It returns the loss without
+   `weight`: [B] if `per_sample`, else a scalar for the batch of all processes, whose rows `all_gather_with_grad`
+   collects.
 
 `weight`, `store` and `samples` are applied by `WeightedLoss` (`distillation.py`), not by the loss.
 
@@ -82,9 +83,12 @@ class Loss:
     per_sample: ClassVar[bool] = True  # one value per sample, so that samples can be weighted; else one per batch
     one_label: ClassVar[bool] = False  # needs a single label per sample, which mixed samples do not have
     whole_logits: ClassVar[bool] = False  # needs the teacher's logits of all classes, which top-k stores do not have
+    linear: ClassVar[bool] = False  # its gradient is linear in the teacher's probabilities, as sampled labels need
     on_logits: ClassVar[bool] = False  # compares logits
     min_classes: ClassVar[int] = 1  # with fewer it is constant, or not defined
     two_classes: ClassVar[str] = ""  # which part of it is constant with two classes, for a warning
+    needs_head: ClassVar[bool] = False  # needs the teacher's last linear layer in the store
+    compares_classes: ClassVar[bool] = False  # by what only a teacher of the same classes has, beside its logits
     input_gradient: ClassVar[bool] = False  # uses the gradient of the student's cross entropy by the images
     tasks: ClassVar[tuple[Task, ...]] = (CLASSIFICATION, MULTILABEL, REGRESSION)  # what the outputs may be
 

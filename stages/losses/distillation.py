@@ -15,7 +15,7 @@ from kdpipe.stages.losses.user_loss import failure_of
 from kdpipe.stages.losses.weighted import DistillationBatch, WeightedLoss, samples_with_targets
 from kdpipe.stages.runtime.collectives import all_reduce_sum, local_share_of_mean
 from kdpipe.stages.targets.ensemble import TeacherEnsemble
-from kdpipe.stages.targets.feature_spec import FeatureSpec
+from kdpipe.stages.targets.feature_spec import TEACHER_HEAD, FeatureSpec
 from kdpipe.stages.targets.outputs import TeacherTargets
 
 TEACHER_WEIGHTS = "teacher_weights"
@@ -79,7 +79,8 @@ def student_layers(configs: Sequence[Loss]) -> list[str]:
 def required_of(configs: Sequence[Loss], student: Shapes, store: int) -> list[FeatureSpec]:
     """Return the features that these losses require of the teacher of store number `store`."""
     selected = [config for config in configs if (config.store or 0) == store]
-    return list(dict.fromkeys(feature for config in selected for feature in config.required_features(student)))
+    features = [feature for config in selected for feature in config.required_features(student)]
+    return list(dict.fromkeys([*features, *([TEACHER_HEAD] if any(config.needs_head for config in selected) else [])]))
 
 
 def build_distillation(

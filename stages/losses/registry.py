@@ -15,6 +15,7 @@ from kdpipe.stages.errors import RecipeError
 from kdpipe.stages.losses.base import Loss
 from kdpipe.stages.losses.features.ab import AB
 from kdpipe.stages.losses.features.at import AT, ATGradient
+from kdpipe.stages.losses.features.cat_kd import CATKD
 from kdpipe.stages.losses.features.cosine import Cosine
 from kdpipe.stages.losses.features.cwd import CWD
 from kdpipe.stages.losses.features.fitnet import FitNet
@@ -28,6 +29,7 @@ from kdpipe.stages.losses.features.pefd import PEFD
 from kdpipe.stages.losses.features.review_kd import ReviewKD
 from kdpipe.stages.losses.features.simkd import SimKD
 from kdpipe.stages.losses.features.srd import SRD
+from kdpipe.stages.losses.features.srrl import SRRL
 from kdpipe.stages.losses.features.vid import VID
 from kdpipe.stages.losses.features.vkd import VkD
 from kdpipe.stages.losses.features.wkd import WKDF
@@ -40,6 +42,7 @@ from kdpipe.stages.losses.logits.kd import KD, LogitMSE
 from kdpipe.stages.losses.logits.mlld import MLLD
 from kdpipe.stages.losses.logits.nkd import NKD
 from kdpipe.stages.losses.logits.ttm import TTM, WTTM
+from kdpipe.stages.losses.logits.wkd import WKDL
 from kdpipe.stages.losses.logits.wsld import WSLD
 from kdpipe.stages.losses.relations.cc import CC
 from kdpipe.stages.losses.relations.crd import CRD
@@ -54,28 +57,9 @@ L = TypeVar("L", bound=type[Loss])
 
 # In the order in which `kdpipe losses` lists them.
 _BUILTIN: tuple[type[Loss], ...] = (
-    *(KD, DKD, DIST, NKD, TTM, WTTM, WSLD, MLLD, GKL, HardDistillation, LogitMSE, BinaryKD),
-    *(
-        Hint,
-        Cosine,
-        PEFD,
-        SRD,
-        VkD,
-        FitNet,
-        AB,
-        FSP,
-        FT,
-        AT,
-        ATGradient,
-        OFD,
-        CWD,
-        WKDF,
-        NST,
-        KDSVD,
-        VID,
-        ReviewKD,
-        SimKD,
-    ),
+    *(KD, DKD, DIST, NKD, TTM, WTTM, WSLD, WKDL, MLLD, GKL, HardDistillation, LogitMSE, BinaryKD),
+    *(Hint, Cosine, PEFD, SRD, SRRL, VkD, FitNet, AB, FSP, FT, AT, ATGradient, OFD, CATKD, CWD),
+    *(WKDF, NST, KDSVD, VID, ReviewKD, SimKD),
     *(RKD, SP, PKT, CC, CRD),
 )
 

@@ -1,6 +1,7 @@
-"""Features that are no module's output: the input of the classifier, and parts of a vision transformer's tokens.
+"""Features that are no module's output: the classifier's input, class activation maps, parts of a ViT's tokens.
 
 `pre_logits` is what goes into the last layer of any network, or what a network without a classifier returns.
+`layer4.cam` are the class activation maps of a module's maps: the classifier's weights at each position.
 `blocks.9.class_token`, `blocks.9.patch_mean` and `blocks.9.patch_map` are parts of the tokens that a module outputs;
 `blocks.9.attn.attention` is the attention of each head of timm's networks. All are features like the output of a
 module, for every loss and store.
@@ -11,14 +12,16 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kdpipe.stages.errors import ModelError
 
-CLASS_TOKEN, PATCH_MEAN, PATCH_MAP, ATTENTION = "class_token", "patch_mean", "patch_map", "attention"
-FORMS = (CLASS_TOKEN, PATCH_MEAN, PATCH_MAP, ATTENTION)
+CLASS_TOKEN, PATCH_MEAN, PATCH_MAP, ATTENTION, CAM = "class_token", "patch_mean", "patch_map", "attention", "cam"
+FORMS = (CLASS_TOKEN, PATCH_MEAN, PATCH_MAP, ATTENTION, CAM)
 
 PRE_LOGITS = "pre_logits"
 """The embedding of an image: the input of the classifier, or the output of a network without one."""
@@ -71,7 +74,7 @@ def hooked(module: nn.Module, layer: str, form: str | None) -> Iterator[nn.Modul
 
 
 def token_part(model: nn.Module, layer: str, form: str | None) -> Callable[[Tensor], Tensor]:
-    """Return what takes the form from tokens [B, N, D]: [B, D], or for `patch_map` [B, D, H, W].
+    """Return what takes the form from tokens [B, N, D]: [B, D], or for `patch_map` [B, D, H, W]; `cam` from maps.
 
     Maps [B, H, W, C] of timm's networks of that layout count as patches without others before them.
     """
@@ -79,6 +82,8 @@ def token_part(model: nn.Module, layer: str, form: str | None) -> Callable[[Tens
         return lambda output: output
     if form == PRE_LOGITS:
         return lambda features: features.flatten(1) if features.shape[2:].numel() == 1 else features
+    if form == CAM:
+        return partial(_class_activation, model.get_submodule(classifier_path(model)), layer)
     before, channels_last = num_prefix_tokens(model), str(getattr(model, "output_fmt", "")).endswith("NHWC")
 
     def take(tokens: Tensor) -> Tensor:
@@ -100,6 +105,21 @@ def token_part(model: nn.Module, layer: str, form: str | None) -> Callable[[Tens
         return patches.transpose(1, 2).reshape(len(tokens), -1, side, side)
 
     return take
+
+
+def _class_activation(classifier: nn.Module, layer: str, maps: Tensor) -> Tensor:
+    """Compute the class activation maps [B, C, H, W] of maps [B, D, H, W], without the classifier's bias.
+
+    Zhou et al. 2016, "Learning Deep Features for Discriminative Localization", CVPR (arXiv 1512.04150).
+    """
+    weight = classifier.get_parameter("weight").flatten(1)
+    if maps.dim() != 4 or maps.shape[1] != weight.shape[1]:
+        raise ModelError(
+            f"{layer!r} needs maps of the {weight.shape[1]} features that the classifier takes, and these are "
+            f"{list(maps.shape[1:])}: choose the last map, whose average goes into one linear layer."
+        )
+    # A copy, as the backward pass needs the maps, which the network may overwrite in place.
+    return F.conv2d(maps.clone(), weight[:, :, None, None].to(maps.dtype))
 
 
 def num_prefix_tokens(model: nn.Module) -> int:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from kdpipe.stages.errors import ModelError, RecipeError
 from kdpipe.stages.models.hooks import feature_shapes
+from kdpipe.stages.models.tokens import PRE_LOGITS
 from kdpipe.stages.targets.statistics import attention, gram, input_attention, mean_std, pool_to, pooled, spatial_gram
 
 MAP = "features"
@@ -19,6 +20,7 @@ ATTENTION = "attention"
 MEAN_STD = "mean_std"
 SPATIAL_GRAM = "spatial_gram"
 INPUT_GRADIENT = "input_gradient"
+HEAD = "head"
 
 INPUT = "input"
 """The `layer` of features of the images themselves."""
@@ -52,6 +54,11 @@ class FeatureSpec:
         return f"{self.kind}/{self.layer}"
 
     @property
+    def is_head(self) -> bool:
+        """Return whether it is the teacher's head, [C, D + 1] for all samples."""
+        return self.statistic == HEAD
+
+    @property
     def source(self) -> str:
         """Return what it is computed from: the layer's path, or `input_gradient`."""
         return INPUT_GRADIENT if self.statistic == INPUT_GRADIENT else self.layer
@@ -67,12 +74,17 @@ class FeatureSpec:
         return replace(self, size=None if size == shape[1:] else size)
 
 
+TEACHER_HEAD = FeatureSpec(PRE_LOGITS, HEAD)
+"""The teacher's last linear layer, [C, D + 1]: its weights, and its biases in the last column. A store has it once."""
+
 KIND = re.compile(r"([a-z_]+)(?:-([1-9]\d{0,4})x([1-9]\d{0,4}))?")
 
 
 def parse_statistic(layer: str, text: str) -> FeatureSpec | None:
     """Parse a statistic as in recipes and stores (`pooled`, `attention-8x8`); None if it is not valid."""
     found = KIND.fullmatch(text)
+    if (layer, text) == (PRE_LOGITS, HEAD):
+        return TEACHER_HEAD
     if found is None or found[1] not in STATISTIC_FUNCTIONS or (found[2] and found[1] in UNPOOLABLE):
         return None
     if found[1] == INPUT_GRADIENT and layer != INPUT:
@@ -92,7 +104,7 @@ def parse_feature(text: str, where: str = "cache.layers") -> FeatureSpec:
         raise RecipeError(
             f"{where} has {text!r}: expected a module path, optionally followed by a colon and one of "
             f"{', '.join(name for name in STATISTIC_FUNCTIONS if name not in (MAP, INPUT_GRADIENT))}; or "
-            f"{INPUT}:{INPUT_GRADIENT}."
+            f"{INPUT}:{INPUT_GRADIENT}, or {TEACHER_HEAD}."
         )
     return feature
 
@@ -115,6 +127,11 @@ def compute_statistic(feature: FeatureSpec, output: Tensor) -> Tensor:
 def statistic_shape(feature: FeatureSpec, shape: Shape) -> Shape:
     """Return the shape of a statistic of outputs of `shape`. Raises like `compute_statistic`."""
     return tuple(compute_statistic(feature, torch.zeros(1, *shape)).shape[1:])
+
+
+def shape_of(feature: FeatureSpec, rows: Tensor) -> Shape:
+    """Return the shape of a feature [B, ...] without the batch axis; of the head, (C, D + 1)."""
+    return tuple(rows.shape if feature.is_head else rows.shape[1:])
 
 
 STATISTIC_FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {

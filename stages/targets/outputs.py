@@ -1,4 +1,4 @@
-"""Outputs of a teacher for a batch: dense or top-k logits, and features."""
+"""Outputs of a teacher for a batch: its logits in any encoding, and features."""
 
 from __future__ import annotations
 
@@ -10,10 +10,14 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from kdpipe.stages.compute.tf32 import tf32
 from kdpipe.stages.errors import RecipeError
-from kdpipe.stages.models.hooks import rows_of
 from kdpipe.stages.targets.feature_spec import FeatureSpec
 from kdpipe.store import TopK, interpolation
+from kdpipe.store.format.logit_encoding import LogitEncoding
+from kdpipe.store.format.quantized import HEADER_BYTES, PACKED, Quantized
+from kdpipe.store.format.sampled import ABSENT, Sampled
+from kdpipe.store.format.topk import INDICES, TAIL, VALUES
 
 NO_LOGITS = (
     "the store has the teacher's embeddings and no logits: use losses on features or relations, such as cosine, hint, "
@@ -26,13 +30,24 @@ class TeacherTargets(Protocol):
 
     @property
     def features(self) -> Mapping[FeatureSpec, Tensor]:
-        """Return the required features, [B, ...]."""
+        """Return the required features, [B, ...], and the teacher's head, [C, D + 1]."""
 
     def logits_at(self, temperature: float) -> Tensor:
         """Return logits [B, num_classes], float32, that are exact in a softmax at `temperature`."""
 
     def rows(self, index: Tensor) -> TeacherTargets:
         """Return the outputs for some of the samples, index int64 [n]."""
+
+
+def feature_rows(features: Mapping[FeatureSpec, Tensor], index: Tensor) -> dict[FeatureSpec, Tensor]:
+    """Return the features of some of the samples, index int64 [n]; the teacher's head is one for all."""
+    return {feature: rows if feature.is_head else rows[index] for feature, rows in features.items()}
+
+
+def head_logits(vectors: Tensor, head: Tensor) -> Tensor:
+    """Compute the logits [B, C] of pooled vectors [B, D] with a teacher's head [C, D + 1], in float32 on any device."""
+    with torch.autocast(vectors.device.type, enabled=False), tf32(enabled=False):
+        return torch.addmm(head[:, -1], vectors, head[:, :-1].T)
 
 
 @dataclass(frozen=True)
@@ -49,7 +64,7 @@ class DenseTargets:
 
     def rows(self, index: Tensor) -> DenseTargets:
         logits = None if self.logits is None else self.logits[index]
-        return DenseTargets(logits, rows_of(self.features, index))
+        return DenseTargets(logits, feature_rows(self.features, index))
 
 
 @dataclass(frozen=True)
@@ -70,7 +85,7 @@ class TopKTargets:
     rest: Tensor | None = None
 
     def rows(self, index: Tensor) -> TopKTargets:
-        features, rest = rows_of(self.features, index), None if self.rest is None else self.rest[index]
+        features, rest = feature_rows(self.features, index), None if self.rest is None else self.rest[index]
         return TopKTargets(self.top_k, self.values[index], self.indices[index], self.tail[index], features, rest)
 
     def with_rest_of(self, logits: Tensor) -> TopKTargets:
@@ -102,6 +117,26 @@ class TopKTargets:
 
 
 @dataclass(frozen=True)
+class SampledTargets:
+    """Sampled labels of a batch: the logarithms of the weights of the drawn classes, and these classes, [B, k]."""
+
+    sampled: Sampled
+    values: Tensor
+    indices: Tensor
+    features: Mapping[FeatureSpec, Tensor]
+
+    def rows(self, index: Tensor) -> SampledTargets:
+        features = feature_rows(self.features, index)
+        return SampledTargets(self.sampled, self.values[index], self.indices[index], features)
+
+    def logits_at(self, temperature: float) -> Tensor:
+        """Return logits [B, num_classes], float32, whose softmax at T = 1 has the weights; others raise StoreError."""
+        self.sampled.require_temperature(temperature)
+        kept = self.values.float()
+        return kept.new_full((len(kept), self.sampled.num_classes), ABSENT).scatter(1, self.indices.long(), kept)
+
+
+@dataclass(frozen=True)
 class TransformedTargets:
     """Outputs of a teacher with a function of (logits, temperature) applied to its logits."""
 
@@ -117,3 +152,27 @@ class TransformedTargets:
 
     def rows(self, index: Tensor) -> TransformedTargets:
         return TransformedTargets(self.inner.rows(index), self.transform)
+
+
+def teacher_targets(
+    encoding: LogitEncoding | None, arrays: Mapping[str, Tensor], features: Mapping[FeatureSpec, Tensor]
+) -> TeacherTargets:
+    """Return the outputs of a batch from the rows of a store's arrays, [B, ...] by name, on the device."""
+    if isinstance(encoding, TopK):
+        return TopKTargets(encoding, arrays[VALUES], arrays[INDICES], arrays[TAIL], features)
+    if isinstance(encoding, Sampled):
+        return SampledTargets(encoding, arrays[VALUES], arrays[INDICES], features)
+    if isinstance(encoding, Quantized):
+        return DenseTargets(dequantize(encoding, arrays[PACKED]), features)
+    return DenseTargets(arrays["logits"].float() if "logits" in arrays else None, features)
+
+
+def dequantize(encoding: Quantized, packed: Tensor) -> Tensor:
+    """Decode quantized logits, uint8 [B, bytes], to float32 [B, num_classes] on their device."""
+    header = packed[:, :HEADER_BYTES].contiguous().view(torch.float16).float()
+    codes = packed[:, HEADER_BYTES:].long()
+    tables = torch.from_numpy(encoding.tables).to(packed.device, non_blocking=True)
+    # gather is several times as fast as an index on a CPU
+    columns = [table.expand(len(codes), -1).gather(1, codes) for table in tables]
+    places = columns[0] if len(columns) == 1 else torch.stack(columns, 2).flatten(1)[:, : encoding.num_classes]
+    return header[:, :1] - header[:, 1:] * places

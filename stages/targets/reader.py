@@ -15,9 +15,15 @@ from kdpipe.stages.config import Bytes, section
 from kdpipe.stages.runtime.memory import free_gpu_bytes
 from kdpipe.stages.targets.feature_spec import FeatureSpec
 from kdpipe.stages.targets.join import JoinedStore
-from kdpipe.stages.targets.outputs import DenseTargets, TeacherTargets, TopKTargets, TransformedTargets
-from kdpipe.stages.targets.resolve import LOGITS
+from kdpipe.stages.targets.outputs import (
+    DenseTargets,
+    TeacherTargets,
+    TransformedTargets,
+    head_logits,
+    teacher_targets,
+)
 from kdpipe.store import TargetStore
+from kdpipe.store.format.manifest import EMBEDDINGS
 from kdpipe.store.read.mapped_views import Verify
 
 GIB = 2**30
@@ -65,6 +71,7 @@ class Targets:
         self._device = device
         self._sources = tuple(sources)
         self._slabs: dict[tuple[int, str, int], Tensor] = {}
+        self._heads: dict[int, Tensor] = {}
         masks = [source.rows >= 0 for source in sources]
         self._masks = [None if mask.all() else mask for mask in masks]
         self.num_without_targets = int((~torch.stack(masks).any(0)).sum())
@@ -111,13 +118,15 @@ class Targets:
     def _outputs(self, number: int, view: int, indices: Tensor) -> TeacherTargets:
         joined = self._sources[number]
         read = self._read(number, joined.names, view, indices)
-        features = {source.feature: source(read[source.array].float()) for source in joined.features}
-        top_k = joined.store.manifest.top_k
+        features = {
+            source.feature: self._head(number) if source.feature.is_head else source(read[source.array].float())
+            for source in joined.features
+        }
         outputs: TeacherTargets
-        if top_k is None:
-            outputs = DenseTargets(read[LOGITS].float() if LOGITS in read else None, features)
+        if joined.store.manifest.logits_from_head:
+            outputs = DenseTargets(head_logits(read[EMBEDDINGS].float(), self._head(number)), features)
         else:
-            outputs = TopKTargets(top_k, read["logits/values"], read["logits/indices"], read["logits/tail"], features)
+            outputs = teacher_targets(joined.store.manifest.encoding, read, features)
         return outputs if joined.class_map is None else TransformedTargets(outputs, joined.class_map.map_logits)
 
     def _read(self, number: int, names: Iterable[str], view: int, indices: Tensor) -> dict[str, Tensor]:
@@ -140,6 +149,12 @@ class Targets:
             slab = torch.from_numpy(self._sources[number].store.read_view(name, view))
             self._slabs[key] = slab.to(self._device) if self.residence == "device" else slab
         return self._slabs[key]
+
+    def _head(self, number: int) -> Tensor:
+        """Return the teacher's head in store `number`, [C, D + 1] on the device, reading it at first use."""
+        if number not in self._heads:
+            self._heads[number] = torch.from_numpy(self._sources[number].store.head).to(self._device)
+        return self._heads[number]
 
     def _describe(self, source: JoinedStore) -> str:
         total = f"{_num_bytes([(source.store, source.names)]):,} bytes of targets"

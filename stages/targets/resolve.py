@@ -10,6 +10,7 @@ from torch import Tensor
 
 from kdpipe.stages.targets.feature_spec import (
     ATTENTION,
+    HEAD,
     INPUT_GRADIENT,
     MAP,
     SPATIAL_GRAM,
@@ -19,6 +20,8 @@ from kdpipe.stages.targets.feature_spec import (
     statistic_shape,
 )
 from kdpipe.store import StoreError, TargetStore
+from kdpipe.store.format.head import HEAD as HEAD_ARRAY
+from kdpipe.store.format.manifest import EMBEDDINGS
 
 LOGITS = "logits"
 
@@ -54,12 +57,14 @@ def resolve_feature(store: TargetStore, feature: FeatureSpec) -> FeatureSource:
         StoreError: The store has none; the message has the command that adds it.
     """
     shapes = {spec.name: spec.row_shape for spec in store.arrays}
+    head = store.manifest.head
+    shapes |= {HEAD_ARRAY: head.shape} if head else {}
     for candidate in (feature, replace(feature, size=None)):
         array = candidate.array
         if array in shapes and (candidate == feature or fits(shapes[array], feature)):
             return FeatureSource(feature, array, None, shapes[array])
     whole = FeatureSpec(feature.layer, MAP)
-    if whole.array in shapes and feature.statistic != INPUT_GRADIENT:
+    if whole.array in shapes and feature.statistic not in (INPUT_GRADIENT, HEAD):
         computed = feature.for_shape(shapes[whole.array])
         return FeatureSource(feature, whole.array, computed, statistic_shape(computed, shapes[whole.array]))
     raise StoreError(
@@ -70,16 +75,20 @@ def resolve_feature(store: TargetStore, feature: FeatureSpec) -> FeatureSource:
 
 
 def arrays_needed(store: TargetStore, features: Sequence[FeatureSpec]) -> list[str]:
-    """Return the arrays with a store's logits and the required features. Raises like `resolve_feature`."""
+    """Return the arrays with a store's logits and the required features, [V, N, ...]. Raises like `resolve_feature`."""
     logits = [spec.name for spec in store.arrays if spec.name.startswith(LOGITS)]
-    return list(dict.fromkeys([*logits, *[resolve_feature(store, feature).array for feature in features]]))
+    logits = logits or [EMBEDDINGS] * store.manifest.logits_from_head
+    found = [resolve_feature(store, feature).array for feature in features]
+    return list(dict.fromkeys([*logits, *[array for array in found if array != HEAD_ARRAY]]))
 
 
 def smallest_feature(feature: FeatureSpec, shape: Shape) -> FeatureSpec:
     """Return what to store of a layer whose outputs have `shape` for a required feature: it, or the map if not larger.
 
-    Input gradients cannot be computed from a map.
+    Input gradients and the head cannot be computed from a map.
     """
+    if feature.is_head:
+        return feature
     fitted = feature.for_shape(shape) if feature.statistic in (*SPATIAL, SPATIAL_GRAM) else feature
     keeps_map = math.prod(shape) <= math.prod(statistic_shape(fitted, shape))
     return FeatureSpec(feature.layer, MAP) if keeps_map and feature.statistic != INPUT_GRADIENT else fitted

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from torch import nn
 
 from kdpipe.stages.context import StageContext
-from kdpipe.stages.distillation.classifier_reuse import add_projector, linear_at
+from kdpipe.stages.distillation.classifier_reuse import add_projector
 from kdpipe.stages.distillation.compatibility import check_image_size, check_labels, require_no_logits
 from kdpipe.stages.distillation.embedding_student import check_output
 from kdpipe.stages.distillation.student_config import StudentConfig
@@ -17,6 +17,7 @@ from kdpipe.stages.losses.base import Loss
 from kdpipe.stages.losses.features.simkd import SimKD
 from kdpipe.stages.losses.inputs import DatasetInfo, Shapes
 from kdpipe.stages.losses.user_loss import try_loss
+from kdpipe.stages.models.head import linear_head
 from kdpipe.stages.models.hooks import feature_shapes
 from kdpipe.stages.models.tokens import is_headless
 from kdpipe.stages.targets.ensemble import check_teachers
@@ -71,12 +72,20 @@ def _student(losses: Sequence[Loss], student: StudentConfig, teacher: nn.Module,
     """Build the untrained student, with the modules that `losses` add to it."""
     model = build_student(student, student.seeds[0], context).model
     for loss in losses:
-        if isinstance(loss, SimKD) and loss.teacher is None:
-            classifier = linear_at(teacher, loss.classifier[1])
-            features, classes = classifier.in_features, classifier.out_features
+        if isinstance(loss, SimKD) and not loss.store:
             image_shape = context.resized(student.image_size).image_shape
-            add_projector(model, loss, image_shape, num_features=features, num_classes=classes)
+            classes, columns = _head_shape(teacher, context)
+            add_projector(model, loss, image_shape, num_features=columns - 1, num_classes=classes)
     return model
+
+
+def _head_shape(teacher: nn.Module, context: StageContext) -> tuple[int, int]:
+    """Return (C, D + 1) of the teacher's head. Raises RecipeError if it has none that can be stored."""
+    try:
+        head = linear_head(teacher, context.image_shape)
+    except ModelError as error:
+        raise RecipeError(str(error)) from error
+    return head.shape[0], head.shape[1]
 
 
 def _build(loss: Loss, shapes: Shapes, teacher: nn.Module, context: StageContext, *, entry: str) -> None:
@@ -84,7 +93,9 @@ def _build(loss: Loss, shapes: Shapes, teacher: nn.Module, context: StageContext
     try:
         sources = source_shapes(teacher, features, context.image_shape)
         stored = {
-            feature: statistic_shape(feature.for_shape(sources[feature.source]), sources[feature.source])
+            feature: _head_shape(teacher, context)
+            if feature.is_head
+            else statistic_shape(feature.for_shape(sources[feature.source]), sources[feature.source])
             for feature in features
         }
     except ModelError as error:

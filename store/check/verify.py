@@ -18,6 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kdpipe.store.errors import KdpipeError, LinkedStoreError, StoreError, differences
+from kdpipe.store.format.head import HEAD_KEY, parse_head
 from kdpipe.store.format.layout import ArraySpec, Unit
 from kdpipe.store.format.manifest import Manifest
 from kdpipe.store.format.markers import Marker, marker_key, read_marker
@@ -117,6 +118,7 @@ def verify_store(
         verifier = _Verifier(path, manifest)
         verifier.metadata()
         verifier.samples()
+        verifier.head()
     units = manifest.layout.units()
     for done, unit in enumerate(units, 1):
         verifier.unit(unit)
@@ -187,6 +189,15 @@ class _Verifier:
             for chunk in np.unique(np.flatnonzero(column != COLUMNS[name][1]) // CHUNK_ROWS):
                 what = "rows without a sample are not empty: damaged, or an extension was interrupted"
                 self.faults.append(Fault(f"{SAMPLES}/{name}/c/{chunk}", what))
+
+    def head(self) -> None:
+        """Check the teacher's head against its digest in the manifest."""
+        record = self.manifest.head
+        if record is not None and (raw := self._read(HEAD_KEY, record.num_bytes)) is not None:
+            try:
+                parse_head(raw, record, str(self.path))
+            except StoreError as error:
+                self.faults.append(Fault(HEAD_KEY, str(error)))
 
     def unit(self, unit: Unit) -> None:
         """Check a unit's marker, and each shard file that it lists or must list."""

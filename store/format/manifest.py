@@ -10,11 +10,13 @@ from typing import Any
 
 from kdpipe.store.errors import FingerprintMismatch, StoreError, differences
 from kdpipe.store.format.codec import Codec, codec_from_json
+from kdpipe.store.format.head import HeadRecord
 from kdpipe.store.format.identity import PLAIN, Identity, sha256_of
 from kdpipe.store.format.layout import DTYPES, ArraySpec, StoreLayout
+from kdpipe.store.format.logit_encoding import LogitEncoding, encoding_json, parse_encoding
 from kdpipe.store.format.samples import Samples
 from kdpipe.store.format.schema import ATTRIBUTE, MAX_COUNT, MAX_SHARD_BYTES, MAX_UNITS, SCHEMA_VERSION
-from kdpipe.store.format.topk import TAIL, TopK
+from kdpipe.store.format.topk import VALUES, TopK
 
 EMBEDDINGS = "features/pre_logits"
 """The array of a teacher's embeddings: the input of its classifier, or what a teacher without one returns."""
@@ -23,7 +25,7 @@ STATISTICS = ("features", "pooled", "mean_std", "attention", "gram", "spatial_gr
 """Groups of a layer's arrays: its feature map, or a statistic of it; with `-HxW` where it was pooled first."""
 
 ARRAY_NAME = re.compile(
-    rf"logits|logits/(values|indices|tail)"
+    rf"logits|logits/(values|indices|tail|packed)"
     rf"|({'|'.join(STATISTICS)})(-[1-9][0-9]{{0,4}}x[1-9][0-9]{{0,4}})?/[A-Za-z0-9_][A-Za-z0-9_.-]{{0,199}}"
 )
 """Valid array names: they become paths, and must not leave the store."""
@@ -60,12 +62,14 @@ class Manifest:
     Attributes:
         previous_fingerprints: Fingerprints before each extension by samples, one for each segment but the last: the
             markers of a segment's units carry that of their segment.
-        top_k: Set where logits are stored as their k largest.
+        encoding: Of the logits; None where there is an array of all of them.
         codec: Set where chunks are compressed (the archive profile).
         rounded: Mantissa bits kept, of arrays that were rounded.
         named_axes: Whether every axis of the arrays has a name of its own, as xarray needs it; not in older stores.
         trial: What was found before the teacher ran: device, batch size, and the error of its precision; empty where
             there was no trial.
+        head: The teacher's last linear layer, where it is stored. In a store without logits they follow from it and the
+            embeddings.
     """
 
     identity: Identity
@@ -73,12 +77,13 @@ class Manifest:
     layout: StoreLayout
     versions: Mapping[str, str]
     previous_fingerprints: tuple[str, ...] = ()
-    top_k: TopK | None = None
+    encoding: LogitEncoding | None = None
     codec: Codec | None = None
     rounded: Mapping[str, int] = field(default_factory=dict)
     finished: Finished | None = None
     named_axes: bool = False
     trial: Mapping[str, Any] = field(default_factory=dict)
+    head: HeadRecord | None = None
 
     @property
     def profile(self) -> str:
@@ -86,8 +91,24 @@ class Manifest:
 
     @property
     def has_logits(self) -> bool:
-        """Whether there are logits, of all classes or the largest; else the teacher has no classifier."""
-        return any(spec.name.startswith("logits") for spec in self.arrays)
+        """Whether there are logits, of all classes or the largest, or a head; else the teacher has no classifier."""
+        return self.head is not None or any(spec.name.startswith("logits") for spec in self.arrays)
+
+    @property
+    def logits_from_head(self) -> bool:
+        """Whether logits are not stored, but follow from embeddings and head."""
+        return self.head is not None and not any(spec.name.startswith("logits") for spec in self.arrays)
+
+    @property
+    def top_k(self) -> TopK | None:
+        """The encoding of the logits if their k largest are stored."""
+        return self.encoding if isinstance(self.encoding, TopK) else None
+
+    @property
+    def logits_dtype(self) -> str:
+        """The type of the logits, or of those that are kept; of quantized ones that of their range."""
+        names = {spec.name: spec.dtype for spec in self.arrays}
+        return names.get("logits") or names.get(VALUES, "float16")
 
     @property
     def task(self) -> str:
@@ -133,13 +154,14 @@ class Manifest:
             "num_views": self.layout.num_views,
             "unit_rows": self.layout.unit_rows,
             "segments": segments,
-            "top_k": self.top_k.to_json() if self.top_k else None,
+            **encoding_json(self.encoding),
             "codec": self.codec.to_json() if self.codec else None,
             "rounded": dict(self.rounded),
             "versions": dict(self.versions),
             "finished": self.finished.to_json() if self.finished else None,
             **({"named_axes": True} if self.named_axes else {}),
             **({"trial": dict(self.trial)} if self.trial else {}),
+            **({"head": self.head.to_json()} if self.head else {}),
         }
 
     def spec(self, name: str) -> ArraySpec:
@@ -166,8 +188,8 @@ class Manifest:
             "rounded": {name: bits for name, bits in self.rounded.items() if name in names},
             **({"compute": dict(self.identity.compute)} if self.identity.compute else {}),
         }
-        if self.top_k and TAIL in names:  # two grids of one length give arrays of one shape
-            record["top_k"] = self.top_k.to_json()
+        if self.encoding and any(name.startswith("logits/") for name in names):  # not all of it is in the shapes
+            record |= {name: value for name, value in encoding_json(self.encoding).items() if value}
         return sha256_of(record)
 
 
@@ -207,11 +229,12 @@ def _parse(record: Mapping[str, Any]) -> Manifest:
         layout=_parse_layout(record, max(spec.row_bytes for spec in arrays)),
         versions={str(name): str(version) for name, version in record["versions"].items()},
         previous_fingerprints=tuple(str(segment["fingerprint"]) for segment in record["segments"][:-1]),
-        top_k=None if record["top_k"] is None else TopK.from_json(record["top_k"]),
+        encoding=parse_encoding(record),
         codec=codec_from_json(record["codec"]),
         rounded={str(name): _count(bits, "rounded") for name, bits in record["rounded"].items()},
         named_axes=record.get("named_axes") is True,
         trial=_parse_trial(record.get("trial", {})),
+        head=HeadRecord.from_json(record["head"]) if "head" in record else None,
     )
     _check_logits(manifest)
     if not manifest.identity.compute.keys() <= PLAIN.keys():
@@ -252,12 +275,16 @@ def _parse_trial(record: Mapping[str, Any]) -> dict[str, Any]:
 
 def _check_logits(manifest: Manifest) -> None:
     logits = [spec for spec in manifest.arrays if spec.name.startswith("logits")]
-    if not logits and manifest.top_k is None and any(spec.name == EMBEDDINGS for spec in manifest.arrays):
+    embeddings = [spec for spec in manifest.arrays if spec.name == EMBEDDINGS]
+    if not logits and manifest.encoding is None and embeddings:
+        if manifest.head is not None and embeddings[0].row_shape != (manifest.head.shape[1] - 1,):
+            raise ValueError(f"its head of {manifest.head.shape[1] - 1} features is not that of its embeddings")
         return
-    if manifest.top_k is None and [spec.name for spec in logits] != ["logits"]:
+    encoding = manifest.encoding
+    if encoding is None and [spec.name for spec in logits] != ["logits"]:
         raise ValueError("it has no array of logits")
-    if manifest.top_k is not None and (not logits or logits != list(manifest.top_k.arrays(logits[0].dtype))):
-        raise ValueError("its arrays are not those of its top-k logits")
+    if encoding is not None and (not logits or logits != list(encoding.arrays(logits[0].dtype))):
+        raise ValueError(f"its arrays are not those of its {encoding.name} logits")
 
 
 def _parse_finished(manifest: Manifest, manifest_record: Mapping[str, Any]) -> Finished:

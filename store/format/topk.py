@@ -16,7 +16,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -55,6 +55,9 @@ class TopK:
         TypeError, ValueError: A value is invalid.
     """
 
+    name: ClassVar[str] = "top-k"
+    all_logits: ClassVar[bool] = False
+
     num_classes: int
     k: int
     temperatures: tuple[float, ...]
@@ -83,6 +86,24 @@ class TopK:
             ArraySpec(INDICES, (self.k,), index_dtype(self.num_classes)),
             ArraySpec(TAIL, (len(self.temperatures),), TAIL_DTYPE),
         )
+
+    def describe(self) -> str:
+        grid = self.temperatures
+        return f"the {self.k} largest of {self.num_classes}, for T from {grid[0]:g} to {grid[-1]:g}"
+
+    def encode(
+        self, logits: NDArray[np.float32], dtype: str, sample_ids: NDArray[np.int64], view: int
+    ) -> dict[str, NDArray[Any]]:
+        """Encode rows as `encode_topk` does, whatever their samples and view."""
+        return encode_topk(logits, self, dtype)
+
+    def decode(self, arrays: Mapping[str, NDArray[Any]], temperature: float) -> NDArray[np.float32]:
+        """Return logits [n, C] for a softmax at `temperature`, as `dense_logits` does."""
+        return dense_logits(arrays[VALUES], arrays[INDICES], arrays[TAIL], self, temperature)
+
+    def require_temperature(self, temperature: float) -> None:
+        """Raise StoreError where the temperature is outside of the grid."""
+        interpolation(self, temperature)
 
 
 def _check_grid(temperatures: tuple[float, ...]) -> None:

@@ -9,7 +9,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 from kdpipe.store.errors import StoreError, differences, translate_os_errors
+from kdpipe.store.format.head import HEAD, HEAD_KEY, HeadRecord, head_bytes
 from kdpipe.store.format.layout import ArraySpec, rows_per_chunk
 from kdpipe.store.format.manifest import Manifest, read_manifest
 from kdpipe.store.format.samples import CHUNK_ROWS, COLUMNS, Samples, sample_chunks
@@ -26,18 +30,22 @@ def metadata_bytes(manifest: Manifest) -> dict[str, bytes]:
     The group's, which holds the manifest, comes last: arrays may cover more than the manifest.
     """
     groups = {spec.name.rpartition("/")[0] for spec in manifest.arrays} | {SAMPLES}
+    groups |= {HEAD.rpartition("/")[0]} if manifest.head else set()
     files = {f"{group}/zarr.json": _group({}) for group in sorted(groups - {""})}
     files |= {f"{spec.name}/zarr.json": _array_metadata(spec, manifest) for spec in manifest.arrays}
     files |= {f"{SAMPLES}/{name}/zarr.json": _column_metadata(name, manifest) for name in COLUMNS}
+    files |= {f"{HEAD}/zarr.json": _head_metadata(manifest.head)} if manifest.head else {}
     files[f"{MARKERS}/zarr.json"] = _markers_metadata(manifest)
     files["zarr.json"] = _group({ATTRIBUTE: manifest.to_json()})
     return {key: json.dumps(record, indent=2, allow_nan=False).encode() for key, record in files.items()}
 
 
-def create_group(path: Path, manifest: Manifest, samples: Samples) -> None:
-    """Write an empty store into the new folder `path`: samples and metadata."""
+def create_group(path: Path, manifest: Manifest, samples: Samples, head: NDArray[np.float32] | None = None) -> None:
+    """Write an empty store into the new folder `path`: samples, the teacher's head if it has one, and metadata."""
     for key, raw in sample_chunks(samples, manifest.layout):
         _write_new(path / key, raw)
+    if head is not None:
+        _write_new(path / HEAD_KEY, head_bytes(head))
     for key, raw in metadata_bytes(manifest).items():
         _write_new(path / key, raw)
     for entry in [path, *path.rglob("*")]:
@@ -142,6 +150,11 @@ def _column_metadata(name: str, manifest: Manifest) -> dict[str, Any]:
     dtype, empty = COLUMNS[name]
     codecs = [_bytes_codec(dtype)]
     return _array([manifest.layout.num_rows], dtype, [CHUNK_ROWS], fill_value=empty, codecs=codecs, names=["sample"])
+
+
+def _head_metadata(head: HeadRecord) -> dict[str, Any]:
+    shape = list(head.shape)
+    return _array(shape, "float32", shape, fill_value="NaN", codecs=[LITTLE_BYTES], names=["class", "feature"])
 
 
 def _markers_metadata(manifest: Manifest) -> dict[str, Any]:

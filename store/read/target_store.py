@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +12,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kdpipe.store.errors import StoreError
+from kdpipe.store.format.head import head_logits, read_head
 from kdpipe.store.format.layout import ArraySpec, StoreLayout, Unit
-from kdpipe.store.format.manifest import Finished, Manifest
+from kdpipe.store.format.manifest import EMBEDDINGS, Finished, Manifest
 from kdpipe.store.format.markers import Marker
 from kdpipe.store.format.samples import Samples
 from kdpipe.store.format.shard import decode_shard, is_committed, shard_path, shard_shape
@@ -104,11 +105,21 @@ class TargetStore:
 
     @property
     def num_classes(self) -> int:
-        """Number of logits of the teacher, whether all of them or the k largest are stored; 0 if it has embeddings."""
-        top_k = self.manifest.top_k
+        """Number of logits of the teacher, whatever their encoding; 0 if it has embeddings."""
+        encoding, head = self.manifest.encoding, self.manifest.head
         if not self.manifest.has_logits:
             return 0
-        return top_k.num_classes if top_k else self.manifest.spec("logits").row_shape[0]
+        if head is not None:
+            return head.shape[0]
+        return encoding.num_classes if encoding else self.manifest.spec("logits").row_shape[0]
+
+    @cached_property
+    def head(self) -> NDArray[np.float32] | None:
+        """The teacher's last linear layer, [C, D + 1], its biases in the last column; None if it is not stored.
+
+        Raises StoreError where it is damaged.
+        """
+        return None if self.manifest.head is None else read_head(self.path, self.manifest.head)
 
     @property
     def provenance(self) -> dict[str, Any]:
@@ -154,6 +165,19 @@ class TargetStore:
         except (KeyError, IndexError):  # not mapped (yet), or an absent id
             return self.take(name, view, self.rows_of(sample_ids))
         return rows
+
+    def logits(self, view: int, sample_ids: NDArray[np.int64], temperature: float = 1.0) -> NDArray[np.float32]:
+        """Return the logits of samples by id in one view, [B, num_classes], decoded for a softmax at a temperature.
+
+        Raises StoreError where the encoding does not cover the temperature.
+        """
+        encoding = self.manifest.encoding
+        if self.head is not None and self.manifest.logits_from_head:
+            return head_logits(self.gather(EMBEDDINGS, view, sample_ids), self.head)
+        if encoding is None:
+            return self.gather("logits", view, sample_ids).astype(np.float32)
+        names = [spec.name for spec in self.arrays if spec.name.startswith("logits/")]
+        return encoding.decode({name: self.gather(name, view, sample_ids) for name in names}, temperature)
 
     def take(self, name: str, view: int, rows: NDArray[np.int64]) -> NDArray[Any]:
         """Return rows of one view of an array, as numbered by `rows_of`: [B, *row_shape]."""

@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kdpipe.store.errors import StoreError
+from kdpipe.store.format.head import HEAD_KEY, parse_head
 from kdpipe.store.format.layout import StoreLayout, Unit
 from kdpipe.store.format.manifest import Finished, Manifest, read_manifest
 from kdpipe.store.format.markers import Marker, marker_key, parse_marker
@@ -91,6 +92,12 @@ def read_remote_samples(remote: RemoteStore) -> Samples:
     """Read the samples of the finished segments, in the order of their rows. Raises StoreError if damaged."""
     samples = samples_from(remote.read, remote.manifest.layout, remote.manifest.identity.data, remote.where)
     return samples.take(np.arange(sum(remote.segments)))
+
+
+def read_remote_head(remote: RemoteStore) -> NDArray[np.float32] | None:
+    """Read the teacher's head [C, D + 1]; None if the store has none. Raises StoreError if damaged."""
+    record = remote.manifest.head
+    return None if record is None else parse_head(remote.read(HEAD_KEY, record.num_bytes), record, remote.where)
 
 
 def unpacked_manifest(remote: RemoteStore, samples: Samples) -> Manifest:

@@ -30,6 +30,7 @@ from kdpipe.store.remote.object_store import is_url
 from kdpipe.store.remote.remote_store import (
     RemoteStore,
     open_remote_store,
+    read_remote_head,
     read_remote_samples,
     read_remote_unit,
     unpacked_manifest,
@@ -154,14 +155,17 @@ def _prepare(entry: Path, stored: Manifest | None, remote: RemoteStore, cache: S
         arrays = (*stored.arrays, *[spec for spec in wanted.arrays if spec.name not in names])
         num_views = max(stored.layout.num_views, wanted.layout.num_views)
         layout = replace(wanted.layout, num_views=num_views)
-        wanted = replace(wanted, arrays=arrays, layout=layout, finished=stored.finished)
+        wanted = replace(
+            wanted, arrays=arrays, layout=layout, finished=stored.finished, head=wanted.head or stored.head
+        )
     with exclusive_cache(cache):  # until the copy's manifest records its size
         make_room(cache, entry, copy_bytes(wanted))
         if stored is None:
-            create_store(copy, wanted, samples)
+            create_store(copy, wanted, samples, read_remote_head(remote))
         else:
             added = samples.take(np.arange(stored.layout.num_samples, len(samples.ids)))
-            grow(copy, stored, wanted, added)
+            head = None if wanted.head == stored.head else read_remote_head(remote)
+            grow(copy, stored, wanted, added, head)
     sweep_partial(copy)
     return wanted
 
@@ -197,6 +201,7 @@ def _is_complete(copy: Path, remote: RemoteStore) -> bool:
         stored.finished.num_views >= wanted.num_views
         and stored.finished.num_segments >= wanted.num_segments
         and set(stored.finished.arrays) >= set(wanted.arrays)
+        and remote.manifest.head in (None, stored.head)
         and not _lacking(copy, stored, remote)
     )
 
@@ -219,7 +224,8 @@ def _is_copy_of(stored: Manifest, remote: RemoteStore) -> bool:
         stored.layout.segments[:shared] == remote.segments[:shared]
         and stored.segment_fingerprints[:shared] == remote.segment_fingerprints[:shared]
         and stored.layout.unit_rows == wanted.layout.unit_rows
-        and (stored.top_k, stored.rounded) == (wanted.top_k, wanted.rounded)
+        and (stored.encoding, stored.rounded) == (wanted.encoding, wanted.rounded)
+        and (stored.head == wanted.head or None in (stored.head, wanted.head))
         and all(arrays.get(spec.name, spec) == spec for spec in wanted.arrays)
     )
 

@@ -95,7 +95,8 @@ def copy_bytes(manifest: Manifest) -> int:
     """Return the bytes of a zero-copy store on disk, except for some kilobytes of metadata."""
     units, num_chunks = manifest.layout.units(), -(-manifest.layout.num_rows // CHUNK_ROWS)
     sample_bytes = num_chunks * CHUNK_ROWS * sum(column_dtype(name).itemsize for name in COLUMNS)
-    return store_bytes(manifest, units) + len(units) * MARKER_BYTES + sample_bytes
+    head_bytes = manifest.head.num_bytes if manifest.head else 0
+    return store_bytes(manifest, units) + len(units) * MARKER_BYTES + sample_bytes + head_bytes
 
 
 def make_room(cache: StagingCache, entry: Path, planned_bytes: int) -> None:

@@ -11,9 +11,12 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+from numpy.typing import NDArray
 
 from kdpipe.store.errors import FingerprintMismatch, differences
+from kdpipe.store.format.head import require_head, write_head
 from kdpipe.store.format.identity import PLAIN
+from kdpipe.store.format.logit_encoding import encoding_json
 from kdpipe.store.format.manifest import Manifest, version_note
 from kdpipe.store.format.samples import Samples, read_samples, sample_chunks
 from kdpipe.store.format.zarr_metadata import read_store_manifest, replace_metadata
@@ -34,23 +37,26 @@ def ensure_store(
     samples: Samples,
     decide: Callable[[Manifest], Manifest] = lambda wanted: wanted,
     check: Callable[[], None] | None = None,
+    *,
+    head: NDArray[np.float32] | None = None,
 ) -> Manifest:
     """Create the store at `path`, or extend it, so that it has room for all that is `wanted` of `samples`.
 
     `decide` completes the manifest of a new store, which may take minutes, while other jobs that want it wait: each
-    calls its `check` meanwhile, which may raise. Returns the store's manifest, which may cover more. Raises
-    FingerprintMismatch where the store has another teacher, other samples or another encoding.
+    calls its `check` meanwhile, which may raise. `head` is the teacher's, if `wanted` has one. Returns the store's
+    manifest, which may cover more. Raises FingerprintMismatch where the store has another teacher, other samples or
+    another encoding.
     """
     with exclusive_store(path, check):
         if not path.exists():
             decided = decide(wanted)
-            create_store(path, decided, samples)
+            create_store(path, decided, samples, head)
             return decided
         stored = read_store_manifest(path)
         grown, added = plan_growth(path, stored, wanted, samples)
         if grown != stored:
             with write_errors(path):
-                grow(path, stored, grown, added)
+                grow(path, stored, grown, added, head)
     return grown
 
 
@@ -67,6 +73,7 @@ def plan_growth(path: Path, stored: Manifest, wanted: Manifest, samples: Samples
         stored,
         arrays=(*stored.arrays, *[spec for spec in wanted.arrays if spec.name not in names]),
         layout=replace(stored.layout, num_views=max(stored.layout.num_views, wanted.layout.num_views)),
+        head=stored.head or wanted.head,
     )
     if len(new.ids):
         grown = _with_segment(grown, present.followed_by(new))
@@ -86,6 +93,8 @@ def require_same_origin(path: Path, stored: Manifest, wanted: Manifest) -> None:
     present = {spec.name: spec.to_json() for spec in stored.arrays}
     for spec in wanted.arrays:
         found += differences(present.get(spec.name, spec.to_json()), spec.to_json(), f"arrays.{spec.name}")
+    if stored.head and wanted.head:
+        found += differences(stored.head.to_json(), wanted.head.to_json(), "head")
     if found:
         advice = ADVICE + version_note(stored.versions, wanted.versions)
         if all(key.startswith("compute.") for key, *_ in found):
@@ -99,7 +108,8 @@ def _origin(manifest: Manifest) -> dict[str, object]:
         "teacher": manifest.identity.teacher,
         "data": {key: value for key, value in manifest.identity.data.items() if key not in COUNTS},
         "views": manifest.identity.views,
-        "top_k": manifest.top_k and manifest.top_k.to_json(),
+        "logits": "from the head" if manifest.logits_from_head else "stored" if manifest.has_logits else "none",
+        **{"encoding": None, **encoding_json(manifest.encoding)},
         "codec": manifest.codec and manifest.codec.to_json(),
         "rounded": dict(manifest.rounded),
     }
@@ -137,11 +147,17 @@ def _with_segment(grown: Manifest, samples: Samples) -> Manifest:
     )
 
 
-def grow(path: Path, stored: Manifest, grown: Manifest, added: Samples) -> None:
-    """Append samples and make the manifest `grown`, written last: a reader sees the old store or the new.
+def grow(
+    path: Path, stored: Manifest, grown: Manifest, added: Samples, head: NDArray[np.float32] | None = None
+) -> None:
+    """Append samples, add the `head`, and make the manifest `grown`, written last: a reader sees the old or the new.
 
     The caller has the store's lock, or is its only writer.
     """
+    if grown.head != stored.head:
+        require_head(head, grown.head, f"the store {path}")
+        if head is not None:
+            write_head(path, head)
     if len(added.ids):
         present = read_samples(path, stored.layout, stored.identity.data)
         first_row = stored.layout.num_shards * stored.layout.unit_rows

@@ -22,11 +22,12 @@ from numcodecs import BitRound
 from numpy.typing import NDArray
 
 from kdpipe.store.errors import FingerprintMismatch, StoreError
-from kdpipe.store.format.encoding_error import all_finite, measure_dense, measure_features, measure_topk, merge
+from kdpipe.store.format.encoding_error import all_finite, measure_dense, measure_features, merge
+from kdpipe.store.format.head import head_logits
 from kdpipe.store.format.layout import Unit
-from kdpipe.store.format.manifest import Manifest
-from kdpipe.store.format.samples import Samples, read_samples
-from kdpipe.store.format.topk import encode_topk
+from kdpipe.store.format.logit_encoding import measure_encoded
+from kdpipe.store.format.manifest import EMBEDDINGS, Manifest
+from kdpipe.store.format.samples import read_samples
 from kdpipe.store.format.unit_state import committed, missing_arrays, store_state
 from kdpipe.store.format.zarr_metadata import read_store_manifest
 from kdpipe.store.read.open_store import open_store
@@ -69,7 +70,7 @@ def transcode(
     store = open_store(source).streamed(0)
     wanted = transcoded_manifest(store, options)
     with claimed(target, "transcode", lambda holder: f"{target} is in use by {holder}; wait for it, or stop it first."):
-        manifest = _ensure(target, wanted, store.samples)
+        manifest = _ensure(target, wanted, store)
         complete = _fill(store, target, manifest, on_unit, should_stop)
         if complete:
             finish_store(target)
@@ -112,9 +113,9 @@ def _require_apart(source: Path, target: Path) -> None:
         raise StoreError(f"{source} and {target} are one within the other: give a target beside the source.")
 
 
-def _ensure(target: Path, wanted: Manifest, samples: Samples) -> Manifest:
+def _ensure(target: Path, wanted: Manifest, source: TargetStore) -> Manifest:
     try:
-        return ensure_store(target, wanted, samples)
+        return ensure_store(target, wanted, source.samples, head=source.head if wanted.head else None)
     except FingerprintMismatch as error:
         raise FingerprintMismatch(
             f"the store {target}", error.differences, "Give another target, or delete this one and run again."
@@ -139,12 +140,16 @@ def _convert(
     """Return the rows of a unit of the target by array, and the loss of each array that changes."""
     converted: dict[str, NDArray[Any]] = {}
     errors: dict[str, Any] = {}
-    top_k = manifest.top_k if source.manifest.top_k is None else None
-    if top_k:
-        exact = source.gather("logits", unit.view, sample_ids).astype(np.float32)
-        for name, rows in encode_topk(exact, top_k, "float32").items():
+    encoding, from_head = manifest.encoding, source.manifest.logits_from_head
+    scores = measure_dense if source.manifest.task == "classification" else measure_features
+    if encoding != source.manifest.encoding or (from_head and not manifest.logits_from_head):
+        exact = source.logits(unit.view, sample_ids)
+        encoded = encoding.encode(exact, "float32", sample_ids, unit.view) if encoding else {"logits": exact}
+        for name, rows in encoded.items():
             converted[name] = _cast(rows, manifest, name, unit, sample_ids)
-        errors["logits"] = measure_topk(exact, converted, top_k)
+        errors["logits"] = (
+            measure_encoded(exact, converted, encoding) if encoding else scores(exact, converted["logits"])
+        )
     for spec in manifest.arrays:
         if spec.name in converted:
             continue
@@ -152,9 +157,10 @@ def _convert(
         converted[spec.name] = _cast(stored, manifest, spec.name, unit, sample_ids)
         before = source.manifest
         if spec not in before.arrays or before.rounded.get(spec.name) != manifest.rounded.get(spec.name):
-            are_scores = spec.name == "logits" and stored.ndim == 2 and before.task == "classification"
-            measure = measure_dense if are_scores else measure_features
+            measure = scores if spec.name == "logits" and stored.ndim == 2 else measure_features
             errors[logical_array(spec.name)] = measure(stored.astype(np.float32), converted[spec.name])
+            if spec.name == EMBEDDINGS and manifest.logits_from_head and source.head is not None:
+                errors["logits"] = scores(*(head_logits(rows, source.head) for rows in (stored, converted[spec.name])))
     return converted, errors
 
 
@@ -193,7 +199,7 @@ def _by_step(
     source: TargetStore, manifest: Manifest, inherited: Mapping[str, Any], errors: Mapping[str, Any]
 ) -> dict[str, Any]:
     """Return the figures of a unit: those of the source for arrays that are kept, followed by those of this step."""
-    kept = {logical_array(spec.name) for spec in manifest.arrays}
+    kept = {logical_array(spec.name) for spec in manifest.arrays} | ({"logits"} if manifest.has_logits else set())
     figures = {
         f"{name}, step 1" if name in errors else name: measured
         for name, measured in inherited.items()

@@ -9,9 +9,17 @@ from typing import Literal
 from kdpipe.store.errors import StoreError, did_you_mean
 from kdpipe.store.format.codec import Codec
 from kdpipe.store.format.layout import PAGE_BYTES, ArraySpec, StoreLayout
+from kdpipe.store.format.logit_encoding import LogitEncoding
 from kdpipe.store.format.manifest import EMBEDDINGS, Manifest
+from kdpipe.store.format.quantized import BITS, Quantized
+from kdpipe.store.format.sampled import Sampled
 from kdpipe.store.format.topk import TAIL, VALUES, TopK, default_temperatures
 from kdpipe.store.read.target_store import TargetStore
+
+DENSE, HEAD = "dense", "head"
+
+ASKED = {"top_k": "top-k", "sampled_labels": "sampled"}
+"""Names of encodings by the option that asks for them."""
 
 MANTISSA_BITS = {"float16": 10, "float32": 23}
 
@@ -24,8 +32,10 @@ class TranscodeOptions:
     """Changes to a store; the default is a checked copy.
 
     Attributes:
-        top_k: Keep the k largest of dense logits, and the mass of the rest over `temperatures`.
+        encoding: Encode logits as "int8" or "int4", or decode these, or those of a head, to "dense" ones.
+        top_k: Keep the k largest logits, and the mass of the rest over `temperatures`.
         temperatures: Grid of the top-k tail; default_temperatures() if None.
+        sampled_labels: Keep so many classes, drawn by the seed of the views.
         dtype: "float16" narrows float32 arrays.
         num_views: Keep only the first so many.
         arrays: Keep only these, by name, and the logits.
@@ -35,8 +45,10 @@ class TranscodeOptions:
             al. 2021), so that they compress better. Arrays with fewer bits and the top-k tail are left as they are.
     """
 
+    encoding: str | None = None
     top_k: int | None = None
     temperatures: tuple[float, ...] | None = None
+    sampled_labels: int | None = None
     dtype: str | None = None
     num_views: int | None = None
     arrays: tuple[str, ...] | None = None
@@ -55,43 +67,67 @@ def transcoded_manifest(source: TargetStore, options: TranscodeOptions) -> Manif
     num_views = source.num_views if options.num_views is None else options.num_views
     if not 1 <= num_views <= source.num_views:
         raise StoreError(f"{source.path} has {source.num_views} views, so {num_views} of them cannot be kept.")
-    top_k = _top_k(source, options)
-    specs = _specs(source, options, top_k)
+    encoding = _encoding(source, options)
+    specs = _specs(source, options, encoding)
     return replace(
         manifest,
         identity=manifest.identity_of(num_segments, source.samples, str(source.path)),
         arrays=specs,
         layout=StoreLayout(num_views, _unit_rows(source, specs), manifest.layout.segments[:num_segments]),
         previous_fingerprints=manifest.segment_fingerprints[: num_segments - 1],
-        top_k=top_k,
+        encoding=encoding,
         codec=options.codec
         if isinstance(options.codec, Codec)
         else {"zero-copy": None, "keep": manifest.codec}[options.codec],
-        rounded=_rounded(source, specs, options.keep_bits),
+        rounded=_rounded(source, specs, encoding, options.keep_bits),
         finished=None,
     )
 
 
-def _top_k(source: TargetStore, options: TranscodeOptions) -> TopK | None:
-    stored = source.manifest.top_k
-    if options.top_k is None:
-        if options.temperatures is not None:
-            raise StoreError("temperatures apply to top-k logits only: set top_k too, or omit temperatures.")
+def _encoding(source: TargetStore, options: TranscodeOptions) -> LogitEncoding | None:
+    stored = source.manifest.encoding
+    asked = [name for name in ("encoding", "top_k", "sampled_labels") if getattr(options, name) is not None]
+    if options.temperatures is not None and options.top_k is None:
+        raise StoreError("temperatures apply to top-k logits only: set top_k too, or omit temperatures.")
+    if not asked:
         return stored
-    if not source.manifest.has_logits:
-        raise StoreError(f"{source.path} has embeddings, no logits: leave out top_k.")
-    if stored is not None:
+    if len(asked) > 1:
+        raise StoreError(f"{asked[0]} and {asked[1]} each say how logits are stored: choose one.")
+    if options.encoding == HEAD:
+        if source.manifest.logits_from_head:
+            return stored
         raise StoreError(
-            f"{source.path} has top-{stored.k} logits, of which top-{options.top_k} logits cannot be made: transcode a "
+            f"{source.path} has logits, of which the vectors before the teacher's last layer cannot be made: cache "
+            "with cache.encoding = 'head' into another store."
+        )
+    if options.encoding not in {None, DENSE, *BITS}:
+        raise StoreError(f"logits cannot be stored as {options.encoding!r}; choose from {', '.join(BITS)}, {DENSE}.")
+    if not source.manifest.has_logits:
+        raise StoreError(f"{source.path} has embeddings, no logits: leave out {asked[0]}.")
+    wanted = "dense" if options.encoding == DENSE else options.encoding or ASKED[asked[0]]
+    if stored is not None and not stored.all_logits:
+        raise StoreError(
+            f"{source.path} has {stored.describe()}, of which no {wanted} logits can be made: transcode a "
             "store of dense logits."
         )
+    if source.manifest.task != "classification" and (wanted != DENSE or stored is not None):
+        raise StoreError(f"{wanted} logits are those of classes, and {source.path} has other outputs: omit {asked[0]}.")
     try:
-        return TopK(source.num_classes, options.top_k, options.temperatures or default_temperatures())
+        return _new_encoding(source, options)
     except (TypeError, ValueError) as error:
-        raise StoreError(f"top-k logits cannot be made of {source.path}: {error}.") from error
+        raise StoreError(f"{wanted} logits cannot be made of {source.path}: {error}.") from error
 
 
-def _specs(source: TargetStore, options: TranscodeOptions, top_k: TopK | None) -> tuple[ArraySpec, ...]:
+def _new_encoding(source: TargetStore, options: TranscodeOptions) -> LogitEncoding | None:
+    if options.top_k is not None:
+        return TopK(source.num_classes, options.top_k, options.temperatures or default_temperatures())
+    if options.sampled_labels is not None:
+        seed = int(source.manifest.identity.views.get("seed", 0))
+        return Sampled(source.num_classes, options.sampled_labels, seed)
+    return None if options.encoding in (None, DENSE) else Quantized(options.encoding, source.num_classes)
+
+
+def _specs(source: TargetStore, options: TranscodeOptions, encoding: LogitEncoding | None) -> tuple[ArraySpec, ...]:
     kept = [spec for spec in source.arrays if logical_array(spec.name) in _kept_names(source, options)]
     if options.dtype not in {None, *MANTISSA_BITS}:
         raise StoreError(f"arrays cannot be converted to {options.dtype!r}, only to float16.")
@@ -102,14 +138,15 @@ def _specs(source: TargetStore, options: TranscodeOptions, top_k: TopK | None) -
             "cache again as float32."
         )
     specs = [spec if spec.dtype != "float32" else replace(spec, dtype=options.dtype or spec.dtype) for spec in kept]
-    if top_k is None or source.manifest.top_k is not None:
+    if encoding == source.manifest.encoding and not decodes_head(source, options):
         return tuple(specs)
-    logits = next(spec for spec in specs if spec.name == "logits")
-    if len(logits.row_shape) != 1:
-        raise StoreError(
-            f"{source.path} has logits of shape {list(logits.row_shape)}: top-k needs one logit per class."
-        )
-    return (*top_k.arrays(logits.dtype), *[spec for spec in specs if spec is not logits])
+    dense = next((spec for spec in specs if spec.name == "logits"), None)
+    if dense and len(dense.row_shape) != 1:
+        raise StoreError(f"{source.path} has logits of shape {list(dense.row_shape)}: one logit per class is needed.")
+    like = dense or next((spec for spec in source.arrays if spec.name == EMBEDDINGS), None)
+    dtype = options.dtype or (like.dtype if like and (dense or decodes_head(source, options)) else "float16")
+    logits = encoding.arrays(dtype) if encoding else (ArraySpec("logits", (source.num_classes,), dtype),)
+    return (*logits, *[spec for spec in specs if logical_array(spec.name) != "logits"])
 
 
 def _kept_names(source: TargetStore, options: TranscodeOptions) -> set[str]:
@@ -117,12 +154,18 @@ def _kept_names(source: TargetStore, options: TranscodeOptions) -> set[str]:
     for name in options.arrays or ():
         if name not in names:
             raise StoreError(f"{source.path} has no array {name!r}; {did_you_mean(name, names)}")
-    always = "logits" if source.manifest.has_logits else EMBEDDINGS
-    return set(names) if options.arrays is None else {always, *options.arrays}
+    always = {"logits" if "logits" in names else EMBEDDINGS} if not decodes_head(source, options) else set()
+    return set(names) if options.arrays is None else {*always, *options.arrays}
+
+
+def decodes_head(source: TargetStore, options: TranscodeOptions) -> bool:
+    """Return whether logits that follow from a head are to be stored."""
+    is_asked = options.encoding not in {None, HEAD} or options.top_k is not None or options.sampled_labels is not None
+    return source.manifest.logits_from_head and is_asked
 
 
 def logical_array(name: str) -> str:
-    """Return the logical array that `name` belongs to: top-k logits are three arrays."""
+    """Return the logical array that `name` belongs to: encoded logits are one to three arrays."""
     return "logits" if name.startswith("logits/") else name
 
 
@@ -133,14 +176,18 @@ def _unit_rows(source: TargetStore, specs: tuple[ArraySpec, ...]) -> int:
     return aligned if aligned * widest <= MAX_REGROUPED_BYTES else source.unit_rows
 
 
-def _rounded(source: TargetStore, specs: tuple[ArraySpec, ...], keep_bits: int | None) -> dict[str, int]:
-    """Return the mantissa bits kept, by array. Earlier rounding stays recorded."""
+def _rounded(
+    source: TargetStore, specs: tuple[ArraySpec, ...], encoding: LogitEncoding | None, keep_bits: int | None
+) -> dict[str, int]:
+    """Return the mantissa bits kept, by array. Earlier rounding stays recorded, but that of logits encoded since."""
     before = dict(source.manifest.rounded)
-    if "logits" in before:
+    if "logits" in before and isinstance(encoding, TopK):
         before[VALUES] = before["logits"]
     widths = {
         spec.name: MANTISSA_BITS[spec.dtype] for spec in specs if spec.dtype in MANTISSA_BITS and spec.name != TAIL
     }
+    if keep_bits is not None and not widths:
+        raise StoreError(f"{source.path} has no floating-point numbers to round: omit keep_bits.")
     if keep_bits is not None and not 1 <= keep_bits < max(widths.values()):
         raise StoreError(
             f"keep_bits is {keep_bits}, and the widest array of {source.path} has {max(widths.values())} bits in its "

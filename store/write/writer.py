@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from kdpipe.store.errors import StoreError, explain, translate_os_errors
 from kdpipe.store.format.encoding_error import all_finite, merge, summarize_features, summarize_logits
+from kdpipe.store.format.head import require_head
 from kdpipe.store.format.layout import ArraySpec, Unit
 from kdpipe.store.format.manifest import Finished, Manifest
 from kdpipe.store.format.markers import Marker, marker_path, write_marker
@@ -29,19 +30,20 @@ from kdpipe.store.write.acceptance import require_readable, require_samples
 from kdpipe.store.write.claims import exclusive_store
 
 
-def create_store(path: Path, manifest: Manifest, samples: Samples) -> None:
-    """Create an empty store at `path`, metadata and samples, atomically.
+def create_store(path: Path, manifest: Manifest, samples: Samples, head: NDArray[np.float32] | None = None) -> None:
+    """Create an empty store at `path`, metadata, samples and the teacher's head if it has one, atomically.
 
     Raises StoreError, and writes nothing, where readers would refuse it.
     """
     require_readable(manifest, f"the store {path}")
     require_samples(manifest, samples, f"the store {path}")
+    require_head(head, manifest.head, f"the store {path}")
     with write_errors(path):
         make_folders([path.parent])
         sweep_partial(path)
         temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}{PARTIAL_SUFFIX}")
         try:
-            create_group(temporary, manifest, samples)
+            create_group(temporary, manifest, samples, head)
             temporary.rename(path)
         except BaseException:
             shutil.rmtree(temporary, ignore_errors=True)

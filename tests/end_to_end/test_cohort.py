@@ -71,7 +71,9 @@ def test_report_status_and_page_show_it(trained):
     told = kdpipe_here("report", run, "--full")
     assert "cohort by kdcl over 2 seeds" in told.stdout
     assert ensemble in told.stdout and "mean of 2 members" in told.stdout
-    assert "cohort by kdcl" in (run / "report.html").read_text()
+    page = (run / "report.html").read_text()
+    assert "cohort by kdcl" in page
+    assert all(f"{name} ends at " in page for name in ("member 1", "member 2", "ensemble"))
     (status,) = json.loads(kdpipe_here("status", run, "--json").stdout)["runs"]
     assert status["state"] == "done" and status["command"] == "cohort"
     assert f"{status['accuracies']['cohort ensemble']:.2f}" == ensemble

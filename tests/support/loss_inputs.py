@@ -11,7 +11,7 @@ from kdpipe.stages.losses.base import Loss
 from kdpipe.stages.losses.inputs import DatasetInfo, LossInputs
 from kdpipe.stages.losses.schedules import FINISHED, TrainProgress
 from kdpipe.stages.models.hooks import ModelOutput
-from kdpipe.stages.targets.feature_spec import FeatureSpec, compute_statistic
+from kdpipe.stages.targets.feature_spec import FeatureSpec, compute_statistic, shape_of
 from kdpipe.stages.targets.outputs import DenseTargets
 
 DATASET = DatasetInfo(num_samples=100, num_classes=10)
@@ -26,6 +26,7 @@ LABELS = torch.arange(8) % 10
 STUDENT_VECTORS, TEACHER_VECTORS = drawn(8, 16, seed=3), drawn(8, 32, seed=4)
 STUDENT_MAPS, TEACHER_MAPS = drawn(8, 16, 8, 8, seed=5).relu(), drawn(8, 32, 8, 8, seed=6).relu()
 LARGER_STUDENT_MAPS, THEIR_TEACHER_MAPS = drawn(8, 16, 16, 16, seed=7).relu(), drawn(8, 32, 8, 8, seed=8).relu()
+TEACHER_HEAD = drawn(10, 33, seed=11)
 STUDENT_HINTS, TEACHER_HINTS = drawn(8, 32, 8, 8, seed=9), drawn(8, 32, 8, 8, seed=10)
 
 
@@ -60,9 +61,10 @@ def build_loss(
     torch.manual_seed(0)
     shapes = {layer: tuple(features.shape[1:]) for layer, features in student.items()}
     stored = {
-        feature: compute_statistic(feature, teacher[feature.layer]) for feature in config.required_features(shapes)
+        feature: teacher[str(feature)] if feature.is_head else compute_statistic(feature, teacher[feature.layer])
+        for feature in config.required_features(shapes)
     }
-    module = config.build(shapes, {feature: tuple(values.shape[1:]) for feature, values in stored.items()}, DATASET)
+    module = config.build(shapes, {feature: shape_of(feature, values) for feature, values in stored.items()}, DATASET)
     return module.to(dtype), make_inputs(student=student, teacher=stored, progress=progress)
 
 

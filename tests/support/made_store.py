@@ -22,6 +22,7 @@ from kdpipe.store import (
     rows_per_unit,
     write_unit,
 )
+from kdpipe.store.format.head import head_record
 
 SPECS = (ArraySpec("logits", (10,), "float16"), ArraySpec("features/layer2.0", (3, 5, 5), "float32"))
 
@@ -56,6 +57,7 @@ def make_store(
     codec: Codec | None = None,
     specs: tuple[ArraySpec, ...] = SPECS,
     named_axes: bool = True,
+    head: NDArray[np.float32] | None = None,
 ) -> MadeStore:
     rng = np.random.default_rng(7)
     samples = Samples(
@@ -70,11 +72,12 @@ def make_store(
     )
     unit_rows = rows_per_unit(specs, num_samples, shard_bytes=4096)
     layout = StoreLayout(num_views, unit_rows, (num_samples,))
-    manifest = Manifest(identity, specs, layout, {"kdpipe": "0"}, codec=codec, named_axes=named_axes)
+    record = None if head is None else head_record(head)
+    manifest = Manifest(identity, specs, layout, {"kdpipe": "0"}, codec=codec, named_axes=named_axes, head=record)
     contents = {
         spec.name: rng.standard_normal((num_views, num_samples, *spec.row_shape)).astype(spec.dtype) for spec in specs
     }
-    create_store(path, manifest, samples)
+    create_store(path, manifest, samples, head)
     made = MadeStore(path, manifest, samples, contents)
     if fill:
         made.fill(made.units)

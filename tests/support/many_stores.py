@@ -35,12 +35,18 @@ from kdpipe.store import (
     sweep_unit,
     write_unit,
 )
+from kdpipe.store.format.head import head_record
+from kdpipe.store.format.logit_encoding import LogitEncoding
+from kdpipe.store.format.quantized import Quantized
+from kdpipe.store.format.sampled import Sampled
 
 UNIT_ROWS = 512
 NUM_NUMBERS = 5003
 """A prime: the numbers of a sample are row id % NUM_NUMBERS of a table, another one for other ids."""
 
 TOP_K = TopK(num_classes=20, k=8, temperatures=(1.0, 2.0, 4.0, 8.0))
+INT4, SAMPLED = Quantized("int4", num_classes=8), Sampled(num_classes=20, k=8, seed=3)
+HEAD = np.random.default_rng(5).standard_normal((8, 13)).astype(np.float32)
 LAYERS = (ArraySpec("features/layer2.0", (2, 3, 3), "float32"), ArraySpec("pooled/layer3", (8,), "float16"))
 
 
@@ -49,15 +55,19 @@ class Form:
     """Logits of a store and their encoding; `id_step` spreads the ids."""
 
     logits: tuple[ArraySpec, ...]
-    top_k: TopK | None = None
+    encoding: LogitEncoding | None = None
     codec: Codec | None = None
     id_step: int = 3
     unit_rows: int = UNIT_ROWS
+    head: NDArray[np.float32] | None = None
 
 
 LOGITS = {
     "float16": Form((ArraySpec("logits", (8,), "float16"),)),
     "float32": Form((ArraySpec("logits", (8,), "float32"),), id_step=1),
+    "head": Form((ArraySpec("features/pre_logits", (12,), "float16"),), head=HEAD),
+    "int4": Form(INT4.arrays("float16"), INT4),
+    "sampled": Form(SAMPLED.arrays("float16"), SAMPLED),
     "top-k": Form(TOP_K.arrays("float16"), TOP_K, id_step=10**12 + 39),
 }
 
@@ -92,7 +102,9 @@ class Wish:
         )
         layout = StoreLayout(self.num_views, self.form.unit_rows, (self.num_samples,))
         form = self.form
-        return Manifest(identity, self.specs, layout, {"kdpipe": "0"}, top_k=form.top_k, codec=form.codec)
+        head = None if form.head is None else head_record(form.head)
+        versions = {"kdpipe": "0"}
+        return Manifest(identity, self.specs, layout, versions, encoding=form.encoding, codec=form.codec, head=head)
 
 
 @cache
@@ -134,13 +146,13 @@ def fill(path: Path, manifest: Manifest) -> None:
 def grow(path: Path, *wishes: Wish) -> Path:
     """Bring the store at `path` to each wish in turn, with a single writer."""
     for wish in wishes:
-        fill(path, ensure_store(path, wish.manifest, wish.samples))
+        fill(path, ensure_store(path, wish.manifest, wish.samples, head=wish.form.head))
     return path
 
 
 def work(path: Path, wish: Wish) -> None:
     """Fill unclaimed units, as one of several jobs that bring the store at `path` to a wish."""
-    manifest = ensure_store(path, wish.manifest, wish.samples)
+    manifest = ensure_store(path, wish.manifest, wish.samples, head=wish.form.head)
     for unit in manifest.layout.units():
         acquired = claim(path, unit.key) if missing_arrays(path, manifest, unit) else None
         if isinstance(acquired, Claim):

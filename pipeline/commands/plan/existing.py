@@ -36,7 +36,7 @@ def find_students(run: Run, store: Path) -> dict[tuple[str, int], Path]:
             if job_dir.result() is not None:
                 where = run.folder
             elif kind == ALONE or losses is not None:
-                student = build_student(config, seed, context, losses.losses if losses else ())
+                student = build_student(config, seed, context, losses)
                 where = offered(job_dir, student_fingerprint(config, seed, losses, student, context), context)
             if where is not None:
                 found[kind, seed] = where

@@ -18,7 +18,7 @@ from kdpipe.pipeline.session.run_record import peak_memory
 from kdpipe.pipeline.shared_store import find_teacher, needs_teacher, offered_store
 from kdpipe.stages.cache_teacher.choice import require_available
 from kdpipe.stages.cache_teacher.estimate import first_logits, known_settings, plan_cache, probe
-from kdpipe.stages.cache_teacher.plan import top_k_of
+from kdpipe.stages.cache_teacher.plan import encoding_of
 from kdpipe.stages.context import StageContext
 from kdpipe.stages.data.image_files import ImageFiles
 from kdpipe.stages.data.image_set import ImageSet
@@ -33,7 +33,7 @@ from kdpipe.stages.targets.feature_spec import FeatureSpec
 from kdpipe.stages.targets.tail_mass import TailMass, tail_of
 from kdpipe.stages.teacher import load_teacher, untrained_teacher
 from kdpipe.stages.workspace import shown
-from kdpipe.store import encode_topk, open_store
+from kdpipe.store import TopK, encode_topk, open_store
 from kdpipe.store.format.topk import TAIL
 
 MAX_TRIAL_S = 30.0
@@ -184,6 +184,6 @@ def _tail_masses(run: Run, teacher: ModelBundle, plan: dict[str, Any]) -> list[T
     if plan["exists"] and not plan["num_units_missing"]:
         store = open_store(Path(plan["store"]))
         return run.tail_masses(store.manifest.top_k, tail_of(store))
-    top_k = top_k_of(run.recipe.cache, run.context, teacher)
+    top_k = encoding_of(run.recipe.cache, run.context, teacher)
     logits = first_logits(run.recipe.cache, teacher, run.context)
-    return [] if top_k is None else run.tail_masses(top_k, encode_topk(logits, top_k, "float32")[TAIL])
+    return [] if not isinstance(top_k, TopK) else run.tail_masses(top_k, encode_topk(logits, top_k, "float32")[TAIL])

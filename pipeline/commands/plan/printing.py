@@ -11,7 +11,9 @@ from typing import TYPE_CHECKING, Any
 from kdpipe.pipeline.terminal.output import console, printable
 from kdpipe.pipeline.terminal.rate import duration_text
 from kdpipe.pipeline.terminal.tables import Table, print_table
+from kdpipe.store.format.head import HEAD
 from kdpipe.store.format.identity import describe_computation
+from kdpipe.store.format.manifest import EMBEDDINGS
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -101,6 +103,14 @@ def _lines(plan: dict[str, Any]) -> Iterator[tuple[str, str]]:
             f"{name} {array['dtype']} {array['row_shape']}: {array['view_bytes']:,} bytes a view, "
             f"{array['store_bytes']:,} in total ({required_by})",
         )
+    if head := plan["head"]:
+        required_by = ", ".join(plan["layers_required_by"].get(HEAD, []))
+        yield "head", f"{HEAD} float32 {head['shape']}: {head['store_bytes']:,} bytes once ({required_by or 'logits'})"
+        if not any(name.startswith("logits") for name in plan["arrays"]):
+            row, (num_classes, columns) = plan["arrays"][EMBEDDINGS], head["shape"]
+            share = f"{columns - 1} numbers instead of {num_classes} logits"
+            more = "" if columns - 1 < num_classes else ": leave out cache.encoding, which takes more here"
+            yield "logits", f"a row has {share}, as {row['dtype']}{more}"
     for part in ("test", "validation"):
         if (own := plan.get(f"{part}_store")) is not None:
             yield part, f"{own['num_samples']:,} {part} images: {own['store_bytes']:,} bytes in {own['store']}"

@@ -202,7 +202,7 @@ class Probe:
         config, found = self.run.recipe.compress, self.exports.get("student")
         if found is None:
             student, context = self.run.recipe.student, self.run.recipe.student.context(self.sample)
-            network = build_student(student, student.seeds[0], context, ())
+            network = build_student(student, student.seeds[0], context)
             found = self.exports["student"] = time_export(network, context.image_shape, config.opset)
         files = sum(not kind.endswith("-alone") for kind, _ in compressions)
         seeds = len({seed for _, seed in compressions})

@@ -8,7 +8,10 @@ from typing import Any
 
 from kdpipe.pipeline.terminal.output import printable
 from kdpipe.store import Manifest, holder, read_store_manifest, store_bytes
+from kdpipe.store.format.head import HEAD
 from kdpipe.store.format.identity import describe_computation
+from kdpipe.store.format.logit_encoding import parse_encoding
+from kdpipe.store.format.manifest import EMBEDDINGS
 from kdpipe.store.format.unit_state import store_state
 
 MAX_LISTED = 5
@@ -70,7 +73,6 @@ TASKS = {
 def _lines(info: dict[str, Any]) -> Iterator[tuple[str, str]]:
     teacher, data, views = info["teacher"], info["data"], info["views"]
     operations = ", ".join(name for operation in views.get("operations", ()) for name in operation) or "none"
-    top_k = info["top_k"]
     yield "store", info["path"]
     yield "fingerprint", info["fingerprint"]
     yield "teacher", f"{model_name(teacher)}, weights {str(teacher.get('weights_sha256'))[:16]}"
@@ -78,16 +80,19 @@ def _lines(info: dict[str, Any]) -> Iterator[tuple[str, str]]:
     classes = f" of {data['num_classes']} {what}" if "num_classes" in data else ""
     yield "data", f"{data.get('name')} {data.get('split', '')}, {info['num_samples']:,} samples{classes}"
     yield "views", f"{info['num_views']} (seed {views.get('seed')}, operations: {operations})"
-    if not any(name.startswith("logits") for name in info["arrays"]):
+    if "head" in info and not any(name.startswith("logits") for name in info["arrays"]):
+        yield "logits", f"products of {EMBEDDINGS} and the head, at any temperature"
+    elif not any(name.startswith("logits") for name in info["arrays"]):
         yield "output", "embeddings, no logits: for losses on features and relations"
     elif meaning:
         yield "output", meaning
-    if top_k:
-        grid = top_k["temperatures"]
-        yield "logits", f"the {top_k['k']} largest of {top_k['num_classes']}, for T from {grid[0]:g} to {grid[-1]:g}"
+    if encoding := parse_encoding(info):
+        yield "logits", encoding.describe()
     yield "profile", info["profile"] + _codec(info)
     for name, spec in info["arrays"].items():
         yield "array", f"{name} {spec['dtype']} {[info['num_views'], info['num_samples'], *spec['row_shape']]}"
+    if "head" in info:
+        yield "head", f"{HEAD} float32 {info['head']['shape']}"
     yield "units", f"{info['num_units_done']} of {info['num_units']} done, {info['unit_rows']:,} rows each"
     unpacked = " uncompressed" if info["codec"] else ""
     yield "size", f"{info['disk_bytes']:,} bytes on disk; {info['view_bytes']:,} a view{unpacked}"

@@ -9,7 +9,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from kdpipe.pipeline.report.networks import NetworkEntry, Style, network_entries, style_of
+from kdpipe.pipeline.report.networks import NetworkEntry, Style, cohort_entries, network_entries, style_of
 from kdpipe.pipeline.report.report import read_report
 from kdpipe.pipeline.report.rows import Report, Row
 from kdpipe.stages.data.splits import VALIDATION
@@ -90,6 +90,7 @@ class PageRun:
     recipe: Mapping[str, Any]
     report: Report
     networks: Sequence[Network]
+    cohort: Sequence[Network] = ()
 
     @property
     def folder_name(self) -> str:
@@ -124,7 +125,8 @@ def read_run(path: Path, number: int) -> PageRun:
     report = read_report(path)
     recipe = read_json_file(path / "recipe.json") or {}
     networks = [_network(entry) for entry in network_entries(recipe, path)]
-    return PageRun(path, f"run{number}-", recipe, report, networks)
+    cohort = [_network(entry) for entry in cohort_entries(recipe, path)]
+    return PageRun(path, f"run{number}-", recipe, report, networks, cohort)
 
 
 def recommended(run: PageRun) -> tuple[str, Path] | None:

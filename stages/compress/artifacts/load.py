@@ -142,7 +142,7 @@ def _build(
     if reused := architecture.get("reused_classifier"):
         loss = SimKD(
             layers=((reused["layer"], ""),),
-            classifier=(reused["classifier"], ""),
+            classifier=reused["classifier"],
             factor=reused["factor"],
         )
         add_projector(

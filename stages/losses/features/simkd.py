@@ -11,7 +11,7 @@ from typing import Annotated, ClassVar, Literal
 from pydantic import Field
 from torch import Tensor
 
-from kdpipe.stages.config import PathStr, max_value, section
+from kdpipe.stages.config import max_value, section
 from kdpipe.stages.losses.base import MapLoss
 from kdpipe.stages.losses.features.hint import hint_loss
 from kdpipe.stages.losses.shapes import Layers, Size, map_size
@@ -27,21 +27,20 @@ class SimKD(MapLoss):
     Attributes:
         layers: the one pair of (student layer, teacher layer), the maps that each network's classifier sees averaged;
             a projector follows the student's.
-        classifier: module paths of (the student's classifier, which is replaced; the teacher's linear layer, which
-            replaces it).
+        classifier: module path of the student's classifier, which the teacher's last linear layer replaces; by default
+            the student's last layer.
         factor: how many times narrower than the teacher's map the projector is inside; 2 as in the authors' code.
-        teacher: file with the teacher's weights, of which only the classifier's are used; by default the teacher of the
-            run folder.
     """
 
     paper: ClassVar[str] = "Chen et al. 2022, arXiv 2203.14001"
+    requires: ClassVar[str] = "map [C, H, W] of the layer, and the last linear layer once"
+    needs_head: ClassVar[bool] = True
     expected: ClassVar[str] = "the teacher's map that its classifier sees averaged, and a student's of the same shape"
 
     loss: Literal["simkd"] = "simkd"
     layers: Annotated[Layers, Field(max_length=1)] = Field(kw_only=False)
-    classifier: tuple[str, str] = ("fc", "fc")
+    classifier: str | None = None
     factor: Annotated[int, Field(ge=1), max_value(10**6)] = 2
-    teacher: PathStr | None = None
 
     def teacher_feature(self, layer: str, student: Shape) -> FeatureSpec:
         """Return the teacher's map; `student` is the shape after the projector."""

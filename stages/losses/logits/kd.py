@@ -27,6 +27,7 @@ class KD(SoftLogitLoss):
     """
 
     paper: ClassVar[str] = "Hinton et al. 2015, arXiv 1503.02531"
+    linear: ClassVar[bool] = True
 
     loss: Literal["kd"] = "kd"
     weight: Scheduled = 0.9

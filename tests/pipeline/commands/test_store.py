@@ -62,6 +62,29 @@ def test_nothing_heavy_is_imported_before_a_command():
     assert ended.stdout.strip() == "[]"
 
 
+def test_advise_compares_encodings_for_the_losses(run, recipe):
+    found = document("advise", recipe, "--run", run)
+    by_name = {one["name"]: one for one in found["encodings"]}
+    assert {name: one["row_bytes"] for name, one in by_name.items()} == {"float16": 20, "int8": 14, "int4": 9}
+    assert set(by_name["int8"]["kl"]) == {"4"}
+    assert found["recommended"] in by_name
+    assert document("advise", recipe, "--run", run, "--max-kl", "1")["recommended"] == "int4"
+    text = shown("advise", run / "store.zarr")
+    assert "KL, T" in text
+    assert "Recommended: " in text
+
+
+def test_advise_needs_logits_of_all_classes(run, recipe):
+    shown("transcode", run / "store.zarr", run.parent / "few.zarr", "--sampled-labels", "2")
+    ended = kdpipe_here("store", "advise", run.parent / "few.zarr")
+    assert (ended.exit_code, "2 of 10 classes sampled" in ended.stderr) == (1, True)
+    own = "cache.store=few.zarr", "--run", run.parent / "none", "--set", "name=none"
+    shutil.rmtree(run)
+    ended = kdpipe_here("store", "advise", recipe, "--set", *own)
+    assert ended.exit_code == 1
+    assert "neither a store with all logits nor a trained teacher" in ended.stderr
+
+
 def test_verify_needs_no_torch(made):
     code = f"""
 import sys

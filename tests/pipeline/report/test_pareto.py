@@ -70,7 +70,7 @@ def test_each_network_has_its_own_color_and_mark():
     assert (
         len({form for *_, form in found}) == len({re.search("stroke: [^;]*", one[2])[0] for one in found}) == len(USUAL)
     )
-    kinds = ("teacher", "alone", "student", "pruned", "int8", "int8-unpruned", "int8-ptq")
+    kinds = ("teacher", "alone", "student", "pruned", "int8", "int8-unpruned", "int8-ptq", "member", "ensemble")
     assert len({style_of(kind) for kind in kinds}) == len(STYLES)
     assert style_of("int4-unpruned-alone").color == style_of("int8-unpruned").color
     assert style_of("pruned-alone").line != style_of("pruned").line

@@ -35,7 +35,16 @@ from kdpipe.stages.targets.join import join
 from kdpipe.stages.targets.reader import Targets
 from kdpipe.stages.teacher import load_teacher
 from kdpipe.stages.views.renderer import Renderer
-from kdpipe.store import FingerprintMismatch, LockedError, StoreError, claim, open_store, row_order
+from kdpipe.store import (
+    FingerprintMismatch,
+    LockedError,
+    StoreError,
+    TranscodeOptions,
+    claim,
+    open_store,
+    row_order,
+    transcode,
+)
 from kdpipe.store.write import writer
 
 NUM_UNITS = 3
@@ -245,8 +254,36 @@ def test_top_k_store_matches_the_dense_one(run, tmp_path):
         kept = wanted.topk(2).indices
         assert (found.gather(1, kept) - wanted.gather(1, kept)).abs().max() < 2e-3
     assert set(top.fidelity["logits"]["kl"]) == {"1", "2", "4", "8", "20"}
-    with pytest.raises(RecipeError, match="cache.top_k = 4 keeps all of 4 classes"):
-        cache_teacher(dataclasses.replace(CACHE, top_k=4), tmp_path / "all.zarr", teacher, [], context)
+
+
+@pytest.mark.parametrize("encoding", [{"encoding": "int8"}, {"encoding": "int4"}, {"sampled_labels": 3}])
+def test_encoded_store_is_that_of_the_dense_logits(run, tmp_path, encoding):
+    teacher, context = teacher_of(run)
+    config, path = dataclasses.replace(CACHE, dtype="float32", **encoding), tmp_path / "encoded.zarr"
+    cache_teacher(dataclasses.replace(CACHE, dtype="float32"), tmp_path / "dense.zarr", teacher, [], context)
+    cache_teacher(config, path, teacher, [], context)
+    transcode(tmp_path / "dense.zarr", tmp_path / "transcoded.zarr", TranscodeOptions(**encoding))
+    found, wanted = open_store(path), open_store(tmp_path / "transcoded.zarr")
+    assert found.manifest.encoding == wanted.manifest.encoding
+    ids, rows = context.train_set.sample_ids, torch.arange(64)
+    targets = Targets([join(found, context.train_set, [])], DEVICE)
+    for view in range(VIEWS.num_views):
+        decoded = wanted.logits(view, ids.numpy()[:64])
+        assert np.array_equal(targets.batch(view, rows)[0].logits_at(1.0).cpu().numpy(), decoded)
+    assert found.fidelity["logits"]["num_rows"] == 300 * VIEWS.num_views
+
+
+def test_encodings_that_do_not_fit_are_refused(run, tmp_path):
+    teacher, context = teacher_of(run)
+    with pytest.raises(FingerprintMismatch, match="encoding: stored None, wanted .*int8"):
+        cache_teacher(dataclasses.replace(CACHE, encoding="int8"), run / "store.zarr", teacher, [], context)
+    for fault, keys in {
+        "cache.top_k = 4 keeps all of 4 classes": {"top_k": 4},
+        "cache.sampled_labels = 5 keeps all of 4 classes": {"sampled_labels": 5},
+        "cache.encoding and cache.top_k each say": {"top_k": 2, "encoding": "int8"},
+    }.items():
+        with pytest.raises(RecipeError, match=fault):
+            cache_teacher(dataclasses.replace(CACHE, **keys), tmp_path / "all.zarr", teacher, [], context)
 
 
 def test_store_records_encoding_errors(run):

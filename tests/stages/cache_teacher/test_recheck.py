@@ -14,8 +14,6 @@ from kdpipe.store import FingerprintMismatch, StoreError, finish_store, open_sto
 from kdpipe.store.check.verify import verify_store
 from kdpipe.store.format.markers import marker_path
 
-TOP_K = dataclasses.replace(CACHE, top_k=2)
-
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
@@ -42,7 +40,7 @@ def forge(path, array, change):
     return unit
 
 
-@pytest.mark.parametrize("config", [CACHE, TOP_K], ids=["dense", "top-k"])
+@pytest.mark.parametrize("config", [CACHE, dataclasses.replace(CACHE, top_k=2)], ids=["dense", "top-k"])
 def test_recomputed_rows_match_the_store(run, teacher, tmp_path, config):
     context = tiny_context(run)
     cache_teacher(config, tmp_path / "a.zarr", teacher, LAYERS, context)
@@ -90,11 +88,21 @@ def test_single_forged_row_is_named(run, teacher, tmp_path, array):
     assert found[0].error > 1
 
 
-@pytest.mark.parametrize("array", ["logits/values", "logits/indices", "logits/tail"])
-def test_forged_top_k_logits_are_detected(run, teacher, tmp_path, array):
+ENCODED = [
+    *[({"top_k": 2}, f"logits/{name}") for name in ("values", "indices", "tail")],
+    ({"encoding": "int8"}, "logits/packed"),
+    ({"encoding": "int4"}, "logits/packed"),
+    ({"sampled_labels": 2}, "logits/values"),
+]
+
+
+@pytest.mark.parametrize(("encoding", "array"), ENCODED)
+def test_forged_encoded_logits_are_detected(run, teacher, tmp_path, encoding, array):
     context, path = tiny_context(run), tmp_path / "a.zarr"
-    cache_teacher(TOP_K, path, teacher, LAYERS, context)
-    forge(path, array, lambda rows: rows + 1 if array != "logits/indices" else 3 - rows)
+    cache_teacher(dataclasses.replace(CACHE, **encoding), path, teacher, LAYERS, context)
+    assert not recompute(path, teacher, context, 300, 0).differing
+    changes = {"logits/indices": lambda rows: 3 - rows, "logits/packed": lambda rows: rows[:, ::-1]}
+    forge(path, array, changes.get(array, lambda rows: rows + 1))
     differing = recompute(path, teacher, context, 300, 0).differing
     assert array in {one.array for one in differing}
     assert {one.view for one in differing} == {1}

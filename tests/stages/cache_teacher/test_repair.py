@@ -19,7 +19,9 @@ from kdpipe.stages.cache_teacher.cache import fill_store
 from kdpipe.stages.cache_teacher.plan import build_cache_job
 from kdpipe.stages.cache_teacher.repair import repair
 from kdpipe.stages.errors import RunError, StoppedEarly
+from kdpipe.stages.models.head import linear_head
 from kdpipe.stages.runtime.events import RunMonitor
+from kdpipe.stages.targets.feature_spec import TEACHER_HEAD
 from kdpipe.stages.teacher import load_teacher
 from kdpipe.store import (
     Codec,
@@ -35,6 +37,7 @@ from kdpipe.store import (
     read_store_manifest,
 )
 from kdpipe.store.check.verify import verify_store
+from kdpipe.store.format.head import HEAD_KEY
 from kdpipe.store.format.markers import marker_path
 from kdpipe.store.format.shard import shard_path
 from kdpipe.store.format.zarr_metadata import replace_metadata
@@ -120,6 +123,20 @@ def test_all_samples_may_be_lost(run, path, intact):
     shutil.rmtree(path / "samples")
     assert not repaired(run, path)[1].damaged
     assert folder_bytes(path) == intact
+
+
+def test_lost_head_comes_back_from_the_teacher(run, path):
+    context = tiny_context(run)
+    teacher = load_teacher(TEACHER, 0, context)
+    cache_teacher(CACHE, path, teacher, [*LAYERS, TEACHER_HEAD], context)
+    intact = folder_bytes(path)
+    assert np.array_equal(open_store(path).head, linear_head(teacher.model, context.image_shape))
+    for damage in (lambda file: flip(file, 40), lambda file: file.unlink()):
+        damage(path / HEAD_KEY)
+        found, left, num_computed = repaired(run, path)
+        assert [fault.key for fault in found.damaged] == [HEAD_KEY]
+        assert (left.damaged, num_computed) == ((), 0)
+        assert folder_bytes(path) == intact
 
 
 def test_samples_of_an_extension_are_restored(run, tmp_path):

@@ -4,11 +4,18 @@ from contextlib import nullcontext
 
 import pytest
 import torch
+from support.many_stores import LOGITS, Wish, grow
 from support.tiny_run import squares
 
 from kdpipe.stages.context import StageContext
 from kdpipe.stages.data.labeling import keep_labels
-from kdpipe.stages.distillation.compatibility import check_labels, check_losses, class_warnings, require_no_logits
+from kdpipe.stages.distillation.compatibility import (
+    check_labels,
+    check_losses,
+    class_warnings,
+    require_logits,
+    require_no_logits,
+)
 from kdpipe.stages.distillation.embedding_student import check_output
 from kdpipe.stages.distillation.student_config import StudentConfig
 from kdpipe.stages.errors import RecipeError
@@ -25,6 +32,42 @@ from kdpipe.stages.losses.relations.rkd import RKD
 from kdpipe.stages.runtime.events import RunMonitor
 from kdpipe.stages.targets.ensemble import TeachersConfig
 from kdpipe.stages.views.config import Views
+from kdpipe.store import StoreError, open_store
+
+
+@pytest.fixture(scope="module")
+def stores(tmp_path_factory):
+    """One store of each encoding of the logits."""
+    folder = tmp_path_factory.mktemp("encodings")
+    return {name: open_store(grow(folder / name, Wish(form, num_samples=20))) for name, form in LOGITS.items()}
+
+
+@pytest.mark.parametrize(
+    ("loss", "fault"),
+    [
+        (DKD(), r"\(dkd\): it is not linear in the teacher's probabilities"),
+        (KD(temperature=1.0, rest="student"), "rest = 'student' is not linear"),
+        (KD(temperature=1.0, standardize=True), "needs the logits of all classes, .* has 8 of 20 classes sampled"),
+        (LogitMSE(), "needs the logits of all classes"),
+        (KD(temperature=1.0, samples={"weighting": "entropy"}), "of which .* has samples only"),
+    ],
+)
+def test_sampled_labels_are_for_linear_losses(stores, loss, fault):
+    with pytest.raises(RecipeError, match=fault):
+        require_logits([stores["sampled"]], [loss], TeachersConfig())
+    require_logits([stores["int4"]], [loss], TeachersConfig())
+
+
+def test_sampled_labels_are_for_temperature_one(stores):
+    sampled = stores["sampled"]
+    with pytest.raises(StoreError, match="at T = 1, not at 4"):
+        require_logits([sampled], [KD()], TeachersConfig())
+    with pytest.raises(StoreError, match="at T = 1, not at 2"):
+        require_logits([sampled], [KD(temperature=1.0)], TeachersConfig(temperatures=(2.0,)))
+    with pytest.raises(RecipeError, match="averages logits.*set student.teachers.ensemble = 'probabilities'"):
+        require_logits([sampled, stores["int4"]], [KD(temperature=1.0)], TeachersConfig())
+    teachers = TeachersConfig(ensemble="probabilities")
+    require_logits([sampled, stores["int4"]], [KD(temperature=1.0), RKD()], teachers)
 
 
 @pytest.mark.parametrize("loss", [NKD(), MLLD()])

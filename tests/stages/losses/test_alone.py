@@ -14,9 +14,12 @@ from support.loss_inputs import (
     LABELS,
     STUDENT_LOGITS,
     STUDENT_MAPS,
+    STUDENT_VECTORS,
     TEACHER_HINTS,
     TEACHER_LOGITS,
     TEACHER_MAPS,
+    TEACHER_VECTORS,
+    drawn,
 )
 
 import kdpipe.stages.losses
@@ -41,7 +44,7 @@ from kdpipe.stages.losses.registry import LOSSES
 from kdpipe.stages.losses.schedules import FINISHED, TrainProgress
 from kdpipe.stages.losses.weighted import DistillationBatch
 from kdpipe.stages.targets.ensemble import TeacherEnsemble, TeachersConfig
-from kdpipe.stages.targets.feature_spec import INPUT, INPUT_GRADIENT, FeatureSpec, compute_statistic
+from kdpipe.stages.targets.feature_spec import INPUT, INPUT_GRADIENT, FeatureSpec, compute_statistic, shape_of
 from kdpipe.stages.targets.outputs import DenseTargets
 
 GRADIENT = torch.linspace(-1, 1, 8 * 3 * 8 * 8).view(8, 3, 8, 8)
@@ -69,20 +72,26 @@ def outputs(name):
     student = TEACHER_HINTS if name in ("simkd", *EQUAL) else STUDENT_MAPS
     maps = TEACHER_HINTS if name == "ofd" else TEACHER_MAPS
     teacher = {"b": maps.float(), f"{INPUT}:{INPUT_GRADIENT}": GRADIENT.square().mean(1)}
-    return ModelOutput(STUDENT_LOGITS.float(), {"a": student.float()}), ModelOutput(TEACHER_LOGITS.float(), teacher)
+    teacher |= {"pre_logits": TEACHER_VECTORS.float(), "pre_logits:head": drawn(10, 33, seed=11).float()}
+    teacher |= {"b.cam": TEACHER_MAPS[:, :10].float()}
+    features = {"a": student.float(), "pre_logits": STUDENT_VECTORS.float()}
+    features |= {"a.cam": STUDENT_MAPS[:, :10].float()}
+    return ModelOutput(STUDENT_LOGITS.float(), features), ModelOutput(TEACHER_LOGITS.float(), teacher)
 
 
 def in_training(name, loss):
     """Return the module of the loss in training, and its batch, with targets as a store serves them."""
     student, teacher = outputs(name)
-    shapes = {"a": tuple(student.features["a"].shape[1:])}
+    shapes = {layer: tuple(features.shape[1:]) for layer, features in student.features.items()}
     served = {
         feature: teacher.features[str(feature)]
-        if feature.layer == INPUT
-        else compute_statistic(feature.for_shape(TEACHER_MAPS.shape[1:]), teacher.features["b"])
+        if str(feature) in teacher.features
+        else compute_statistic(
+            feature.for_shape(teacher.features[feature.layer].shape[1:]), teacher.features[feature.layer]
+        )
         for feature in loss.required_features(shapes)
     }
-    stored = {feature: tuple(values.shape[1:]) for feature, values in served.items()}
+    stored = {feature: shape_of(feature, values) for feature, values in served.items()}
     ensemble = TeacherEnsemble(TeachersConfig(), 1, None)
     built = build_distillation([loss], shapes, [stored], ensemble=ensemble, dataset=DATASET, seed=0)
     extras = EXTRAS.get(name, {})

@@ -47,6 +47,8 @@ COLORS = dataclasses.replace(GRAY, images=COLORED)
 COLORED_TEST = dataclasses.replace(TEST, images=COLORED[:8])
 SCALING = Normalization((0.4, 0.5, 0.6), (0.1, 0.5, 1.5))
 
+NO_HEAD = SimpleNamespace(head=None)
+
 MAPS = {"stage1": (8, 8, 8), "stage2": (16, 4, 4), "fc": (4,)}
 SIZES = (None, (3, 3), (4, 4), (16, 16))
 ONE_UNIT = dataclasses.replace(CACHE, shard_bytes=2**24)
@@ -210,7 +212,9 @@ def test_stored_feature_serves_the_loss_and_is_small(form, channels, side):
     stored_shape = statistic_shape(stored, shape)
     assert stored.source == feature.source
     assert math.prod(stored_shape) <= math.prod(shape)
-    store = SimpleNamespace(path="store.zarr", arrays=[SimpleNamespace(name=stored.array, row_shape=stored_shape)])
+    store = SimpleNamespace(
+        path="store.zarr", arrays=[SimpleNamespace(name=stored.array, row_shape=stored_shape)], manifest=NO_HEAD
+    )
     source = resolve_feature(store, feature)
     assert source.array == stored.array
     assert source.shape == statistic_shape(feature, shape)
@@ -219,7 +223,9 @@ def test_stored_feature_serves_the_loss_and_is_small(form, channels, side):
 
 def test_input_gradient_is_not_computed_from_a_map(run):
     """Not even from a module named `input`."""
-    store = SimpleNamespace(path="a.zarr", arrays=[SimpleNamespace(name="features/input", row_shape=(3, 8, 8))])
+    store = SimpleNamespace(
+        path="a.zarr", arrays=[SimpleNamespace(name="features/input", row_shape=(3, 8, 8))], manifest=NO_HEAD
+    )
     with pytest.raises(StoreError, match=r"has no input_gradient of 'input', only features/input"):
         resolve_feature(store, FeatureSpec(INPUT, INPUT_GRADIENT))
 
@@ -242,7 +248,7 @@ def test_missing_feature_error_has_the_line_that_adds_it(run, tmp_path, feature)
 def test_statistic_of_larger_maps_is_not_used_for_smaller(run):
     """Attention over 8 x 8 positions cannot be averaged down to what is attention over 4 x 4."""
     arrays = [SimpleNamespace(name="attention/a", row_shape=(8, 8)), SimpleNamespace(name="logits", row_shape=(4,))]
-    store = SimpleNamespace(path="a.zarr", arrays=arrays)
+    store = SimpleNamespace(path="a.zarr", arrays=arrays, manifest=NO_HEAD)
     with pytest.raises(StoreError, match=r"has no attention-4x4 of 'a', only attention/a, logits"):
         resolve_feature(store, FeatureSpec("a", "attention", (4, 4)))
     assert resolve_feature(store, FeatureSpec("a", "attention", (8, 8))).array == "attention/a"

@@ -288,12 +288,12 @@ def test_no_loss_waits_for_the_device(tmp_path):
     """A step of all losses together; the synchronizations of a GPU are those of operations that return numbers."""
     kinds = {name: kind for name, kind in LOSSES.builtin.items() if CLASSIFICATION in kind.tasks}
     takes_layers = {name for name, kind in kinds.items() if "layers" in {one.name for one in dataclasses.fields(kind)}}
-    losses = [kinds[name](loss=name) for name in sorted(kinds.keys() - takes_layers - {"simkd"})]
-    for name in sorted(takes_layers - {"simkd"}):
+    losses = [kinds[name](loss=name) for name in sorted(kinds.keys() - takes_layers)]
+    for name in sorted(takes_layers - {"simkd", "cat_kd"}):
         losses.append(kinds[name](loss=name, layers=LAYERS.get(name, (("stage2", "stage2"),))))
     context = tiny_context(tmp_path)
     required = required_of(losses, student_shapes(STUDENT, losses, context), 0)
-    bundle = build_student(STUDENT, 0, context, losses)
+    bundle = build_student(STUDENT, 0, context)
     teacher = ModelBundle(context.build_model(TEACHER.model, seed=0).to(DEVICE), {}, bundle.normalize)
     cache_teacher(CACHE, tmp_path / "store", teacher, required, context)
     task = build_task(bundle, open_distillation([tmp_path / "store"], losses, STUDENT, {}, context), 0, context)

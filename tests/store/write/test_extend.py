@@ -74,7 +74,7 @@ def test_what_was_there_is_not_written_again(tmp_path, wish, codec, logits):
     assert (grown.num_views, grown.num_samples, len(grown.layers)) == (
         wish.num_views,
         wish.num_samples,
-        wish.num_layers,
+        wish.num_layers + (wish.form.head is not None),
     )
     assert sorted(grown.samples.ids) == sorted(ids_of(wish))
     assert first_difference(grown) is None

@@ -32,6 +32,8 @@ from kdpipe.store import (
     write_unit,
 )
 from kdpipe.store.format.encoding_error import merge, summarize_features, summarize_logits
+from kdpipe.store.format.quantized import Quantized
+from kdpipe.store.format.sampled import Sampled
 from kdpipe.store.format.shard import shard_path
 from kdpipe.store.write.transcode import transcode
 from kdpipe.store.write.transcode_options import TranscodeOptions
@@ -85,6 +87,43 @@ def test_top_k_logits_are_those_of_the_dense_rows(source, dtype, k):
     assert store.unit_rows == full_pages[k, dtype] >= source.manifest.layout.unit_rows
     mapped = store.gather("logits/values", 1, source.samples.ids[[2499, 0, 1500]])
     assert np.array_equal(mapped, found["logits/values"][1][[2499, 0, 1500]])
+
+
+@pytest.mark.parametrize(
+    ("options", "encoding"),
+    [
+        ({"encoding": "int8"}, Quantized("int8", 10)),
+        ({"encoding": "int4"}, Quantized("int4", 10)),
+        ({"sampled_labels": 3}, Sampled(10, 3, seed=3)),
+    ],
+)
+@pytest.mark.parametrize("codec", ["keep", ZSTD])
+def test_encoded_logits_are_those_of_the_dense_rows(source, options, encoding, codec):
+    target = changed(source.path, TranscodeOptions(**options, codec=codec))
+    found, store, ids = read_arrays(target), open_store(target), source.samples.ids
+    assert store.manifest.encoding == encoding
+    for view in range(2):
+        for name, rows in encoding.encode(source.contents["logits"][view], "float32", ids, view).items():
+            assert np.array_equal(found[name][view][:2500], rows)
+    assert np.array_equal(found[FEATURES], source.contents[FEATURES])
+    assert store.fidelity["logits, step 2"]["num_rows"] == 5000
+    if codec == "keep":
+        assert {store.read_mode(name).mode for name in found} == {"mapped"}
+
+
+@pytest.mark.parametrize("onward", [{"encoding": "dense"}, {"encoding": "int4"}, {"top_k": 4}, {"sampled_labels": 4}])
+def test_quantized_logits_are_transcoded_further(source, onward):
+    packed = changed(source.path, TranscodeOptions(encoding="int8"), "packed.zarr")
+    decoded = np.stack([open_store(packed).logits(view, source.samples.ids) for view in range(2)])
+    assert np.abs(decoded - source.contents["logits"]).max() < 0.02
+    again = changed(packed, TranscodeOptions(**onward), "again.zarr")
+    store = open_store(again)
+    if onward == {"encoding": "dense"}:
+        assert np.array_equal(read_arrays(again)["logits"], decoded.astype(np.float16))
+    else:
+        for name, rows in store.manifest.encoding.encode(decoded[1], "float16", source.samples.ids, 1).items():
+            assert np.array_equal(store.gather(name, 1, source.samples.ids), rows)
+    assert set(store.fidelity) == {"logits, step 2", "logits, step 3"}
 
 
 def test_a_grid_of_temperatures_may_be_chosen(source):

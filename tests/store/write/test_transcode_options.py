@@ -30,6 +30,9 @@ from kdpipe.store.write.transcode_options import TranscodeOptions
         (TranscodeOptions(top_k=0), "k is 0 of 10 classes"),
         (TranscodeOptions(top_k=3, temperatures=(4.0, 2.0)), "must ascend"),
         (TranscodeOptions(temperatures=(1.0, 2.0)), "temperatures apply to top-k logits"),
+        (TranscodeOptions(encoding="int2"), "cannot be stored as 'int2'; choose from int8, int4, dense"),
+        (TranscodeOptions(encoding="int8", top_k=3), "encoding and top_k each say"),
+        (TranscodeOptions(sampled_labels=10), "k is 10 of 10 classes"),
         (TranscodeOptions(dtype="bfloat16"), "cannot be converted to 'bfloat16'"),
         (TranscodeOptions(num_views=3), "has 2 views, so 3 of them"),
         (TranscodeOptions(num_views=0), "has 2 views, so 0 of them"),
@@ -55,8 +58,15 @@ def test_lost_precision_and_classes_cannot_be_restored(source):
         changed(half, TranscodeOptions(top_k=3, dtype="float32"))
     top = changed(source.path, TranscodeOptions(top_k=4), "top.zarr")
     for k in (3, 4, 5):
-        with pytest.raises(StoreError, match=f"has top-4 logits, of which top-{k} logits"):
+        with pytest.raises(StoreError, match="has the 4 largest of 10, .* of which no top-k logits can"):
             changed(top, TranscodeOptions(top_k=k))
+    sampled = changed(source.path, TranscodeOptions(sampled_labels=4), "sampled.zarr")
+    for made, what in ((top, "the 4 largest of 10"), (sampled, "4 of 10 classes sampled")):
+        with pytest.raises(StoreError, match=f"has {what}, .* of which no int8 logits can be made"):
+            changed(made, TranscodeOptions(encoding="int8"))
+        assert list(read_arrays(changed(made, TranscodeOptions(codec=ZSTD), f"{made.name}.zst"))) == list(
+            read_arrays(made)
+        )
 
 
 def too_large(source, value):

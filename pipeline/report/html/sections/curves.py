@@ -75,7 +75,7 @@ def legend(curves: Iterable[Curve]) -> list[tuple[str, str, str]]:
 
 
 def learning_curves(run: PageRun) -> dict[str, object]:
-    """Return the charts of a run: those of the trainings, and those of fine-tuning after pruning and quantization.
+    """Return the charts of a run: its trainings, its cohort, and fine-tuning after pruning and quantization.
 
     Raises:
         LeftOutError: If no epoch is recorded.
@@ -83,7 +83,11 @@ def learning_curves(run: PageRun) -> dict[str, object]:
     compressed = [network for network in run.networks if network not in run.main]
     groups = [
         (title, [curve_panel(curve.name, [curve], curves, show_others=True) for curve in curves], legend(curves))
-        for title, networks in (("", run.main), ("Fine-tuning of the compressed students", compressed))
+        for title, networks in (
+            ("", run.main),
+            ("Students that teach each other", run.cohort),
+            ("Fine-tuning of the compressed students", compressed),
+        )
         if (curves := curves_of(networks))
     ]
     if not groups:

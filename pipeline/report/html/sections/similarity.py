@@ -138,7 +138,7 @@ def similarity_of(store: TargetStore, source: str) -> Similarity:
     sums, num_seen = np.zeros((len(classes), num_classes)), np.zeros(len(classes))
     step = max(1, min(BATCH_ROWS, BATCH_OUTPUTS // num_classes))
     for batch in (rows[start : start + step] for start in range(0, len(rows), step)):
-        probabilities = softened(_logits(store, store.samples.ids[batch]))
+        probabilities = softened(store.logits(0, store.samples.ids[batch], TEMPERATURE))
         is_finite = np.isfinite(probabilities).all(1)
         compared = np.searchsorted(classes, labels[batch][is_finite])
         np.add.at(sums, compared, probabilities[is_finite])
@@ -161,20 +161,6 @@ def softened(logits: NDArray[Any]) -> Values:
 
     probabilities: Values = softmax(logits.astype(np.float64) / TEMPERATURE, axis=1)
     return probabilities
-
-
-def _logits(store: TargetStore, ids: NDArray[np.int64]) -> NDArray[Any]:
-    """Return logits [B, C] of the first view."""
-    if store.manifest.top_k is None:
-        return store.gather("logits", 0, ids)
-    import torch
-
-    from kdpipe.stages.targets.outputs import TopKTargets
-
-    arrays = (store.gather(f"logits/{name}", 0, ids) for name in ("values", "indices", "tail"))
-    values, indices, tail = (torch.from_numpy(np.ascontiguousarray(array)) for array in arrays)
-    logits: NDArray[Any] = TopKTargets(store.manifest.top_k, values, indices, tail, {}).logits_at(TEMPERATURE).numpy()
-    return logits
 
 
 def closest_pairs(similarity: Similarity, max_pairs: int) -> Iterator[tuple[int, int]]:

@@ -74,4 +74,4 @@ def test_exactly_one_pair_is_required(layers):
 
 
 def test_defaults_are_the_papers():
-    assert (CONFIG.weight, CONFIG.factor, CONFIG.classifier) == (1, 2, ("fc", "fc"))
+    assert (CONFIG.weight, CONFIG.factor, CONFIG.needs_head) == (1, 2, True)
