@@ -16,7 +16,7 @@ from kdpipe.stages.cache_teacher.plan import encoding_of
 from kdpipe.stages.compress.compress import dry_run
 from kdpipe.stages.context import StageContext
 from kdpipe.stages.data.config import DataConfig
-from kdpipe.stages.data.image_set import ImageSet
+from kdpipe.stages.data.image_set import UNLABELED, ImageSet
 from kdpipe.stages.data.load import list_source, require_applicable
 from kdpipe.stages.data.names import FILE_KINDS, KINDS, NUM_CLASSES, SHAPES
 from kdpipe.stages.data.sources.user_function import is_user_dataset
@@ -143,7 +143,8 @@ def _blank(recipe: Recipe, num_classes: int, channels: int, side: int) -> StageC
     images = torch.zeros(num_images, channels, side, side, dtype=torch.uint8)
     images[num_classes:] = 255
     ids = torch.arange(num_images)
-    blank = ImageSet(recipe.data.name, "train", images, ids % num_classes, ids, names)
+    labels = torch.full_like(ids, UNLABELED) if recipe.data.labels == "none" else ids % num_classes
+    blank = ImageSet(recipe.data.name, "train", images, labels, ids, names)
     return StageContext(Path(), blank, blank, recipe.views, torch.device("cpu"), RunMonitor())
 
 

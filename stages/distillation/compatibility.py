@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 
 from kdpipe.stages.context import StageContext
 from kdpipe.stages.data.image_set import ImageSet, require_classes
-from kdpipe.stages.data.tasks import CLASSIFICATION, MULTILABEL
+from kdpipe.stages.data.tasks import CLASSIFICATION, MULTILABEL, Task
 from kdpipe.stages.distillation.spec import DistillationSpec
 from kdpipe.stages.distillation.student_config import StudentConfig
 from kdpipe.stages.errors import RecipeError
@@ -91,12 +91,12 @@ def check_labels(losses: Sequence[Loss], teachers: TeachersConfig, train_set: Im
 
 def _check_task(losses: Sequence[Loss], teachers: TeachersConfig, train_set: ImageSet, where: str) -> None:
     """Raise RecipeError for losses that are not for these outputs, and what is for classes where there are none."""
-    fitting = {CLASSIFICATION: "kd", MULTILABEL: "binary_kd or logit_mse"}.get(train_set.task, "logit_mse")
+    fitting: dict[Task, str] = {CLASSIFICATION: "kd", MULTILABEL: "binary_kd or logit_mse"}
     for number, loss in enumerate(losses):
         entry = f"{where}.{number} ({loss.loss})"
         if train_set.task not in loss.tasks:
             fits = f"is for {' and '.join(loss.tasks)}, and data.task is {train_set.task!r}"
-            raise RecipeError(f"{entry} {fits}: use {fitting}, or a loss on features.")
+            raise RecipeError(f"{entry} {fits}: use {fitting.get(train_set.task, 'logit_mse')}, or a loss on features.")
         if loss.samples.needs_probabilities:
             require_classes(train_set, f"{entry} with samples selected or weighted by probabilities")
         if vars(loss).get("standardize"):
