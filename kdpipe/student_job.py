@@ -19,7 +19,7 @@ from kdpipe.stages.distillation.spec import DistillationSpec
 from kdpipe.stages.distillation.stores import open_distillation
 from kdpipe.stages.distillation.student_config import ALONE, DISTILLED, StudentConfig
 from kdpipe.stages.distillation.task_builder import build_student
-from kdpipe.stages.distillation.teacher_accuracy import teacher_logits
+from kdpipe.stages.distillation.teacher_accuracy import teacher_embeddings, teacher_logits
 from kdpipe.stages.errors import RecipeError
 from kdpipe.stages.losses.base import Loss
 from kdpipe.stages.models.build import ModelConfig
@@ -77,7 +77,8 @@ class StudentJob:
         if not beside or not all(is_url(place) or Path(place).exists() for place in beside):
             return context
         get_logits = partial(teacher_logits, self.places, self.config.teachers, context)
-        return replace(context, get_teacher_logits=get_logits)
+        get_embeddings = partial(teacher_embeddings, self.places, context)
+        return replace(context, get_teacher_logits=get_logits, get_teacher_embeddings=get_embeddings)
 
     def open_stores(self, context: StageContext) -> DistillationSpec | None:
         """Open and check the stores; None for a student on hard labels alone."""

@@ -21,6 +21,7 @@ from kdpipe.stages.cache_teacher.plan import CacheConfig
 from kdpipe.stages.config import whole_number
 from kdpipe.stages.context import StageContext, test_context
 from kdpipe.stages.data.splits import VALIDATION, Part
+from kdpipe.stages.distillation.embedding_student import labeled_for_probe
 from kdpipe.stages.errors import ModelError, RecipeError
 from kdpipe.stages.evaluation.embeddings import with_probe
 from kdpipe.stages.evaluation.evaluate import of_teacher
@@ -216,7 +217,8 @@ def cache_teacher(
             )
             evaluation = opened.evaluation(bundle.normalize)
             if headless:
-                evaluation, _ = with_probe(bundle.model, opened.labeled(bundle.normalize), evaluation)
+                labeled = labeled_for_probe(bundle.normalize, opened)
+                evaluation, _ = with_probe(bundle.model, labeled, evaluation)
             else:
                 evaluation = of_teacher(evaluation, bundle.model)
             report = evaluate_in_depth(bundle.model, evaluation, opened.device)

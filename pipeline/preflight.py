@@ -78,7 +78,7 @@ def try_student(config: StudentConfig, student: ModelBundle, job_dir: JobDir, co
 
 def try_distillation(run: Run, spec: DistillationSpec, config: StudentConfig) -> TrainingTask:
     """Build a first training task, so that errors and warnings come before any training."""
-    seed, context = config.seeds[0], run.context.resized(config.image_size)
+    seed, context = config.seeds[0], config.context(run.context)
     task = build_task(build_student(config, seed, context, spec), spec, seed, context)
     if task.targets and task.targets.num_without_targets:
         count = f"{task.targets.num_without_targets:,} of {task.num_samples:,} samples have no targets"

@@ -26,12 +26,17 @@ from kdpipe.stages.data.labeling import hide_labels
 from kdpipe.stages.data.load import load_dataset
 from kdpipe.stages.data.loader.mix_partners import load_partner_pool, read_partner_pool
 from kdpipe.stages.data.splits import VALIDATION, Part
-from kdpipe.stages.distillation.compatibility import temperatures_of
+from kdpipe.stages.distillation.compatibility import require_fitting_encoding, temperatures_of
 from kdpipe.stages.distillation.spec import DistillationSpec
 from kdpipe.stages.distillation.stores import open_distillation
 from kdpipe.stages.distillation.student_config import StudentConfig
 from kdpipe.stages.distillation.task_builder import student_shapes
-from kdpipe.stages.distillation.teacher_accuracy import TeacherLogits, teacher_logits
+from kdpipe.stages.distillation.teacher_accuracy import (
+    TeacherEmbeddings,
+    TeacherLogits,
+    teacher_embeddings,
+    teacher_logits,
+)
 from kdpipe.stages.errors import RecipeError
 from kdpipe.stages.losses.base import Loss
 from kdpipe.stages.losses.distillation import required_of
@@ -132,6 +137,7 @@ class Run:
             num_workers=data.num_workers,
             unreadable=data.unreadable,
             get_teacher_logits=self._get_teacher_logits,
+            get_teacher_embeddings=self._get_teacher_embeddings,
             load_test=partial(self._load, data, "test"),
             validation_set=self._load(data, "validation", test_image_size(alone)) if data.validation_share else None,
             load_validation=partial(self._load, data, "validation"),
@@ -143,12 +149,28 @@ class Run:
 
     def _get_teacher_logits(self, part: Part) -> TeacherLogits | None:
         """Return the teachers' logits of the test or validation images; None while their stores are missing."""
-        if any(not is_url(store) and not Path(store).exists() for store in self.stores):
+        if not self._has_all_stores:
             return None
         if part not in self._teacher_logits:
             found = teacher_logits(self.stores, self.recipe.student.teachers, self.context, part)
             self._teacher_logits[part] = found
         return self._teacher_logits[part]
+
+    def _get_teacher_embeddings(self, part: Part) -> TeacherEmbeddings | None:
+        """Return the teacher's embeddings of the test or validation images; None while its store is missing."""
+        if not self._has_all_stores:
+            return None
+        if part not in self._teacher_embeddings:
+            self._teacher_embeddings[part] = teacher_embeddings(self.stores, self.context, part)
+        return self._teacher_embeddings[part]
+
+    @property
+    def _has_all_stores(self) -> bool:
+        return all(is_url(store) or Path(store).exists() for store in self.stores)
+
+    @cached_property
+    def _teacher_embeddings(self) -> dict[Part, TeacherEmbeddings | None]:
+        return {}
 
     @cached_property
     def _teacher_logits(self) -> dict[Part, TeacherLogits | None]:
@@ -170,13 +192,18 @@ class Run:
             only=only,
             keep=self.keeps_images,
             on_image=counter,
-            name_classes=partial(class_names_of, self.recipe.teacher.model),
+            name_classes=self._name_classes,
         )
         for notice in image_set.notices:
             self.monitor.warn("data", notice)
         for dropped in image_set.dropped:
             self.monitor.warn("data", f"sample {dropped.sample_id} is left out: {dropped.why}")
         return image_set
+
+    def _name_classes(self) -> tuple[str, ...]:
+        """Return the names of the teacher's classes; embeddings have none."""
+        found = class_names_of(self.recipe.teacher.model)
+        return found or (("unlabeled",) if self.recipe.teacher.is_headless else ())
 
     def _partners(self, train_set: ImageSet) -> ImageSet | None:
         """Return the images that MixUp and CutMix choose partners from: those that the store began with.
@@ -252,7 +279,10 @@ class Run:
         require_available(self.recipe.cache.precision, self.device)
         teacher = untrained_teacher(self.recipe.teacher, self.recipe.seed, self.context)
         required = self.required_features(teacher)
-        plan_store(self.recipe.cache, teacher, list(required), samples_in_row_order(self.context), self.context)
+        samples = samples_in_row_order(self.context)
+        planned = plan_store(self.recipe.cache, teacher, list(required), samples, self.context)
+        for where, (student, losses) in students_of(self.recipe).items() if self.stores == [self.store] else ():
+            require_fitting_encoding(planned.encoding, losses, student.teachers, where)
         return required
 
     def required_features(self, teacher: ModelBundle) -> dict[FeatureSpec, list[str]]:

@@ -103,6 +103,12 @@ def run_train_student(run: Run) -> dict[str, Any]:
         run.monitor.warn("train-student", warning)
     if run.recipe.data.labels == "none":
         run.monitor.warn("train-student", "data.labels = 'none': no student is trained alone, as there are no labels.")
+    if config.is_headless:
+        run.monitor.warn(
+            "train-student",
+            "student.output = 'embeddings': no student is trained alone, and results are the share of an image's "
+            "nearest neighbors that are the teacher's too.",
+        )
     task = try_distillation(run, spec, config)
     for number, line in enumerate(task.targets.describe() if task.targets else (), 1):
         run.monitor.report(ProgressEvent("train-student", f"reads {line}", number, len(spec.stores), "store"))

@@ -34,7 +34,7 @@ from kdpipe.stages.compress.fine_tune import build_fine_tuning
 from kdpipe.stages.context import StageContext
 from kdpipe.stages.data.image_set import require_labels
 from kdpipe.stages.distillation.adapters import save_adapters
-from kdpipe.stages.distillation.embedding_student import evaluation_of_epochs, examine_student
+from kdpipe.stages.distillation.embedding_student import evaluation_of_epochs, examine_student, labeled_for_probe
 from kdpipe.stages.distillation.spec import DistillationSpec
 from kdpipe.stages.distillation.student_config import ALONE, DISTILLED, StudentConfig, student_folder
 from kdpipe.stages.distillation.task_builder import build_student, build_task
@@ -94,8 +94,12 @@ def _train_teacher(config: TeacherConfig, seed: int, teacher: ModelBundle, conte
     test, validation = context.evaluation(teacher.normalize), context.validation(teacher.normalize)
     more: dict[str, Any] = {}
     if config.is_headless:
-        test, more = with_probe(teacher.model.eval(), context.labeled(teacher.normalize), test)
-        validation = validation and replace(validation, head=test.head)
+        labeled = labeled_for_probe(teacher.normalize, context)
+        test, more = with_probe(teacher.model.eval(), labeled, test)
+        if validation is not None:
+            validation = (
+                replace(validation, head=test.head) if labeled else with_probe(teacher.model, None, validation)[0]
+            )
     else:
         test, validation = of_teacher(test, teacher.model), validation and of_teacher(validation, teacher.model)
     history: list[dict[str, Any]] = []
@@ -193,7 +197,7 @@ def train_student(
         context: The data and views.
         student_run: The student's folder and name; by default those of `kdpipe train-student`.
     """
-    context = context.resized(config.image_size)
+    context = config.context(context)
     kind, process_group = ALONE if spec is None else DISTILLED, context.process_group
     student_run = student_run or StudentRun(student_folder(context.run_dir, kind, seed), f"student {kind}, seed {seed}")
     process_group.require_shares(config.train.batch_size, context.train_set.num_samples)

@@ -60,10 +60,12 @@ class StageContext:
         num_workers: As in the recipe's `data` section.
         unreadable: As in the recipe's `data` section.
         get_teacher_logits: Returns what reads the teachers' logits of the images of a part, if they are available.
+        get_teacher_embeddings: The same of the first teacher's embeddings.
         process_group: The processes that train together; the first of them writes.
         load_test: Loads the test images in another size; by default `test_set` is resized.
         validation_set: The images that decide in place of the test images; None if there are none.
         load_validation: Loads them in another size.
+        of_embeddings: Whether networks have no classifier, and their embeddings are compared with the teacher's.
         input_size: Side of the square to which a network's images are resized; None leaves the views' size.
         workspace: The other runs whose finished jobs are used instead of training the same again.
     """
@@ -78,6 +80,8 @@ class StageContext:
     num_workers: int | None = None
     unreadable: Literal["stop", "drop"] = "stop"
     get_teacher_logits: Callable[[Part], LogitsAt | None] = _no_logits  # named, so that loaders can be pickled
+    get_teacher_embeddings: Callable[[Part], LogitsAt | None] = _no_logits
+    of_embeddings: bool = False
     process_group: ProcessGroup = SINGLE
     load_test: Callable[[int], ImageSet] | None = None
     validation_set: ImageSet | None = None
@@ -112,6 +116,11 @@ class StageContext:
     @cached_property
     def _resized(self) -> dict[int, StageContext]:
         return {}
+
+    @cached_property
+    def for_embeddings(self) -> StageContext:
+        """The context of students that return embeddings."""
+        return replace(self, of_embeddings=True)
 
     @cached_property
     def renderer(self) -> Renderer:
@@ -169,7 +178,8 @@ class StageContext:
         # A single process must not stop while the others wait for it.
         check = self.monitor.check if self.process_group.count == 1 else lambda: None
         part: Part = VALIDATION if self.test_set.split == VALIDATION else "test"
-        return Evaluation(self.test_loader, normalize, self.get_teacher_logits(part), warn, check)
+        outputs = (self.get_teacher_embeddings if self.of_embeddings else self.get_teacher_logits)(part)
+        return Evaluation(self.test_loader, normalize, outputs, warn, check, of_embeddings=self.of_embeddings)
 
     def validation(self, normalize: Normalization) -> Evaluation | None:
         """Return the evaluation on the validation images; None if there are none."""
@@ -180,16 +190,10 @@ class StageContext:
 
         They are as they are if they have the size of the views, else in their first view, without a partner mixed in.
 
-        Raises:
-            DataError: There are none.
+        There must be some (`train_set.has_labels`).
         """
         train_set = self.train_set
-        positions = (train_set.labels >= 0).nonzero()[:, 0]
-        if not len(positions):
-            raise DataError(
-                f"no training image of {train_set.name} has a label, and embeddings are judged by how well classes can "
-                "be told apart from them: give some images labels."
-            )
+        positions = train_set.labeled
         if len(positions) > limit:
             generator = torch.Generator().manual_seed(derive_seed(0, "labeled"))
             positions = positions[torch.randperm(len(positions), generator=generator)[:limit].sort().values]
@@ -203,7 +207,8 @@ class StageContext:
             on_failure=self._on_unreadable,
             size=self.input_size,
         )
-        return replace(self.evaluation(normalize), loader=loader, teacher_logits=None, view=None if whole else 0)
+        test, view = self.evaluation(normalize), None if whole else 0
+        return replace(test, loader=loader, teacher_logits=None, view=view, of_embeddings=False)
 
     def _on_unreadable(self, sentence: str) -> None:
         """Raise DataError for an unreadable image, or drop it from its batch with a warning, as configured."""
@@ -213,7 +218,8 @@ class StageContext:
 
     def architecture(self, config: ModelConfig, *, headless: bool = False) -> dict[str, Any]:
         """Return the record from which a network for these images and classes can be rebuilt."""
-        train_set, num_classes = self.train_set, 0 if headless else self.train_set.num_classes
+        train_set, headless = self.train_set, headless or self.of_embeddings
+        num_classes = 0 if headless else train_set.num_classes
         record = architecture(config, num_classes, train_set.in_channels, self.image_shape[1:])
         return record if self.input_size is None else {**record, VIEW_SIZE: list(self.renderer.shape[1:])}
 
@@ -221,7 +227,7 @@ class StageContext:
         """Build a network for these images and classes, or without a classifier, initialized with `seed`."""
         return build_for_classes(
             config,
-            () if headless else self.train_set.class_names,
+            () if headless or self.of_embeddings else self.train_set.class_names,
             in_channels=self.train_set.in_channels,
             image_size=self.image_shape[1:],
             seed=seed,
@@ -287,7 +293,7 @@ def require_fitting_test_images(context: StageContext) -> None:
     size, found = context.image_shape[1:], context.test_set.image_size
     which = "validation" if context.test_set.split == VALIDATION else "test"
     classes, others = context.train_set.class_names, context.test_set.class_names
-    if len(classes) < 2 and context.train_set.task == CLASSIFICATION:
+    if len(classes) < 2 and context.train_set.task == CLASSIFICATION and context.train_set.has_labels:
         raise DataError(
             f"the images of {context.train_set.name} are all of one class, {classes[0]!r}: there is nothing to tell "
             "apart. If the classes are folders below that one, name it as the folder of the data."

@@ -13,7 +13,7 @@ from kdpipe.stages.data.image_files import ImageFiles
 from kdpipe.stages.errors import NotLogitsError, RecipeError
 from kdpipe.stages.evaluation.correct_images import outcome_of
 from kdpipe.stages.evaluation.evaluate import Evaluation
-from kdpipe.stages.evaluation.main_metric import ACCURACY, MAP, R2, main_value, metric_of
+from kdpipe.stages.evaluation.main_metric import ACCURACY, MAP, MUTUAL_KNN, R2, main_value, metric_of
 from kdpipe.stages.evaluation.metrics import EvalReport
 from kdpipe.stages.evaluation.trials import try_class_order, try_scalings
 from kdpipe.stages.models.build import PUBLISHED, ModelConfig
@@ -132,10 +132,11 @@ def require_accuracy(config: TeacherConfig, teacher: ModelBundle, report: EvalRe
         _require_metric(config, report)
         return
     if report.metric != ACCURACY:
+        unchecked = "accuracy, input scaling and order of classes are not checked: no test image has a label"
+        if report.metric == MUTUAL_KNN:
+            unchecked = "embeddings are not checked: that takes labels of training and test images"
         if test.warn is not None:
-            test.warn(
-                "the teacher's accuracy, input scaling and order of classes are not checked: no test image has a label."
-            )
+            test.warn(f"the teacher's {unchecked}.")
         return
     reached = f"the teacher reaches {100 * report.top1:.2f} % of {report.num_samples:,} test images"
     if config.expected_accuracy is not None:

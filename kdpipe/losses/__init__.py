@@ -17,13 +17,18 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from kdpipe.losses import functional
     from kdpipe.stages.losses.base import FeatureLoss, LogitLoss, Loss, MapLoss, PooledLoss, SoftLogitLoss
+    from kdpipe.stages.losses.features.ab import AB
     from kdpipe.stages.losses.features.at import AT, ATGradient
     from kdpipe.stages.losses.features.cat_kd import CATKD
     from kdpipe.stages.losses.features.cosine import Cosine
     from kdpipe.stages.losses.features.cwd import CWD
     from kdpipe.stages.losses.features.fitnet import FitNet
+    from kdpipe.stages.losses.features.fsp import FSP
+    from kdpipe.stages.losses.features.ft import FT
     from kdpipe.stages.losses.features.hint import Hint
+    from kdpipe.stages.losses.features.kdsvd import KDSVD
     from kdpipe.stages.losses.features.nst import NST
+    from kdpipe.stages.losses.features.ofd import OFD
     from kdpipe.stages.losses.features.pefd import PEFD
     from kdpipe.stages.losses.features.review_kd import ReviewKD
     from kdpipe.stages.losses.features.simkd import SimKD
@@ -36,6 +41,7 @@ if TYPE_CHECKING:
     from kdpipe.stages.losses.logits.binary_kd import BinaryKD
     from kdpipe.stages.losses.logits.dist import DIST
     from kdpipe.stages.losses.logits.dkd import DKD
+    from kdpipe.stages.losses.logits.gkl import GKL
     from kdpipe.stages.losses.logits.hard_distillation import HardDistillation
     from kdpipe.stages.losses.logits.kd import KD, LogitMSE
     from kdpipe.stages.losses.logits.mlld import MLLD
@@ -57,13 +63,18 @@ if TYPE_CHECKING:
 
 _MODULES = {
     "losses.base": "FeatureLoss LogitLoss Loss MapLoss PooledLoss SoftLogitLoss",
+    "losses.features.ab": "AB",
     "losses.features.at": "AT ATGradient",
     "losses.features.cat_kd": "CATKD",
     "losses.features.cosine": "Cosine",
     "losses.features.cwd": "CWD",
     "losses.features.fitnet": "FitNet",
+    "losses.features.fsp": "FSP",
+    "losses.features.ft": "FT",
     "losses.features.hint": "Hint",
+    "losses.features.kdsvd": "KDSVD",
     "losses.features.nst": "NST",
+    "losses.features.ofd": "OFD",
     "losses.features.pefd": "PEFD",
     "losses.features.review_kd": "ReviewKD",
     "losses.features.simkd": "SimKD",
@@ -76,6 +87,7 @@ _MODULES = {
     "losses.logits.binary_kd": "BinaryKD",
     "losses.logits.dist": "DIST",
     "losses.logits.dkd": "DKD",
+    "losses.logits.gkl": "GKL",
     "losses.logits.hard_distillation": "HardDistillation",
     "losses.logits.kd": "KD LogitMSE",
     "losses.logits.mlld": "MLLD",
@@ -99,11 +111,12 @@ _MODULE_OF = {name: module for module, names in _MODULES.items() for name in nam
 
 # fmt: off
 __all__ = [  # literal, so that linters and type checkers see it; a test compares it with _MODULES
-    "AT", "CATKD", "CC", "CRD", "CWD", "DIST", "DKD", "KD", "MLLD", "NKD", "NST", "PEFD", "PKT", "RKD", "SP", "SRD",
-    "SRRL", "TTM", "VID", "WKDF", "WKDL", "WSLD", "WTTM", "ATGradient", "BinaryKD", "Cosine", "FeatureLoss",
-    "FeatureSpec", "FitNet", "HardDistillation", "Hint", "LogitLoss", "LogitMSE", "Loss", "LossInputs", "MapLoss",
-    "ModelOutput", "Negatives", "PooledLoss", "RelationLoss", "ReviewKD", "SampleSelection", "Schedule", "Scheduled",
-    "SimKD", "SoftLogitLoss", "TrainProgress", "VkD", "all_gather_with_grad", "functional",
+    "AB", "AT", "CATKD", "CC", "CRD", "CWD", "DIST", "DKD", "FSP", "FT", "GKL", "KD", "KDSVD", "MLLD", "NKD", "NST",
+    "OFD", "PEFD", "PKT", "RKD", "SP", "SRD", "SRRL", "TTM", "VID", "WKDF", "WKDL", "WSLD", "WTTM", "ATGradient",
+    "BinaryKD", "Cosine", "FeatureLoss", "FeatureSpec", "FitNet", "HardDistillation", "Hint", "LogitLoss", "LogitMSE",
+    "Loss", "LossInputs", "MapLoss", "ModelOutput", "Negatives", "PooledLoss", "RelationLoss", "ReviewKD",
+    "SampleSelection", "Schedule", "Scheduled", "SimKD", "SoftLogitLoss", "TrainProgress", "VkD",
+    "all_gather_with_grad", "functional",
 ]
 # fmt: on
 

@@ -9,12 +9,17 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from kdpipe.stages.losses.features.ab import ab_loss
     from kdpipe.stages.losses.features.at import at_loss
     from kdpipe.stages.losses.features.cat_kd import cat_kd_loss
     from kdpipe.stages.losses.features.cosine import cosine_loss
     from kdpipe.stages.losses.features.cwd import cwd_loss
+    from kdpipe.stages.losses.features.fsp import fsp_loss
+    from kdpipe.stages.losses.features.ft import ft_loss
     from kdpipe.stages.losses.features.hint import hint_loss
+    from kdpipe.stages.losses.features.kdsvd import kdsvd_loss
     from kdpipe.stages.losses.features.nst import nst_loss
+    from kdpipe.stages.losses.features.ofd import ofd_loss
     from kdpipe.stages.losses.features.review_kd import hcl_loss
     from kdpipe.stages.losses.features.srd import srd_loss
     from kdpipe.stages.losses.features.srrl import srrl_loss
@@ -24,6 +29,7 @@ if TYPE_CHECKING:
     from kdpipe.stages.losses.logits.binary_kd import binary_kd_loss
     from kdpipe.stages.losses.logits.dist import dist_loss
     from kdpipe.stages.losses.logits.dkd import dkd_loss, nckd_loss, tckd_loss
+    from kdpipe.stages.losses.logits.gkl import gkl_loss
     from kdpipe.stages.losses.logits.hard_distillation import hard_distillation_loss
     from kdpipe.stages.losses.logits.kd import kd_loss, logit_mse_loss
     from kdpipe.stages.losses.logits.mlld import mlld_loss
@@ -39,12 +45,17 @@ if TYPE_CHECKING:
     from kdpipe.stages.losses.weighted import standardize_logits
 
 _MODULES = {
+    "features.ab": "ab_loss",
     "features.at": "at_loss",
     "features.cat_kd": "cat_kd_loss",
     "features.cosine": "cosine_loss",
     "features.cwd": "cwd_loss",
+    "features.fsp": "fsp_loss",
+    "features.ft": "ft_loss",
     "features.hint": "hint_loss",
+    "features.kdsvd": "kdsvd_loss",
     "features.nst": "nst_loss",
+    "features.ofd": "ofd_loss",
     "features.review_kd": "hcl_loss",
     "features.srd": "srd_loss",
     "features.srrl": "srrl_loss",
@@ -54,6 +65,7 @@ _MODULES = {
     "logits.binary_kd": "binary_kd_loss",
     "logits.dist": "dist_loss",
     "logits.dkd": "dkd_loss nckd_loss tckd_loss",
+    "logits.gkl": "gkl_loss",
     "logits.hard_distillation": "hard_distillation_loss",
     "logits.kd": "kd_loss logit_mse_loss",
     "logits.mlld": "mlld_loss",
@@ -72,6 +84,7 @@ _MODULE_OF = {name: module for module, names in _MODULES.items() for name in nam
 
 # fmt: off
 __all__ = [  # literal, so that linters and type checkers see it; a test compares it with _MODULES
+    "ab_loss",
     "angle_loss",
     "at_loss",
     "binary_kd_loss",
@@ -84,16 +97,21 @@ __all__ = [  # literal, so that linters and type checkers see it; a test compare
     "dist_loss",
     "distance_loss",
     "dkd_loss",
+    "fsp_loss",
+    "ft_loss",
+    "gkl_loss",
     "hard_distillation_loss",
     "hcl_loss",
     "hint_loss",
     "kd_loss",
+    "kdsvd_loss",
     "logit_mse_loss",
     "mlld_loss",
     "nce_loss",
     "nckd_loss",
     "nkd_loss",
     "nst_loss",
+    "ofd_loss",
     "pkt_loss",
     "rkd_loss",
     "sp_loss",

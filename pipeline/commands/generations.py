@@ -85,7 +85,9 @@ def next_recipe(recipe: Recipe, folder: Path) -> Recipe:
     return replace(
         recipe,
         # It was trained here, so that a low accuracy is no sign of a wrong scaling or order of classes.
-        teacher=TeacherConfig(model=model, mean=student.mean, std=student.std, expected_accuracy=0),
+        teacher=TeacherConfig(
+            model=model, mean=student.mean, std=student.std, expected_accuracy=0, output=student.output
+        ),
         student=replace(student, seeds=seeds),
     )
 

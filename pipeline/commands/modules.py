@@ -27,7 +27,7 @@ def run_modules(run: Run) -> Modules:
     context = blank_context(recipe) or run.context
     teacher = untrained_teacher(without_weights(recipe.teacher), recipe.seed, context)
     student = build_student(without_weights(recipe.student), recipe.student.seeds[0], context)
-    own = context.resized(recipe.student.image_size)
+    own = recipe.student.context(context)
     return {
         "teacher": list_modules(teacher.model, context.image_shape),
         "student": list_modules(student.model, own.image_shape),

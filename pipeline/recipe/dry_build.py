@@ -16,10 +16,11 @@ from kdpipe.stages.cache_teacher.plan import encoding_of
 from kdpipe.stages.compress.compress import dry_run
 from kdpipe.stages.context import StageContext
 from kdpipe.stages.data.config import DataConfig
-from kdpipe.stages.data.image_set import ImageSet
+from kdpipe.stages.data.image_set import UNLABELED, ImageSet
 from kdpipe.stages.data.load import list_source, require_applicable
 from kdpipe.stages.data.names import FILE_KINDS, KINDS, NUM_CLASSES, SHAPES
 from kdpipe.stages.data.sources.user_function import is_user_dataset
+from kdpipe.stages.distillation.compatibility import require_fitting_encoding
 from kdpipe.stages.distillation.student_config import StudentConfig
 from kdpipe.stages.distillation.task_builder import build_student
 from kdpipe.stages.errors import DataError, ModelError, NotLogitsError, RecipeError, UnknownModelError
@@ -142,7 +143,8 @@ def _blank(recipe: Recipe, num_classes: int, channels: int, side: int) -> StageC
     images = torch.zeros(num_images, channels, side, side, dtype=torch.uint8)
     images[num_classes:] = 255
     ids = torch.arange(num_images)
-    blank = ImageSet(recipe.data.name, "train", images, ids % num_classes, ids, names)
+    labels = torch.full_like(ids, UNLABELED) if recipe.data.labels == "none" else ids % num_classes
+    blank = ImageSet(recipe.data.name, "train", images, labels, ids, names)
     return StageContext(Path(), blank, blank, recipe.views, torch.device("cpu"), RunMonitor())
 
 
@@ -197,6 +199,8 @@ def _faults_of_cache(recipe: Recipe, teacher: ModelBundle, context: StageContext
 
 
 def _faults_of_losses(recipe: Recipe, teacher: ModelBundle, context: StageContext) -> Iterator[str]:
+    known = recipe.data.name in SHAPES and fault_of(encoding_of, recipe.cache, context, teacher) is None
+    encoding = encoding_of(recipe.cache, context, teacher) if known and not recipe.student.stores else None
     for where, (student, losses) in students_of(recipe).items():
 
         def try_losses(some: Sequence[Loss], student: StudentConfig = student, where: str = where) -> None:
@@ -204,6 +208,7 @@ def _faults_of_losses(recipe: Recipe, teacher: ModelBundle, context: StageContex
 
         alone = list(faults_of_each(losses, where, try_losses))
         together = None if alone else fault_of(try_losses, losses)
+        together = together or fault_of(require_fitting_encoding, encoding, losses, student.teachers, where)
         yield from [*alone, together] if together else alone
 
 

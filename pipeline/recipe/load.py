@@ -149,11 +149,17 @@ def validate(source: Overrides, context: Mapping[str, bool] | None = None) -> tu
 
 
 def _without_alone(recipe: Recipe) -> Recipe:
-    """Return the recipe; of images without labels without the networks that learn from labels alone."""
-    if recipe.data.labels != "none":
+    """Return the recipe without the networks that learn from labels alone, if there are no labels or no classifier.
+
+    Of images without labels the student of a teacher of embeddings returns embeddings.
+    """
+    student = recipe.student
+    if recipe.data.labels == "none" and recipe.teacher.is_headless and not student.stores:
+        student = replace(student, output=recipe.teacher.output)
+    if recipe.data.labels != "none" and not student.is_headless:
         return recipe
-    student, compress = replace(recipe.student, baseline=False), replace(recipe.compress, baselines=False)
-    return replace(recipe, student=student, compress=compress)
+    compress = replace(recipe.compress, baselines=False)
+    return replace(recipe, student=replace(student, baseline=False), compress=compress)
 
 
 def faults_of_each(losses: Sequence[Loss], where: str, check: Callable[[Sequence[Loss]], object]) -> Iterator[str]:

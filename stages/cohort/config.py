@@ -11,7 +11,8 @@ from kdpipe.stages.cohort.combine import Combine
 from kdpipe.stages.config import Count, PathStr, section
 from kdpipe.stages.errors import RecipeError
 from kdpipe.stages.losses.base import FeatureLoss, Loss
-from kdpipe.stages.losses.features.fitnet import FitNet
+from kdpipe.stages.losses.features.fitnet import InitialLoss
+from kdpipe.stages.losses.features.ft import FT
 from kdpipe.stages.losses.features.simkd import SimKD
 from kdpipe.stages.losses.registry import AnyLoss
 from kdpipe.stages.losses.schedules import Scheduled, Temperature
@@ -142,7 +143,7 @@ def check_teacher_losses(losses: Sequence[Loss], config: CohortConfig) -> None:
 
 
 def _require_possible(loss: Loss, entry: str) -> None:
-    if isinstance(loss, FitNet | SimKD) or loss.input_gradient:
+    if isinstance(loss, InitialLoss | FT | SimKD) or loss.input_gradient:
         raise RecipeError(
             f"{entry}: it trains a student in stages, changes its network or needs the gradient by its images, which "
             "is for single students: use another loss, such as hint or at."

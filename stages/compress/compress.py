@@ -194,10 +194,11 @@ def dry_run(config: CompressConfig, student: StudentConfig, context: StageContex
     Raises:
         ModelError: If the student cannot be compressed.
     """
-    context = context.resized(student.image_size)
+    context = student.context(context)
     network = build_student(student, student.seeds[0], context)
     if config.student is not None:
-        network = load_external(Path(config.student).expanduser(), network, context.test_set.class_names)
+        class_names = () if student.is_headless else context.test_set.class_names
+        network = load_external(Path(config.student).expanduser(), network, class_names)
     model, example = network.model, torch.zeros(2, *context.image_shape)
     if config.prunes:
         gradients = {name: torch.ones_like(parameter) for name, parameter in model.named_parameters()}

@@ -126,7 +126,7 @@ def build_fine_tuning(
 
     The student is that of `kdpipe train-student`, or the one in the folder `student_dir`.
     """
-    context, smoothing = context.resized(student.image_size), student.label_smoothing
+    context, smoothing = student.context(context), student.label_smoothing
     return FineTuneContext(
         seed=seed,
         spec=spec,

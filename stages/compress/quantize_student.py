@@ -18,6 +18,7 @@ from kdpipe.stages.compress.quantization.qat import calibrate, freeze_observers,
 from kdpipe.stages.compress.resume import TrainedModel
 from kdpipe.stages.config import Count, section
 from kdpipe.stages.models.bundle import ModelBundle
+from kdpipe.stages.models.tokens import HEADLESS, is_headless
 from kdpipe.stages.training.finalize import finalize
 from kdpipe.stages.training.optim import TrainConfig
 from kdpipe.stages.training.task import TrainingTask
@@ -52,10 +53,14 @@ def quantize_json(config: QuantizeConfig) -> dict[str, Any]:
 
 def prepare(model: nn.Module, image_shape: tuple[int, int, int], config: QuantizeConfig) -> nn.Module:
     """Return a copy of a float network that rounds as configured. Raises ModelError if it cannot be quantized."""
+    prepared: nn.Module
     example = torch.zeros(2, *image_shape)
     if config.scheme == "int4":
-        return prepare_int4(model, example, block_size=config.block_size, exclude=config.exclude)
-    return prepare_qat(model, example, exclude=config.exclude)
+        prepared = prepare_int4(model, example, block_size=config.block_size, exclude=config.exclude)
+    else:
+        prepared = prepare_qat(model, example, exclude=config.exclude)
+    setattr(prepared, HEADLESS, is_headless(model))  # a traced network loses it
+    return prepared
 
 
 def quantized_record(config: QuantizeConfig) -> dict[str, Any]:

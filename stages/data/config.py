@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 from pydantic import BeforeValidator, Field
 
 from kdpipe.stages.config import Bytes, PathStr, section
-from kdpipe.stages.data.tasks import CLASSIFICATION, Task
+from kdpipe.stages.data.tasks import CLASSIFICATION, LabelTask
 
 
 def _reject_bool(value: object) -> object:
@@ -54,7 +54,7 @@ class DataConfig:
     """
 
     name: PathStr = "digits"
-    task: Task = CLASSIFICATION
+    task: LabelTask = CLASSIFICATION
     root: PathStr = "data"
     download: bool = True
     image_column: PathStr | None = None

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kdpipe.stages.data.tasks import CLASSIFICATION, MULTILABEL, REGRESSION, Task
+from kdpipe.stages.data.tasks import CLASSIFICATION, EMBEDDING, MULTILABEL, REGRESSION, Task
 
 
 def target_losses(task: Task, outputs: Tensor, targets: Tensor) -> Tensor:
@@ -27,11 +27,13 @@ def divergences(task: Task, expected: Tensor, found: Tensor) -> Tensor:
     """Return how far outputs are from the expected ones, [B], of [B, K].
 
     KL(expected || found) of the softmax in nats; the sum over the labels of that of the sigmoids; the mean squared
-    error.
+    error; of embeddings 1 - cosine.
     """
     expected, found = expected.double(), found.double()
     if task == REGRESSION:
         return (expected - found).square().mean(1)
+    if task == EMBEDDING:
+        return 1 - F.cosine_similarity(expected, found)
     if task == MULTILABEL:
         return binary_kl(expected, found).sum(1)
     return F.kl_div(found.log_softmax(1), expected.log_softmax(1), reduction="none", log_target=True).sum(1)
@@ -48,11 +50,13 @@ def binary_kl(expected: Tensor, found: Tensor) -> Tensor:
 def agreement(task: Task, expected: Tensor, found: Tensor) -> float:
     """Return how far two networks' outputs [N, K] agree, 1 at most.
 
-    The share of samples of the same class; of samples and labels that are decided alike; or of the variance of the
-    expected numbers that is explained, at least 0.
+    The share of samples of the same class; of samples and labels that are decided alike; of the variance of the
+    expected numbers that is explained, at least 0; or the mean cosine of their embeddings.
     """
     if task == REGRESSION:
         return max(0.0, r2(expected, found))
+    if task == EMBEDDING:
+        return 1 - float(divergences(task, expected, found).mean())
     same = expected.argmax(1) == found.argmax(1) if task == CLASSIFICATION else (expected > 0) == (found > 0)
     return int(same.sum()) / same.numel()
 

@@ -1,15 +1,24 @@
-"""What the outputs of a network are: scores of classes that exclude each other, of independent labels, or numbers."""
+"""What the outputs of a network are: scores of exclusive classes or of independent labels, numbers, or an embedding."""
 
 from __future__ import annotations
 
 from typing import Literal
 
-Task = Literal["classification", "multilabel", "regression"]
+LabelTask = Literal["classification", "multilabel", "regression"]
 """What images are labeled with: one class; for each of K labels 0 or 1; or K numbers."""
 
-CLASSIFICATION: Task = "classification"
-MULTILABEL: Task = "multilabel"
-REGRESSION: Task = "regression"
+Task = LabelTask | Literal["embedding"]
+"""What a network's outputs are: for these labels, or an embedding, which needs none."""
 
-LOSS_NAMES = {CLASSIFICATION: "cross_entropy", MULTILABEL: "cross_entropy", REGRESSION: "mse"}
-"""Names of the mean loss in results: of labels the binary cross entropy."""
+CLASSIFICATION: LabelTask = "classification"
+MULTILABEL: LabelTask = "multilabel"
+REGRESSION: LabelTask = "regression"
+EMBEDDING: Task = "embedding"
+
+LOSS_NAMES: dict[Task, str] = {
+    CLASSIFICATION: "cross_entropy",
+    MULTILABEL: "cross_entropy",
+    REGRESSION: "mse",
+    EMBEDDING: "cosine_mse",
+}
+"""Names of the mean loss in results: of labels the binary cross entropy, of embeddings that of pairwise cosines."""

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 
 from kdpipe.stages.context import StageContext
 from kdpipe.stages.data.image_set import ImageSet, require_classes
-from kdpipe.stages.data.tasks import CLASSIFICATION, MULTILABEL
+from kdpipe.stages.data.tasks import CLASSIFICATION, MULTILABEL, Task
 from kdpipe.stages.distillation.spec import DistillationSpec
 from kdpipe.stages.distillation.student_config import StudentConfig
 from kdpipe.stages.errors import RecipeError
@@ -91,12 +91,12 @@ def check_labels(losses: Sequence[Loss], teachers: TeachersConfig, train_set: Im
 
 def _check_task(losses: Sequence[Loss], teachers: TeachersConfig, train_set: ImageSet, where: str) -> None:
     """Raise RecipeError for losses that are not for these outputs, and what is for classes where there are none."""
-    fitting = {CLASSIFICATION: "kd", MULTILABEL: "binary_kd or logit_mse"}.get(train_set.task, "logit_mse")
+    fitting: dict[Task, str] = {CLASSIFICATION: "kd", MULTILABEL: "binary_kd or logit_mse"}
     for number, loss in enumerate(losses):
         entry = f"{where}.{number} ({loss.loss})"
         if train_set.task not in loss.tasks:
             fits = f"is for {' and '.join(loss.tasks)}, and data.task is {train_set.task!r}"
-            raise RecipeError(f"{entry} {fits}: use {fitting}, or a loss on features.")
+            raise RecipeError(f"{entry} {fits}: use {fitting.get(train_set.task, 'logit_mse')}, or a loss on features.")
         if loss.samples.needs_probabilities:
             require_classes(train_set, f"{entry} with samples selected or weighted by probabilities")
         if vars(loss).get("standardize"):
@@ -241,6 +241,20 @@ def require_logits(stores: Sequence[TargetStore], losses: Sequence[Loss], teache
         by_label = teachers.weights in ("confidence", "learnable") and len(stores) > 1 and not own_teacher
         for store in used if loss.samples.needs_probabilities or by_label else ():
             _require_probabilities(store, entry)
+
+
+def require_fitting_encoding(
+    encoding: LogitEncoding | None, losses: Sequence[Loss], teachers: TeachersConfig, where: str
+) -> None:
+    """Raise RecipeError, before a store is made, unless its encoding will serve the losses on logits."""
+    for number, loss in enumerate(losses):
+        if loss.on_logits:
+            own = teachers.temperatures[:1] if loss.store is None else ()
+            entry = f"{where}.{number} ({loss.loss})"
+            try:
+                require_encoding(encoding, "the store", loss, own or loss.temperatures(), entry)
+            except StoreError as error:
+                raise RecipeError(f"{entry}: {error}") from error
 
 
 def require_encoding(

@@ -13,7 +13,7 @@ from kdpipe.stages.config import config_fingerprint
 from kdpipe.stages.data.image_set import ImageSet
 from kdpipe.stages.losses.base import Loss
 from kdpipe.stages.losses.distillation import required_of
-from kdpipe.stages.losses.features.fitnet import FitNet
+from kdpipe.stages.losses.features.fitnet import InitialLoss
 from kdpipe.stages.losses.inputs import TeacherShapes
 from kdpipe.stages.losses.sample_selection import SampleSelection
 from kdpipe.stages.losses.schedules import Schedule, Scheduled
@@ -87,7 +87,7 @@ class DistillationSpec:
     @property
     def without_hint_losses(self) -> DistillationSpec:
         """Return the losses of the student's own training: without the FitNet stages before it."""
-        return self.with_losses([loss for loss in self.losses if not isinstance(loss, FitNet)])
+        return self.with_losses([loss for loss in self.losses if not isinstance(loss, InitialLoss)])
 
     def join_stores(self, train_set: ImageSet) -> list[JoinedStore]:
         """Return the stores, joined to the training samples by id. Raises like `join`."""

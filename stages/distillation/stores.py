@@ -17,6 +17,7 @@ from kdpipe.stages.distillation.compatibility import (
     require_views,
     temperatures_of,
 )
+from kdpipe.stages.distillation.embedding_student import check_output
 from kdpipe.stages.distillation.spec import DistillationSpec
 from kdpipe.stages.distillation.student_config import StudentConfig
 from kdpipe.stages.distillation.task_builder import student_shapes
@@ -74,6 +75,8 @@ def open_distillation(
         raise RecipeError(
             f"student.stores has one teacher twice: {', '.join(map(str, places))} contain the same outputs."
         )
+    of_embeddings = any(not store.manifest.has_logits for store in stores)
+    check_output(student, losses, context, of_embeddings=of_embeddings)
     for store in stores:
         require_views(store, context.views.num_views)
     require_logits(stores, losses, student.teachers)

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 from pydantic import AfterValidator, Field
 
 from kdpipe.stages.config import PathStr, Seed, section, unique
+from kdpipe.stages.context import StageContext
 from kdpipe.stages.losses.schedules import Scheduled
 from kdpipe.stages.models.build import ModelConfig
 from kdpipe.stages.targets.ensemble import TeachersConfig
@@ -40,6 +41,8 @@ class StudentConfig:
         mean: The input's mean for each channel; by default that of the training images.
         std: The input's standard deviation for each channel.
         image_size: Side of the square to which the views are resized for the student; by default it sees the teacher's.
+        output: What it returns: "logits", or "embeddings" without a classifier, for a teacher of embeddings. The
+            default of images without labels is the teacher's.
     """
 
     model: ModelConfig
@@ -56,6 +59,17 @@ class StudentConfig:
     mean: tuple[float, ...] | None = None
     std: tuple[float, ...] | None = None
     image_size: Annotated[int, Field(ge=1, le=2**14)] | None = None
+    output: Literal["logits", "embeddings"] = "logits"
+
+    @property
+    def is_headless(self) -> bool:
+        """Whether the student returns embeddings in place of logits."""
+        return self.output == "embeddings"
+
+    def context(self, context: StageContext) -> StageContext:
+        """Return the context of the student's networks: its image size, and what it returns."""
+        own = context.resized(self.image_size)
+        return own.for_embeddings if self.is_headless else own
 
 
 def view_warning(views: Views) -> str | None:

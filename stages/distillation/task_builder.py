@@ -73,7 +73,7 @@ def build_student(
     config: StudentConfig, seed: int, context: StageContext, spec: DistillationSpec | None = None
 ) -> ModelBundle:
     """Build the untrained student of a seed, with the modules that the losses of `spec` add to it."""
-    context = context.resized(config.image_size)
+    context = config.context(context)
     normalize = model_normalization(context.train_set, config.model, config.mean, config.std)
     network = ModelBundle(context.build_model(config.model, seed), context.architecture(config.model), normalize)
     for loss in spec.losses if spec else ():

@@ -1,4 +1,4 @@
-"""Teacher logits on the test images, and the accuracies that weigh teachers, from the stores of these images."""
+"""Teacher logits and embeddings of the test images, and the accuracies that weigh teachers, from their stores."""
 
 from __future__ import annotations
 
@@ -14,8 +14,10 @@ from kdpipe.stages.data.image_set import UNLABELED
 from kdpipe.stages.data.splits import VALIDATION, Part
 from kdpipe.stages.errors import RecipeError
 from kdpipe.stages.evaluation.evaluate import BATCH_SIZE
-from kdpipe.stages.targets.class_map import ClassMapConfig
+from kdpipe.stages.models.tokens import PRE_LOGITS
+from kdpipe.stages.targets.class_map import SAME, ClassMapConfig
 from kdpipe.stages.targets.ensemble import TeacherEnsemble, TeachersConfig
+from kdpipe.stages.targets.feature_spec import FeatureSpec
 from kdpipe.stages.targets.join import JoinedStore, join
 from kdpipe.stages.targets.open import local_store_path, open_with_views, part_store_path
 from kdpipe.stages.targets.reader import TargetLoadingConfig, Targets
@@ -76,6 +78,43 @@ def teacher_logits(
     return logits
 
 
+EMBEDDING = FeatureSpec(PRE_LOGITS)
+
+
+@dataclass(frozen=True)
+class TeacherEmbeddings:
+    """The embeddings of a teacher for test images, read batch by batch; rows of NaN for images without any."""
+
+    targets: Targets
+
+    @torch.no_grad()
+    def __call__(self, positions: Tensor) -> Tensor:
+        """Return the embeddings float32 [B, D] of the test images at `positions`, int64 [B]."""
+        vectors = self.targets.features(0, 0, positions, [EMBEDDING])[EMBEDDING]
+        mask = self.targets.target_masks(positions)[0]
+        return vectors if mask is None else vectors.masked_fill(~mask[:, None], float("nan"))
+
+
+def teacher_embeddings(
+    stores: Sequence[Path | str], context: StageContext, part: Part = "test"
+) -> TeacherEmbeddings | None:
+    """Open the embeddings of the first teacher without a classifier, for the test or the validation images.
+
+    None, with a warning, if there are none.
+    """
+    images = context if part == "test" else context.deciding
+    manifests = (read_store_manifest(local_store_path(place, context.monitor)) for place in stores)
+    for place, manifest in zip(stores, manifests, strict=True):
+        if not manifest.has_logits:
+            try:
+                return TeacherEmbeddings(_targets([_source(place, SAME, images, part, [EMBEDDING])]))
+            except (StoreError, FingerprintMismatch) as error:
+                context.monitor.warn(
+                    "test", f"the teacher's embeddings of the {part} images are not available: {error}"
+                )
+    return None
+
+
 def deciding_accuracies(stores: Sequence[Path | str], config: TeachersConfig, context: StageContext) -> list[float]:
     """Return each teacher's accuracy on the validation images, or without any, and with a warning, the test images.
 
@@ -117,7 +156,13 @@ def _sources(
         return None
 
 
-def _source(training_path: Path | str, classes: ClassMapConfig, context: StageContext, part: Part) -> JoinedStore:
+def _source(
+    training_path: Path | str,
+    classes: ClassMapConfig,
+    context: StageContext,
+    part: Part,
+    features: Sequence[FeatureSpec] = (),
+) -> JoinedStore:
     path = local_store_path(part_store_path(training_path, part), context.monitor)
     store = open_with_views(path, test_context(context).view_identity(), {})
     teacher = read_store_manifest(local_store_path(training_path, context.monitor)).identity.teacher
@@ -125,7 +170,7 @@ def _source(training_path: Path | str, classes: ClassMapConfig, context: StageCo
         raise StoreError(
             f"{path} is of another teacher than {training_path}: delete it and run `kdpipe cache-teacher`."
         )
-    return join(store, context.test_set, (), "hard-labels", classes)
+    return join(store, context.test_set, features, "hard-labels", classes)
 
 
 def _targets(sources: Sequence[JoinedStore]) -> Targets:

@@ -13,7 +13,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from kdpipe.stages.evaluation.intervals import LEVEL
-from kdpipe.stages.evaluation.main_metric import DECISIONS, MAP, MainMetric
+from kdpipe.stages.evaluation.knn import mutual_knn
+from kdpipe.stages.evaluation.main_metric import DECISIONS, MAP, MUTUAL_KNN, MainMetric
 
 NUM_SETS = 400
 SETS_AT_ONCE = 20
@@ -29,7 +30,7 @@ def bootstrap_interval(metric: MainMetric, targets: Tensor, outputs: Tensor) -> 
 
     Args:
         metric: mAP, R² or what takes their place.
-        targets: Labels or numbers [N, K], NaN where they are not known.
+        targets: Labels or numbers [N, K], NaN where they are not known; or the teacher's embeddings.
         outputs: The network's, [N, K].
 
     Returns:
@@ -39,8 +40,12 @@ def bootstrap_interval(metric: MainMetric, targets: Tensor, outputs: Tensor) -> 
     if num < 2:
         return None
     wanted, found = targets.double().numpy(), outputs.double().numpy()
-    if metric == DECISIONS:
-        shares = ((found > 0) == (wanted == 1)).mean(1)
+    if metric in (DECISIONS, MUTUAL_KNN):
+        embeddings = metric == MUTUAL_KNN
+        shares = (
+            mutual_knn(targets, outputs)[0].double().numpy() if embeddings else ((found > 0) == (wanted == 1)).mean(1)
+        )
+        num = len(shares)
         measure: Measure = lambda counts: counts @ shares / num  # noqa: E731
     else:
         of_column = _average_precision if metric == MAP else _r2

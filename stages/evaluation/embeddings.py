@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kdpipe.stages.errors import NotFiniteError
-from kdpipe.stages.evaluation.evaluate import EvalResult, Evaluation, predict
+from kdpipe.stages.evaluation.evaluate import EvalResult, Evaluation, of_teacher, predict
 from kdpipe.stages.evaluation.knn import KNN
 from kdpipe.stages.evaluation.linear_probe import LinearProbe, fit_probe
 from kdpipe.stages.models.hooks import FeatureExtractor, extract_features
@@ -74,8 +74,13 @@ def evaluate_neighbors(model: nn.Module, test: Evaluation, device: torch.device,
     return EvalResult(accuracy, float(F.cross_entropy(votes, found.labels)))
 
 
-def with_probe(model: nn.Module, labeled: Evaluation, test: Evaluation) -> tuple[Evaluation, dict[str, Any]]:
-    """Return the evaluation of a network without a classifier, by a linear probe, and the entries of its results."""
+def with_probe(model: nn.Module, labeled: Evaluation | None, test: Evaluation) -> tuple[Evaluation, dict[str, Any]]:
+    """Return the evaluation of a teacher without a classifier, by a linear probe, and the entries of its results.
+
+    Without labeled images there is none, and the teacher is compared with itself.
+    """
+    if labeled is None:
+        return of_teacher(replace(test, of_embeddings=True), model), {}
     examined = examine(embeddings_of(model, labeled), embeddings_of(model, test), len(test.class_names))
     return replace(test, head=examined.probe), examined.to_json()
 
@@ -85,6 +90,7 @@ def embeddings_of(model: nn.Module, images: Evaluation) -> Embeddings:
 
     Raises NotFiniteError if they are not finite.
     """
+    images = replace(images, of_embeddings=False)  # the labels are wanted
     vectors, labels = [], []
     with extract_features(model, [PRE_LOGITS]) as extractor:
         for found in predict(_Embedder(model, extractor), images, images.device):

@@ -1,6 +1,7 @@
 """Evaluation: the main metric and the cross entropy over a test set, in eval mode, without views.
 
-Where no test image has a label, the classes that the teacher predicts take the place of the labels.
+Where no test image has a label, the classes that the teacher predicts take the place of the labels. A network that
+returns embeddings is compared with the teacher's, whether there are labels or not.
 """
 
 from __future__ import annotations
@@ -21,9 +22,10 @@ from kdpipe.stages.compute.threads import CheckedThreads, max_threads
 from kdpipe.stages.data.image_set import UNLABELED
 from kdpipe.stages.data.loader.image_loader import ImageLoader, ViewRequest
 from kdpipe.stages.data.measures import mean_average_precision, r2, target_losses
-from kdpipe.stages.data.tasks import CLASSIFICATION, LOSS_NAMES, MULTILABEL, REGRESSION, Task
+from kdpipe.stages.data.tasks import CLASSIFICATION, EMBEDDING, LOSS_NAMES, MULTILABEL, Task
 from kdpipe.stages.errors import DataError, NotFiniteError
-from kdpipe.stages.evaluation.main_metric import ACCURACY, DECISIONS, MAP, MainMetric, metric_for
+from kdpipe.stages.evaluation.knn import mutual_knn
+from kdpipe.stages.evaluation.main_metric import ACCURACY, DECISIONS, MAP, MUTUAL_KNN, MainMetric, metric_for
 from kdpipe.stages.models.clone import preserve_modes
 from kdpipe.stages.models.main_logits import main_logits
 from kdpipe.stages.models.normalization import Normalization
@@ -37,7 +39,7 @@ _threads: WeakKeyDictionary[nn.Module, CheckedThreads] = WeakKeyDictionary()
 """Where the logits do not depend on the number of CPU threads, a network runs on the one that is faster at present."""
 
 LogitsAt = Callable[[Tensor], Tensor]
-"""Returns a teacher's logits, float32 [B, C], of the samples at positions int64 [B] of a test set."""
+"""Returns a teacher's logits, float32 [B, C], or embeddings, of the samples at positions int64 [B] of a test set."""
 
 
 def in_batches(indices: Tensor, loader: ImageLoader) -> tuple[Tensor, ...]:
@@ -51,12 +53,14 @@ class Evaluation:
     """A test set, the model's input scaling, and the teacher's logits.
 
     Attributes:
-        teacher_logits: Reads the teacher's logits; rows of NaN for samples without any; None without a teacher.
+        teacher_logits: Reads the teacher's logits; rows of NaN for samples without any; None without a teacher. With
+            `of_embeddings` they are its embeddings.
         warn: Receives a sentence about batches that did not fit into memory.
         before_batch: Called before each batch; may raise StoppedEarly, as a large test set takes minutes.
         compute: How the network is computed.
         view: The view of the images that is evaluated; None for the original images.
         head: What makes logits of the network's outputs, if these are embeddings.
+        of_embeddings: Whether networks return embeddings, which are compared with the teacher's.
     """
 
     loader: ImageLoader
@@ -67,6 +71,7 @@ class Evaluation:
     compute: ComputeSettings = EXACT
     view: int | None = None
     head: Callable[[Tensor], Tensor] | None = None
+    of_embeddings: bool = False
 
     @property
     def device(self) -> torch.device:
@@ -91,19 +96,31 @@ class Evaluation:
 
     @property
     def task(self) -> Task:
-        """What the images are labeled with."""
-        return self.loader.dataset.task
+        """What the images are labeled with, or that embeddings are compared."""
+        return EMBEDDING if self.of_embeddings else self.loader.dataset.task
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether it is known of every image what is expected."""
+        return self.loader.dataset.is_labeled and not self.of_embeddings
 
     def expected(self, positions: Tensor) -> Tensor:
         """Return the class that each sample should have, int64 [B], -1 where that is not known.
 
-        Of other tasks than classification they are labels or numbers, float32 [B, K], NaN where not known.
+        Of other tasks than classification they are labels or numbers, float32 [B, K], NaN where not known; of
+        embeddings those of the teacher.
 
         Raises:
-            DataError: The test images have no labels, and no teacher's outputs on them are known.
+            DataError: The test images have no labels, or embeddings are compared, and no teacher's outputs are known.
         """
-        if self.loader.dataset.has_labels:
+        if self.loader.dataset.has_labels and not self.of_embeddings:
             return self.loader.dataset.labels_at(positions)
+        if self.teacher_logits is None and self.of_embeddings:
+            raise DataError(
+                f"there are no embeddings of the teacher for the {self.loader.dataset.split} images of "
+                f"{self.loader.dataset.name} to compare the student's with: cache the teacher on them (kdpipe "
+                "cache-teacher, in Python test=)."
+            )
         if self.teacher_logits is None:
             raise DataError(
                 f"the {self.loader.dataset.split} images of {self.loader.dataset.name} have no labels, and there are "
@@ -113,13 +130,14 @@ class Evaluation:
         logits = self.teacher_logits(positions).cpu()
         if self.task == MULTILABEL:
             return torch.where(logits.isnan(), logits, (logits > 0).float())
-        if self.task == REGRESSION:
+        if self.task != CLASSIFICATION:
             return logits
         return torch.where(logits.isnan().any(1), UNLABELED, logits.argmax(1))
 
     @property
     def class_names(self) -> tuple[str, ...]:
-        return tuple(self.loader.dataset.class_names)
+        """The names of the classes; none of embeddings."""
+        return () if self.of_embeddings else tuple(self.loader.dataset.class_names)
 
     def images(self, limit: int) -> Tensor:
         """Return the first images, at most `limit`, normalized: float32 [B, C, H, W]."""
@@ -155,7 +173,7 @@ class Predictions:
 
 @dataclass(frozen=True)
 class EvalResult:
-    """Top-1 accuracy, or what takes its place, and the mean loss: cross entropy in nats, or squared error."""
+    """Top-1 accuracy, or what takes its place, and the mean loss: cross entropy in nats, or a squared error."""
 
     value: float
     loss: float
@@ -188,7 +206,7 @@ class EvalAccumulator:
 
 @dataclass
 class OutputAccumulator:
-    """The outputs of a pass over a test set that has labels or numbers, on the CPU."""
+    """The outputs of a pass over a test set that has labels or numbers, or of embeddings, on the CPU."""
 
     task: Task
     metric: MainMetric
@@ -201,6 +219,9 @@ class OutputAccumulator:
 
     def result(self) -> EvalResult:
         outputs, targets = torch.cat(self.outputs), torch.cat(self.targets)
+        if self.metric is MUTUAL_KNN:
+            shares, loss = mutual_knn(targets, outputs)
+            return EvalResult(float(shares.double().mean()), loss, self.metric, self.task)
         if self.metric is MAP:
             value = mean_average_precision(targets, outputs)[0]
         elif self.metric is DECISIONS:
@@ -249,8 +270,8 @@ def _logits(model: nn.Module, test: Evaluation, images: Tensor) -> Tensor:
 
 
 def of_teacher(test: Evaluation, model: nn.Module) -> Evaluation:
-    """Return the evaluation of a teacher: it is compared with itself where no test image has a label."""
-    if test.loader.dataset.has_labels:
+    """Return the evaluation of a teacher: compared with itself if no test image has a label, or it has embeddings."""
+    if test.loader.dataset.has_labels and not test.of_embeddings:
         return test
 
     @torch.no_grad()
@@ -268,7 +289,6 @@ def evaluate(model: nn.Module, test: Evaluation, device: torch.device) -> EvalRe
 
 def evaluate_all(model: nn.Module, test: Evaluation, device: torch.device, count: int) -> list[EvalResult]:
     """Evaluate `count` networks whose outputs `model` returns side by side, [B, count C]; raises like `evaluate`."""
-    is_whole = test.loader.dataset.is_labeled
     sums = [
         EvalAccumulator(test.metric) if test.task == CLASSIFICATION else OutputAccumulator(test.task, test.metric)
         for _ in range(count)
@@ -276,7 +296,7 @@ def evaluate_all(model: nn.Module, test: Evaluation, device: torch.device, count
     for predictions in predict(model, test, device):
         if not predictions.logits.isfinite().all() and test.task != CLASSIFICATION:
             raise _not_finite("outputs are NaN or infinite")
-        labeled = predictions if is_whole else predictions.labeled
+        labeled = predictions if test.is_whole else predictions.labeled
         for each, logits in zip(sums, labeled.logits.chunk(count, 1), strict=True):
             each.add(replace(labeled, logits=logits))
     results = [each.result() for each in sums]

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from kdpipe.stages.data.tasks import CLASSIFICATION, MULTILABEL, REGRESSION, Task
+from kdpipe.stages.data.tasks import CLASSIFICATION, EMBEDDING, MULTILABEL, REGRESSION, Task
 
 
 @dataclass(frozen=True)
@@ -49,9 +49,16 @@ DECISIONS = MainMetric("decisions", "labels decided as the teacher does", is_sha
 R2 = MainMetric("r2", "variance explained (R²)", least=-math.inf, is_share=False)
 TEACHER_R2 = MainMetric("teacher_r2", "variance of the teacher's outputs explained (R²)", -math.inf, is_share=False)
 
-METRICS = {metric.name: metric for metric in (ACCURACY, AGREEMENT, MAP, DECISIONS, R2, TEACHER_R2)}
+MUTUAL_KNN = MainMetric("mutual_knn", "nearest neighbors shared with the teacher", is_share=False)
 
-_OF_TASK = {CLASSIFICATION: (ACCURACY, AGREEMENT), MULTILABEL: (MAP, DECISIONS), REGRESSION: (R2, TEACHER_R2)}
+METRICS = {metric.name: metric for metric in (ACCURACY, AGREEMENT, MAP, DECISIONS, R2, TEACHER_R2, MUTUAL_KNN)}
+
+_OF_TASK: dict[Task, tuple[MainMetric, MainMetric]] = {
+    CLASSIFICATION: (ACCURACY, AGREEMENT),
+    MULTILABEL: (MAP, DECISIONS),
+    REGRESSION: (R2, TEACHER_R2),
+    EMBEDDING: (MUTUAL_KNN, MUTUAL_KNN),
+}
 
 
 def metric_for(task: Task, *, has_labels: bool) -> MainMetric:

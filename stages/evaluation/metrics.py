@@ -17,10 +17,11 @@ from torch import Tensor, nn
 
 from kdpipe.stages.data.image_set import UNLABELED, ImageSet
 from kdpipe.stages.data.measures import agreement, divergences, mean_average_precision
-from kdpipe.stages.data.tasks import CLASSIFICATION, LOSS_NAMES, MULTILABEL, Task
+from kdpipe.stages.data.tasks import CLASSIFICATION, EMBEDDING, LOSS_NAMES, MULTILABEL, Task
 from kdpipe.stages.evaluation.bootstrap import bootstrap_interval
 from kdpipe.stages.evaluation.correct_images import CorrectImages, pack
 from kdpipe.stages.evaluation.evaluate import EvalAccumulator, Evaluation, OutputAccumulator, Predictions, predict
+from kdpipe.stages.evaluation.knn import num_compared
 from kdpipe.stages.evaluation.main_metric import ACCURACY, MainMetric
 from kdpipe.stages.numerics import kinds_of_outputs
 
@@ -75,9 +76,10 @@ class EvalReport:
         correct: Which images were classified correctly; None where they have no classes.
         metric: What top1 is.
         task: What the images are labeled with. Of labels and numbers, `agreement` and `teacher_kl` compare with the
-            teacher's as `kdpipe.stages.data.measures` says (of numbers R², and no KL); what needs classes is left out.
+            teacher's as `kdpipe.stages.data.measures` says (of numbers R², and no KL); what needs classes is left out,
+            and of embeddings, which top1 compares with the teacher's, this too.
         average_precision: That of each label, None if no test sample has it; of labels only.
-        interval: The 95 % confidence interval of top1 by the bootstrap, of labels and numbers only.
+        interval: The 95 % confidence interval of top1 by the bootstrap, of other tasks than classification.
     """
 
     top1: float
@@ -133,12 +135,12 @@ def evaluate_in_depth(model: nn.Module, test: Evaluation, device: torch.device) 
 
 
 def _evaluate_targets(model: nn.Module, test: Evaluation, device: torch.device) -> EvalReport:
-    """Evaluate a network whose outputs are labels or numbers."""
-    sums, is_whole = OutputAccumulator(test.task, test.metric), test.loader.dataset.is_labeled
+    """Evaluate a network whose outputs are labels, numbers or embeddings."""
+    sums = OutputAccumulator(test.task, test.metric)
     outputs, teacher = [], []
     for predictions in predict(model, test, device):
-        sums.add(predictions if is_whole else predictions.labeled)
-        if test.teacher_logits is not None:
+        sums.add(predictions if test.is_whole else predictions.labeled)
+        if test.teacher_logits is not None and not test.of_embeddings:
             outputs.append(predictions.logits.cpu())
             teacher.append(test.teacher_logits(predictions.positions).cpu())
     result, targets = sums.result(), torch.cat(sums.targets)
@@ -157,8 +159,8 @@ def _evaluate_targets(model: nn.Module, test: Evaluation, device: torch.device) 
         per_class=[],
         bins=None,
         confusions=[],
-        chance=float((targets == 1).double().mean()) if test.task == MULTILABEL else 0.0,
-        outputs="logits" if test.task == MULTILABEL else "numbers",
+        chance=_chance_of_outputs(test.task, targets),
+        outputs={MULTILABEL: "logits", EMBEDDING: "embeddings"}.get(test.task, "numbers"),
         correct=None,
         metric=test.metric,
         task=test.task,
@@ -166,6 +168,14 @@ def _evaluate_targets(model: nn.Module, test: Evaluation, device: torch.device) 
         interval=bootstrap_interval(test.metric, targets, torch.cat(sums.outputs)),
         average_precision=dict(zip(test.class_names, precision, strict=True)) if precision else None,
     )
+
+
+def _chance_of_outputs(task: Task, targets: Tensor) -> float:
+    """Return what guessing would reach: of labels how often they are there, of neighbors what random ones share."""
+    if task == EMBEDDING:
+        num, k = num_compared(len(targets))
+        return k / max(num - 1, 1)
+    return float((targets == 1).double().mean()) if task == MULTILABEL else 0.0
 
 
 class _MetricAccumulator(EvalAccumulator):
@@ -177,7 +187,7 @@ class _MetricAccumulator(EvalAccumulator):
     def __init__(self, test: Evaluation) -> None:
         super().__init__(test.metric)
         num_samples, self.teacher_logits = test.loader.dataset.num_samples, test.teacher_logits
-        self.is_whole = test.loader.dataset.is_labeled
+        self.is_whole = test.is_whole
         self.positions, self.labels, self.predicted = torch.zeros(3, num_samples, dtype=torch.int64)
         self.confidences = torch.zeros(num_samples, dtype=torch.float64)
         self.kinds: frozenset[str] | None = None

@@ -13,13 +13,18 @@ from pydantic_core import CoreSchema, PydanticCustomError, SchemaValidator, core
 from kdpipe.stages.config import section
 from kdpipe.stages.errors import RecipeError
 from kdpipe.stages.losses.base import Loss
+from kdpipe.stages.losses.features.ab import AB
 from kdpipe.stages.losses.features.at import AT, ATGradient
 from kdpipe.stages.losses.features.cat_kd import CATKD
 from kdpipe.stages.losses.features.cosine import Cosine
 from kdpipe.stages.losses.features.cwd import CWD
 from kdpipe.stages.losses.features.fitnet import FitNet
+from kdpipe.stages.losses.features.fsp import FSP
+from kdpipe.stages.losses.features.ft import FT
 from kdpipe.stages.losses.features.hint import Hint
+from kdpipe.stages.losses.features.kdsvd import KDSVD
 from kdpipe.stages.losses.features.nst import NST
+from kdpipe.stages.losses.features.ofd import OFD
 from kdpipe.stages.losses.features.pefd import PEFD
 from kdpipe.stages.losses.features.review_kd import ReviewKD
 from kdpipe.stages.losses.features.simkd import SimKD
@@ -31,6 +36,7 @@ from kdpipe.stages.losses.features.wkd import WKDF
 from kdpipe.stages.losses.logits.binary_kd import BinaryKD
 from kdpipe.stages.losses.logits.dist import DIST
 from kdpipe.stages.losses.logits.dkd import DKD
+from kdpipe.stages.losses.logits.gkl import GKL
 from kdpipe.stages.losses.logits.hard_distillation import HardDistillation
 from kdpipe.stages.losses.logits.kd import KD, LogitMSE
 from kdpipe.stages.losses.logits.mlld import MLLD
@@ -51,8 +57,9 @@ L = TypeVar("L", bound=type[Loss])
 
 # In the order in which `kdpipe losses` lists them.
 _BUILTIN: tuple[type[Loss], ...] = (
-    *(KD, DKD, DIST, NKD, TTM, WTTM, WSLD, WKDL, MLLD, HardDistillation, LogitMSE, BinaryKD),
-    *(Hint, Cosine, PEFD, SRD, SRRL, VkD, FitNet, AT, ATGradient, CATKD, CWD, WKDF, NST, VID, ReviewKD, SimKD),
+    *(KD, DKD, DIST, NKD, TTM, WTTM, WSLD, WKDL, MLLD, GKL, HardDistillation, LogitMSE, BinaryKD),
+    *(Hint, Cosine, PEFD, SRD, SRRL, VkD, FitNet, AB, FSP, FT, AT, ATGradient, OFD, CATKD, CWD),
+    *(WKDF, NST, KDSVD, VID, ReviewKD, SimKD),
     *(RKD, SP, PKT, CC, CRD),
 )
 

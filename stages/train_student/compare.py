@@ -137,7 +137,7 @@ def _are_costs(costs: Any, variants: Iterable[str]) -> bool:
 
 def build_step_job(variant: Variant, context: StageContext) -> TrainJob:
     """Build the job of a variant, only for running steps."""
-    seed, context = variant.student.seeds[0], context.resized(variant.student.image_size)
+    seed, context = variant.student.seeds[0], variant.student.context(context)
     network = build_student(variant.student, seed, context, variant.spec)
     spec = variant.spec.without_hint_losses if variant.spec else None
     task = build_task(network, spec, seed, context, label_smoothing=variant.student.label_smoothing)

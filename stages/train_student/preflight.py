@@ -9,6 +9,7 @@ from torch import nn
 from kdpipe.stages.context import StageContext
 from kdpipe.stages.distillation.classifier_reuse import add_projector
 from kdpipe.stages.distillation.compatibility import check_image_size, check_labels, require_no_logits
+from kdpipe.stages.distillation.embedding_student import check_output
 from kdpipe.stages.distillation.student_config import StudentConfig
 from kdpipe.stages.distillation.task_builder import build_student
 from kdpipe.stages.errors import ModelError, RecipeError
@@ -49,6 +50,8 @@ def dry_run_losses(
     if is_headless(teacher):
         require_no_logits(losses, 0, where)
     check_labels(losses, student.teachers, context.train_set, where)
+    if num_stores == 1 and losses:
+        check_output(student, losses, context, of_embeddings=is_headless(teacher))
     model: nn.Module | None = None
     for number, loss in enumerate(losses):
         entry = f"{where}.{number} ({loss.loss})"

@@ -116,7 +116,7 @@ def _try_training(
     network: ModelBundle, config: TrainConfig, image_shape: tuple[int, int, int], *, role: str, device: torch.device
 ) -> None:
     """Train the network for a step on batches of each kind of size: even, odd, and one if that is configured."""
-    num_classes = network.architecture["num_classes"]
+    num_classes = network.architecture["num_classes"] or 2  # any labels of embeddings
     generator = torch.Generator().manual_seed(0)
     images = torch.randint(256, (NUM_IMAGES, *image_shape), dtype=torch.uint8, generator=generator)
     ids = torch.arange(NUM_IMAGES)

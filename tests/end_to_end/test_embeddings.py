@@ -1,11 +1,14 @@
 """Teachers without a classifier: from the command line to the quantized student, and in Python."""
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from safetensors.torch import save_file
 from support.device import DEVICE
 from support.kdpipe_process import kdpipe_here
@@ -64,6 +67,41 @@ def test_a_vit_without_a_classifier_teaches_a_cnn(tmp_path):
     ended = kdpipe_here("recipe", "check", recipe, "--set", "distill.1.loss=kd")
     assert ended.exit_code == 2
     assert "distill.1 (kd) needs the teacher's logits" in ended.stdout
+
+
+def test_without_labels_the_student_returns_embeddings(tmp_path):
+    timm, rows = pytest.importorskip("timm"), ["path,split,label"]
+    torch.manual_seed(0)
+    weights = timm.create_model("test_vit", img_size=8, patch_size=2, num_classes=7).state_dict()
+    save_file(weights, tmp_path / "vit.safetensors")
+    images, _ = kd.load_dataset("digits", num_train=200, channels=3)
+    for number in range(200):
+        image = Image.fromarray(images.read(number).transpose(1, 2, 0))
+        image.save(tmp_path / f"{number}.png")
+        rows.append(f"{number}.png,{'train' if number < 120 else 'test'},")
+    (tmp_path / "images.csv").write_text("\n".join(rows))
+    recipe, run = tmp_path / "embeddings.toml", tmp_path / "run"
+    data = f'name = "table:{tmp_path / "images.csv"}", labels = "none", validation_share = 0.2'
+    text = RECIPE.replace("WEIGHTS", str(tmp_path / "vit.safetensors"))
+    recipe.write_text(text.replace('name = "digits", num_train = 200, channels = 3', data))
+    planned = kdpipe_here("plan", recipe, "--run", run)
+    assert "classifier" not in planned.stdout, planned.stdout
+    ended = kdpipe_here("run", recipe, "--run", run)
+    assert ended.exit_code == 0, ended.stderr
+    assert "embeddings are not checked" in ended.stderr
+    assert "start from random" not in ended.stderr  # the adapters fit the pruned and the quantized student
+    for job in ("teacher", "students/distilled-seed0", "compressed/pruned-seed0", "compressed/int8-seed0"):
+        result = json.loads((run / job / "result.json").read_text())
+        assert result["metric"] == result["validation"]["metric"] == "mutual_knn"
+        assert result["mutual_knn"] == 1.0 if job == "teacher" else 0.1 < result["mutual_knn"] < 0.9
+    small = run / "compressed" / "artifacts-seed0" / "int8"
+    command = [sys.executable, small / "predict.py", tmp_path / "0.png"]
+    shown = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert len(json.loads(shown.stdout.partition(": ")[2])) == 32
+    assert "returns an embedding" in (small / "README.md").read_text()
+    assert kd.load_student(small / "model.safetensors").is_headless
+    ended = kdpipe_here("recipe", "check", recipe, "--set", "distill.1.loss=simkd")
+    assert ended.exit_code == 2
 
 
 TINY = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}

@@ -30,6 +30,7 @@ from kdpipe.stages.compress.quantize_student import prepare
 from kdpipe.stages.context import StageContext
 from kdpipe.stages.data.image_files import ImageFiles
 from kdpipe.stages.data.image_set import ImageSet
+from kdpipe.stages.data.labeling import keep_labels
 from kdpipe.stages.data.loader.sampling import num_steps
 from kdpipe.stages.data.splits import stratified_subset
 from kdpipe.stages.distillation.spec import DistillationSpec
@@ -91,17 +92,21 @@ def sample_context(run: Run) -> Iterator[StageContext]:
     context = run.context
     batches = [train.batch_size for train in trainings_of(run.recipe).values()]
     count = max(NUM_PROBES * evaluated(context), 2 * max(batches))
+    train_set = _sample(context.train_set, count)
+    if run.recipe.student.is_headless:  # it is for images without labels
+        train_set = keep_labels(train_set, "none")
     with tempfile.TemporaryDirectory(prefix="kdpipe-plan-") as folder:
         yield replace(
             context,
             run_dir=Path(folder),
-            train_set=_sample(context.train_set, count),
+            train_set=train_set,
             test_set=deciding_sample(context, MAX_EVALUATED),
             validation_set=None,
             views=replace(context.views, num_views=1),
             mix_partners=None,
             monitor=RunMonitor(should_stop=context.monitor.should_stop),
             get_teacher_logits=lambda part: None,
+            get_teacher_embeddings=lambda part: lambda positions: torch.eye(MAX_EVALUATED)[positions],
             load_test=None,
         )
 
@@ -169,14 +174,14 @@ class Probe:
         """Return the time of the training of a student, the recipe's by default; alone without `spec`."""
         config = config or self.run.recipe.student
         job = build_step_job(Variant("plan", config, spec), self._context(spec))
-        network, context = ModelBundle(job.model, {}, job.task.normalize), self.sample.resized(config.image_size)
+        network, context = ModelBundle(job.model, {}, job.task.normalize), config.context(self.sample)
         exports = config.export and not (self.run.recipe.points or self.run.recipe.compare)
         return self._training(job, network, context) + self._end("student", network, context, exports=exports)
 
     def cohort_training(self, config: CohortConfig, spec: DistillationSpec | None) -> Seconds:
         """Return the time of the training of a cohort, and of the evaluation and export of each member."""
         student, seed = self.run.recipe.student, self.run.recipe.student.seeds[0]
-        context = self._context(spec).resized(student.image_size)
+        context = student.context(self._context(spec))
         cohort = build_cohort(config, student, seed, context)
         plan = CohortPlan(config, student, [] if spec is None else [spec] * config.num_members)
         task = build_task(plan, cohort, seed, context)
@@ -196,7 +201,7 @@ class Probe:
         """
         config, found = self.run.recipe.compress, self.exports.get("student")
         if found is None:
-            student, context = self.run.recipe.student, self.sample.resized(self.run.recipe.student.image_size)
+            student, context = self.run.recipe.student, self.run.recipe.student.context(self.sample)
             network = build_student(student, student.seeds[0], context)
             found = self.exports["student"] = time_export(network, context.image_shape, config.opset)
         files = sum(not kind.endswith("-alone") for kind, _ in compressions)
@@ -218,7 +223,7 @@ class Probe:
                 calibrate(model, [next(iter(batches)).images.cpu()])
         task, layers = shared.task(network), student_layers(spec.without_hint_losses.losses) if spec else ()
         job = TrainJob("plan", "student", network.model, task, None, train, shared.seed, JobDir(Path()), layers)
-        return self._training(job, network, self.sample.resized(config.image_size))
+        return self._training(job, network, config.context(self.sample))
 
     def open_distillation(self, losses: Sequence[Loss] = ()) -> DistillationSpec | None:
         """Return the losses, by default the recipe's, on a store of the sample's targets, or on stores that are there.

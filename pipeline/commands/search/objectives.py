@@ -75,7 +75,7 @@ class Objectives:
         """Return the file of the recipe's student in float, untrained, as weights do not change its latency."""
         path, student = self.folder / "reference.onnx", self.run.recipe.student
         if not path.exists():
-            context = self.run.context.resized(student.image_size)
+            context = student.context(self.run.context)
             network = build_student(student, student.seeds[0], context)
             export_onnx(network.model, torch.zeros(2, *context.image_shape), path, metadata={})
         return path

@@ -9,11 +9,11 @@ from typing import Any
 from kdpipe.stages.evaluation.main_metric import main_percent, metric_of
 
 SNIPPET = """from predict import load_image, predict  # predict.py, beside model.onnx: onnxruntime, numpy, pillow
-logits = predict([load_image("image.png")])  # uint8 {shape} to [batch, {num_classes}]"""
+{outputs} = predict([load_image("image.png")])  # uint8 {shape} to [batch, {width}]"""
 
 TEXT = """# {name}: {model}, {network}
 
-Made by kdpipe {kdpipe}. From images of {size} (channels, height, width) it predicts {outputs}: {classes}.
+Made by kdpipe {kdpipe}. From images of {size} (channels, height, width) it {outputs}.
 
 {origin}
 
@@ -42,6 +42,8 @@ metadata of model.onnx too.
 OUTPUTS = {"multilabel": "any of {} labels", "regression": "{} numbers"}
 """What is predicted, by task; else classes."""
 
+EMBEDDING = "returns an embedding: images are compared by the cosine of theirs"
+
 RANKING = """# {name}
 
 Recommended: [{best}]({best}/README.md): {reason}. Each folder holds one network, ready to hand over.
@@ -56,20 +58,21 @@ thread(s) of {cpu}; medians, the files in turn.
 def card_text(card: Mapping[str, Any]) -> str:
     """Return the Markdown of a network's card."""
     shape = card["input"]["shape"]
-    num_classes = len(card["class_names"])
+    num_classes, is_embedding = len(card["class_names"]), card.get("task") == "embedding"
+    predicted = OUTPUTS.get(str(card.get("task")), "one of {} classes").format(num_classes)
+    outputs, width = ("embeddings", "D") if is_embedding else ("logits", num_classes)
     return TEXT.format(
         name=_escape(card["name"]),
         model=_escape(card["architecture"]["model"]),
         network=card["network"],
         kdpipe=card["kdpipe"],
         size=" x ".join(map(str, shape[1:])),
-        outputs=OUTPUTS.get(str(card.get("task")), "one of {} classes").format(num_classes),
-        classes=_shortened(card["class_names"]),
+        outputs=EMBEDDING if is_embedding else f"predicts {predicted}: {_shortened(card['class_names'])}",
         origin="\n".join(_origin(card)),
         table="\n".join(_table(card, card["networks"])),
         num_threads=card["latency"]["num_threads"],
         cpu=card["latency"]["cpu"],
-        snippet=SNIPPET.format(shape=f"[{', '.join(map(str, shape))}]", num_classes=num_classes),
+        snippet=SNIPPET.format(outputs=outputs, shape=f"[{', '.join(map(str, shape))}]", width=width),
         pixels=_pixels(card["input"]),
         files="\n".join(
             f"- `{name}`: {file['bytes']:,} bytes. {_purpose(name, card['architecture'])}"

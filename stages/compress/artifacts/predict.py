@@ -35,7 +35,7 @@ def load_image(path: str | Path) -> NDArray[np.uint8]:
 
 
 def predict(images: ArrayLike) -> NDArray[np.float32]:
-    """Return logits [N, num_classes] of images, uint8 [N, C, H, W]."""
+    """Return logits [N, num_classes], or embeddings [N, D], of images, uint8 [N, C, H, W]."""
     inputs = {"images": (np.asarray(images) / np.float32(255) - MEAN) / STD}
     return np.asarray(SESSION.run(["logits"], inputs)[0])
 
@@ -43,6 +43,9 @@ def predict(images: ArrayLike) -> NDArray[np.float32]:
 if __name__ == "__main__":
     for path in sys.argv[1:]:
         logits = predict([load_image(path)])[0]
+        if FACTS.get("task") == "embedding":
+            sys.stdout.write(f"{path}: {json.dumps([round(float(value), 4) for value in logits])}\n")
+            continue
         values, least = logits, -np.inf  # of a regression
         if FACTS.get("task") == "multilabel":
             values, least = 1 / (1 + np.exp(-logits)), 0.5

@@ -9,7 +9,7 @@ from kdpipe.stages.losses.registry import LOSSES
 
 NAMES = ("kd", "dkd", "dist", "nkd", "mlld", "logit_mse", "hint", "fitnet", "at", "at_gradient", "nst", "vid")
 NAMES += ("review_kd", "simkd", "rkd", "sp", "pkt", "cc", "crd", "ttm", "wttm", "wsld", "hard_distillation")
-NAMES += ("pefd", "srd", "vkd", "cwd", "wkd_f", "srrl", "wkd_l", "cat_kd")
+NAMES += ("pefd", "srd", "vkd", "cwd", "wkd_f", "ab", "fsp", "ofd", "gkl", "ft", "kdsvd", "srrl", "wkd_l", "cat_kd")
 
 
 @pytest.fixture(scope="module")
@@ -75,10 +75,10 @@ def test_required_outputs_of_the_teacher_are_listed(listed, name, requires):
 
 def test_properties_of_losses_are_listed(listed):
     assert {name for name in NAMES if not listed[name]["per_sample"]} == {
-        *("dist", "mlld", "rkd", "sp", "pkt", "cc", "srd")
+        *("dist", "mlld", "gkl", "rkd", "sp", "pkt", "cc", "srd")
     }
-    assert {name for name in NAMES if listed[name]["one_label"]} == {"dkd", "nkd", "crd", "wsld", "wkd_l"}
-    assert [name for name in NAMES if listed[name]["whole_logits"]] == ["logit_mse"]
+    assert {name for name in NAMES if listed[name]["one_label"]} == {"dkd", "nkd", "crd", "wsld", "gkl", "wkd_l"}
+    assert [name for name in NAMES if listed[name]["whole_logits"]] == ["logit_mse", "gkl"]
     assert [name for name in NAMES if listed[name]["input_gradient"]] == ["at_gradient"]
 
 

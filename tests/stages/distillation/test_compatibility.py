@@ -1,9 +1,13 @@
 """Losses that do not go together with the recipe's other settings are refused before anything is trained."""
 
+from contextlib import nullcontext
+
 import pytest
+import torch
 from support.many_stores import LOGITS, Wish, grow
 from support.tiny_run import squares
 
+from kdpipe.stages.context import StageContext
 from kdpipe.stages.data.labeling import keep_labels
 from kdpipe.stages.distillation.compatibility import (
     check_labels,
@@ -12,6 +16,8 @@ from kdpipe.stages.distillation.compatibility import (
     require_logits,
     require_no_logits,
 )
+from kdpipe.stages.distillation.embedding_student import check_output
+from kdpipe.stages.distillation.student_config import StudentConfig
 from kdpipe.stages.errors import RecipeError
 from kdpipe.stages.losses.features.at import ATGradient
 from kdpipe.stages.losses.features.cosine import Cosine
@@ -23,6 +29,7 @@ from kdpipe.stages.losses.logits.mlld import MLLD
 from kdpipe.stages.losses.logits.nkd import NKD
 from kdpipe.stages.losses.relations.crd import CRD
 from kdpipe.stages.losses.relations.rkd import RKD
+from kdpipe.stages.runtime.events import RunMonitor
 from kdpipe.stages.targets.ensemble import TeachersConfig
 from kdpipe.stages.views.config import Views
 from kdpipe.store import StoreError, open_store
@@ -124,3 +131,23 @@ def test_a_store_of_embeddings_refuses_losses_on_logits(loss, sentence):
 
 def test_other_stores_have_their_logits():
     require_no_logits([KD(store=0), Cosine(store=1), RKD(store=1), Cosine(samples={"filter": "hard"})], 1)
+
+
+@pytest.mark.parametrize(
+    ("output", "losses", "labels", "of_embeddings", "fault"),
+    [
+        ("logits", [Cosine()], "none", True, "nothing trains the student's classifier"),
+        ("embeddings", [Cosine(), KD()], "none", True, "kd trains it"),
+        ("embeddings", [Cosine()], "all", True, "is for images without labels"),
+        ("embeddings", [Cosine()], "none", False, "no store is of one"),
+        ("embeddings", [Cosine(), RKD()], "none", True, None),
+        ("logits", [Cosine()], "all", True, None),
+        ("logits", [KD()], "none", False, None),
+    ],
+)
+def test_a_student_returns_what_something_trains(output, losses, labels, of_embeddings, fault, tmp_path):
+    train_set = keep_labels(squares(8, seed=0), labels)
+    config = StudentConfig(model={"name": "cnn"}, output=output)
+    context = StageContext(tmp_path, train_set, train_set, Views(), torch.device("cpu"), RunMonitor())
+    with pytest.raises(RecipeError, match=fault) if fault else nullcontext():
+        check_output(config, losses, context, of_embeddings=of_embeddings)

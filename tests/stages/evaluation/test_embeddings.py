@@ -8,9 +8,11 @@ from torch import nn
 
 from kdpipe.stages.data.image_set import ImageSet
 from kdpipe.stages.data.loader.image_loader import ImageLoader
+from kdpipe.stages.data.measures import agreement
+from kdpipe.stages.data.tasks import EMBEDDING
 from kdpipe.stages.evaluation.embeddings import embeddings_of, evaluate_neighbors, with_probe
 from kdpipe.stages.evaluation.evaluate import Evaluation, evaluate
-from kdpipe.stages.evaluation.knn import KNN
+from kdpipe.stages.evaluation.knn import KNN, MAX_COMPARED, mutual_knn, num_compared
 from kdpipe.stages.evaluation.linear_probe import LinearProbe, fit_probe
 from kdpipe.stages.models.normalization import Normalization
 from kdpipe.stages.models.tokens import HEADLESS
@@ -86,3 +88,30 @@ def test_epochs_are_evaluated_by_neighbors_whatever_the_classifier_is():
     test = evaluation(9)
     assert evaluate(model, test, DEVICE).value == pytest.approx(1 / 3)
     assert evaluate_neighbors(model, test, DEVICE, labeled=evaluation(30)).value == 1.0
+
+
+def test_shared_neighbors_are_those_of_both_networks():
+    generator = torch.Generator().manual_seed(0)
+    teacher = torch.randn(61, 5, generator=generator)
+    student = torch.cat([teacher[:, :3], torch.randn(61, 4, generator=generator)], 1)
+    shares, difference = mutual_knn(teacher, student)
+    cosines = [(F.normalize(one, dim=1) @ F.normalize(one, dim=1).T).double().numpy() for one in (teacher, student)]
+    wanted = []
+    for row in range(61):
+        near = [{*sorted(set(range(61)) - {row}, key=lambda one: -each[row, one])[:6]} for each in cosines]
+        wanted.append(len(near[0] & near[1]) / 6)
+    assert shares.tolist() == pytest.approx(wanted)
+    assert 0.1 < shares.mean() < 0.9
+    assert difference == pytest.approx(((cosines[0] - cosines[1]) ** 2).mean(), rel=1e-5)
+    assert mutual_knn(teacher, 3 * teacher)[0].tolist() == [1.0] * 61
+
+
+@pytest.mark.parametrize(("num", "compared"), [(1, (1, 1)), (2, (2, 1)), (101, (101, 10)), (9999, (MAX_COMPARED, 20))])
+def test_few_images_have_few_neighbors(num, compared):
+    assert num_compared(num) == compared
+    assert len(mutual_knn(torch.ones(num, 2), torch.ones(num, 3))[0]) == compared[0]
+
+
+def test_embeddings_agree_by_their_cosine():
+    first, second = torch.tensor([[1.0, 0.0], [0.0, 2.0]]), torch.tensor([[2.0, 0.0], [1.0, 1.0]])
+    assert agreement(EMBEDDING, first, second) == pytest.approx((1 + 0.5**0.5) / 2)

@@ -29,12 +29,14 @@ from kdpipe.stages.losses.base import Loss
 from kdpipe.stages.losses.features.at import AT
 from kdpipe.stages.losses.features.hint import Hint
 from kdpipe.stages.losses.features.nst import NST
+from kdpipe.stages.losses.features.ofd import OFD
 from kdpipe.stages.losses.features.review_kd import ReviewKD
 from kdpipe.stages.losses.features.srd import SRD
 from kdpipe.stages.losses.features.vid import VID
 from kdpipe.stages.losses.inputs import DatasetInfo, Negatives
 from kdpipe.stages.losses.logits.dist import DIST
 from kdpipe.stages.losses.logits.dkd import DKD
+from kdpipe.stages.losses.logits.gkl import GKL
 from kdpipe.stages.losses.logits.kd import KD, LogitMSE
 from kdpipe.stages.losses.logits.mlld import MLLD
 from kdpipe.stages.losses.logits.nkd import NKD
@@ -85,6 +87,8 @@ LOSSES: dict[str, Callable[[SampleSelection], Loss]] = {
     "logit_mse": lambda some: LogitMSE(loss="logit_mse", samples=some),
     "hint": lambda some: Hint(loss="hint", layers=PAIR, samples=some),
     "at": lambda some: AT(loss="at", layers=PAIR, samples=some),
+    "gkl": lambda some: GKL(loss="gkl", samples=some),
+    "ofd": lambda some: OFD(loss="ofd", layers=PAIR, samples=some),
     "srd": lambda some: SRD(loss="srd", layers=PAIR, samples=some),
     "nst": lambda some: NST(loss="nst", layers=PAIR, samples=some),
     "vid": lambda some: VID(loss="vid", layers=PAIR, samples=some),

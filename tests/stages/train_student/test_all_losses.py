@@ -15,7 +15,7 @@ from kdpipe.stages.distillation.stores import open_distillation
 from kdpipe.stages.distillation.task_builder import build_student, student_shapes
 from kdpipe.stages.errors import StoppedEarly
 from kdpipe.stages.losses.distillation import required_of
-from kdpipe.stages.losses.features.fitnet import FitNet
+from kdpipe.stages.losses.features.fitnet import FitNet, InitialLoss
 from kdpipe.stages.losses.logits.kd import KD
 from kdpipe.stages.losses.registry import LOSSES
 from kdpipe.stages.models.build import ModelConfig
@@ -38,12 +38,19 @@ STUDENT_CONFIG = dataclasses.replace(
 BIG = dataclasses.replace(TEACHER, model=ModelConfig(name="cnn_average", args={"width": 8, "num_stages": 2}))
 TRAIN_SET = squares(96, 0)
 
+LAYERS = {
+    "ab": (("stage1.4", "stage1.4"), ("stage2.4", "stage2")),  # batch norms before a ReLU
+    "ofd": (("stage2.4", "stage2.4"),),
+    "fsp": (("stage2", "stage1"), ("stage2", "stage1")),  # of as many channels
+    "kdsvd": (("stage2.4", "stage1.4"), ("stage2", "stage1")),
+}
+
 
 def entry(kind):
     """Return a loss's configuration, with the tiny networks' layers if it takes layers."""
     keys = {field.name for field in dataclasses.fields(kind)}
-    changes = {"layers": (("stage2", "stage2"),), "num_negatives": 16, "stage_epochs": 1}
     (name,) = get_args(kind.__pydantic_fields__["loss"].annotation)
+    changes = {"layers": LAYERS.get(name, (("stage2", "stage2"),)), "num_negatives": 16, "stage_epochs": 1}
     return kind(loss=name, **{key: value for key, value in changes.items() if key in keys})
 
 
@@ -87,7 +94,7 @@ def deterministic(monkeypatch):
 def test_every_loss_trains_and_exports_a_plain_student(run, tmp_path, loss):
     folder = train(run, (loss,), tmp_path / "student")
     lines = [json.loads(line) for line in folder.metrics.read_text().splitlines()]
-    names = {"hard_labels"} | (set() if loss.loss == "fitnet" else {f"{loss.loss}_0"})
+    names = {"hard_labels"} | (set() if isinstance(loss, InitialLoss) else {f"{loss.loss}_0"})
     assert [set(line["losses"]) for line in lines] == [names] * 2
     assert all(value > 0 for line in lines for value in line["losses"].values())
     plain = build_student(STUDENT_CONFIG, 0, tiny_context(run, train_set=TRAIN_SET)).model.state_dict()
@@ -101,7 +108,10 @@ def test_every_loss_trains_and_exports_a_plain_student(run, tmp_path, loss):
 
 
 STATEFUL = {
-    "crd": ([one for one in ENTRIES if one.loss == "crd"], STUDENT_CONFIG),
+    **{
+        name: ([one for one in ENTRIES if one.loss == name], STUDENT_CONFIG)
+        for name in ("crd", "ofd", "gkl", "ab", "ft")
+    },
     "fitnet": (
         [
             FitNet(loss="fitnet", layers=(("stage1", "stage1"), ("stage2", "stage2")), stage_epochs=1),

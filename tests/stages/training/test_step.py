@@ -277,7 +277,11 @@ class Waits(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-LAYERS = (("stage2", "stage2"),)
+LAYERS = {
+    "fsp": (("stage2", "stage1"),) * 2,  # of as many channels
+    "kdsvd": (("stage2.4", "stage1.4"), ("stage2", "stage1")),
+    "ofd": (("stage2.4", "stage2.4"),),  # before the ReLU
+}
 
 
 def test_no_loss_waits_for_the_device(tmp_path):
@@ -285,7 +289,8 @@ def test_no_loss_waits_for_the_device(tmp_path):
     kinds = {name: kind for name, kind in LOSSES.builtin.items() if CLASSIFICATION in kind.tasks}
     takes_layers = {name for name, kind in kinds.items() if "layers" in {one.name for one in dataclasses.fields(kind)}}
     losses = [kinds[name](loss=name) for name in sorted(kinds.keys() - takes_layers)]
-    losses += [kinds[name](loss=name, layers=LAYERS) for name in sorted(takes_layers - {"simkd", "cat_kd"})]
+    for name in sorted(takes_layers - {"simkd", "cat_kd"}):
+        losses.append(kinds[name](loss=name, layers=LAYERS.get(name, (("stage2", "stage2"),))))
     context = tiny_context(tmp_path)
     required = required_of(losses, student_shapes(STUDENT, losses, context), 0)
     bundle = build_student(STUDENT, 0, context)
