@@ -10,24 +10,20 @@ from typing import Any
 import torch
 from torch import nn
 
-from kdpipe import datasets, models
-from kdpipe.arguments import LossLike, Scaling, as_list, as_losses, as_run_options, as_scaling, as_settings
+from kdpipe import models
+from kdpipe.arguments import LossLike, Scaling, as_list, as_losses, as_run_options, as_settings
 from kdpipe.results import StudentResult, TeacherResult
 from kdpipe.runs import CallbackLike, isolated, write_run_recipe
 from kdpipe.stages.cohort import train as cohorts
 from kdpipe.stages.cohort.config import CohortConfig, CohortMember
 from kdpipe.stages.cohort.exchange import CohortPlan
 from kdpipe.stages.cohort.network import build_cohort, member_seed
-from kdpipe.stages.config import whole_number
-from kdpipe.stages.distillation.student_config import StudentConfig
 from kdpipe.stages.evaluation.main_metric import deciding, main_value
-from kdpipe.stages.losses.logits.kd import KD
 from kdpipe.stages.losses.schedules import Scheduled
 from kdpipe.stages.models.safetensors_io import load_tensors
 from kdpipe.stages.training.optim import TrainConfig
 from kdpipe.stages.views.config import Views
-from kdpipe.student_job import StudentJob
-from kdpipe.students import OPTIONS, TABLES, Store, store_places, views_of
+from kdpipe.students import OPTIONS, Store, as_student_job
 
 ARGUMENTS = {"members": "members=", "method": "method=", "distill": "peer_losses=", "with_teacher": "a store"}
 """Keys of a recipe's `cohort` section that are arguments."""
@@ -114,38 +110,27 @@ def train_cohort(
         KdpipeError: An input does not fit.
     """
     run_options = as_run_options(run, device, num_workers, progress, callbacks)
-    places, distill = store_places(store), as_losses(losses)
-    train_set = datasets.as_image_set(dataset)
-    further = as_settings("options", options, OPTIONS)
-    further |= {key: TABLES[key](**own) for key, own in further.items() if key in TABLES and isinstance(own, Mapping)}
-    scaling = as_scaling(normalize, further.pop("mean", None), further.pop("std", None), train_set.in_channels)
     networks = [models.model_config(one, model_args if isinstance(one, str) else None) for one in as_list(model)]
+    job = as_student_job(
+        networks[0],
+        dataset,
+        store,
+        test=test,
+        validation=validation,
+        losses=losses,
+        hard_label_weight=hard_label_weight,
+        normalize=normalize,
+        views=views,
+        seed=seed,
+        options=options,
+        train=TrainConfig(**as_settings("train_cohort", train, {"seeds": OPTIONS["seeds"]})),
+    )
     config = CohortConfig(
         method=method,  # type: ignore[arg-type]  # checked there
         members=members if len(networks) == 1 else tuple(CohortMember(model=one) for one in networks),
         distill=as_losses(peer_losses),
-        with_teacher=bool(places),
+        with_teacher=bool(job.places),
         **as_settings("cohort", cohort, ARGUMENTS),
-    )
-    job = StudentJob(
-        config=StudentConfig(
-            model=networks[0],
-            train=TrainConfig(**as_settings("train_cohort", train, {"seeds": OPTIONS["seeds"]})),
-            seeds=(whole_number("seed", seed),),
-            hard_label_weight=hard_label_weight,
-            stores=tuple(map(str, places)),
-            mean=scaling.mean if scaling else None,
-            std=scaling.std if scaling else None,
-            **further,
-        ),
-        seed=seed,
-        losses=distill or ((KD(),) if places else ()),
-        places=places,
-        train_set=train_set,
-        test_set=datasets.as_image_set(test, "test", like=train_set),
-        views=views_of(places, views),
-        run=Path(),
-        validation_set=datasets.as_validation(validation, train_set),
     )
     jobs = [
         replace(job, config=replace(job.config, model=one), seed=member_seed(seed, number))

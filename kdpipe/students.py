@@ -35,6 +35,7 @@ from kdpipe.stages.distillation.task_builder import build_student
 from kdpipe.stages.errors import RecipeError
 from kdpipe.stages.losses.logits.kd import KD
 from kdpipe.stages.losses.schedules import Scheduled
+from kdpipe.stages.models.build import ModelConfig
 from kdpipe.stages.runtime.events import RunMonitor
 from kdpipe.stages.targets.ensemble import TeachersConfig
 from kdpipe.stages.targets.open import local_store_path, trust_links
@@ -117,38 +118,21 @@ def train_student(
         KdpipeError: An input does not fit.
     """
     run_options = as_run_options(run, device, num_workers, progress, callbacks)
-    seed, places, distill = whole_number("seed", seed), store_places(store), as_losses(losses)
-    if distill and not places:
-        raise RecipeError("losses need a store: give that of cache_teacher, or leave the losses out.")
-    if places and views is not None:
-        raise RecipeError("a student sees the views of its store: leave out views=, which is for students without one.")
-    train_set = datasets.as_image_set(dataset)
-    further = as_settings("options", options, OPTIONS)
-    further |= {key: TABLES[key](**own) for key, own in further.items() if key in TABLES and isinstance(own, Mapping)}
-    scaling = as_scaling(normalize, further.pop("mean", None), further.pop("std", None), train_set.in_channels)
-    config = StudentConfig(
-        model=models.model_config(model, model_args),
-        train=TrainConfig(**as_settings("train_student", train, {"seeds": OPTIONS["seeds"]})),
-        seeds=(seed,),
+    job = as_student_job(
+        models.model_config(model, model_args),
+        dataset,
+        store,
+        test=test,
+        validation=validation,
+        losses=losses,
         hard_label_weight=hard_label_weight,
-        stores=tuple(map(str, places)),
-        mean=scaling.mean if scaling else None,
-        std=scaling.std if scaling else None,
-        **further,
-    )
-    if config.target_loading.follow_links:
-        trust_links(places)
-    job = StudentJob(
-        config=config,
+        normalize=normalize,
+        views=views,
         seed=seed,
-        losses=distill or ((KD(),) if places else ()),
-        places=places,
-        train_set=train_set,
-        test_set=datasets.as_image_set(test, "test", like=train_set),
-        views=views_of(places, views),
-        run=Path(),
-        validation_set=datasets.as_validation(validation, train_set),
+        options=options,
+        train=TrainConfig(**as_settings("train_student", train, {"seeds": OPTIONS["seeds"]})),
     )
+    config = job.config
     context = job.context(run_options)
     spec = job.open_stores(context)
     fingerprint = student_fingerprint(config, seed, spec, build_student(config, seed, context, spec), context)
@@ -161,6 +145,60 @@ def train_student(
         if opened.process_group.is_main:
             write_run_recipe(job.run, job.sections())
     return StudentResult(figures, student_folder(job.run, job.kind, seed).path, job)
+
+
+def as_student_job(
+    model: ModelConfig,
+    dataset: Any,
+    store: Store | Sequence[Store] | None,
+    *,
+    test: Any,
+    validation: Any,
+    losses: LossLike | Sequence[LossLike] | None,
+    hard_label_weight: Scheduled,
+    normalize: Scaling | None,
+    views: Views | None,
+    seed: int,
+    options: Mapping[str, Any] | None,
+    train: TrainConfig,
+) -> StudentJob:
+    """Return the job that arguments of `train_student`, or `train_cohort`, describe, without a run folder.
+
+    Raises:
+        KdpipeError: An argument does not fit.
+    """
+    seed, places, distill = whole_number("seed", seed), store_places(store), as_losses(losses)
+    if distill and not places:
+        raise RecipeError("losses need a store: give that of cache_teacher, or leave the losses out.")
+    if places and views is not None:
+        raise RecipeError("a student sees the views of its store: leave out views=, which is for students without one.")
+    train_set = datasets.as_image_set(dataset)
+    further = as_settings("options", options, OPTIONS)
+    further |= {key: TABLES[key](**own) for key, own in further.items() if key in TABLES and isinstance(own, Mapping)}
+    scaling = as_scaling(normalize, further.pop("mean", None), further.pop("std", None), train_set.in_channels)
+    config = StudentConfig(
+        model=model,
+        train=train,
+        seeds=(seed,),
+        hard_label_weight=hard_label_weight,
+        stores=tuple(map(str, places)),
+        mean=scaling.mean if scaling else None,
+        std=scaling.std if scaling else None,
+        **further,
+    )
+    if config.target_loading.follow_links:
+        trust_links(places)
+    return StudentJob(
+        config=config,
+        seed=seed,
+        losses=distill or ((KD(),) if places else ()),
+        places=places,
+        train_set=train_set,
+        test_set=datasets.as_image_set(test, "test", like=train_set),
+        views=views_of(places, views),
+        run=Path(),
+        validation_set=datasets.as_validation(validation, train_set),
+    )
 
 
 def store_places(store: Store | Sequence[Store] | None) -> tuple[Path | str, ...]:

@@ -179,7 +179,7 @@ def cache_teacher(
         device: auto, cpu, cuda, cuda:N, or a torch.device.
         num_workers: Processes that decode images that are not in memory.
         progress: Whether to print progress to stderr.
-        **cache: Keys of a recipe's `cache` section: `dtype`, `top_k`, `precision`, `memory_format`, `batch_size`, ...
+        **cache: Keys of a recipe's `cache` section: `dtype`, `encoding`, `top_k`, `precision`, `batch_size`, ...
 
     Returns:
         The opened store.

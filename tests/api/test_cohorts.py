@@ -44,3 +44,9 @@ def test_equal_members_are_refused(digits, tmp_path):
     network = kd.create_model("cnn", train, width=3)
     with pytest.raises(RecipeError, match="start from the same weights"):
         kd.train_cohort(network, train, test=test, run=tmp_path / "run", **QUIET)
+
+
+def test_losses_without_a_store_are_refused(digits):
+    train, test = digits
+    with pytest.raises(RecipeError, match="losses need a store"):
+        kd.train_cohort("cnn", train, test=test, losses="kd", **QUIET)

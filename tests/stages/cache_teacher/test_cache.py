@@ -275,6 +275,8 @@ def test_encoded_store_is_that_of_the_dense_logits(run, tmp_path, encoding):
 
 def test_encodings_that_do_not_fit_are_refused(run, tmp_path):
     teacher, context = teacher_of(run)
+    with pytest.raises(FingerprintMismatch, match="encoding: stored None, wanted .*int8"):
+        cache_teacher(dataclasses.replace(CACHE, encoding="int8"), run / "store.zarr", teacher, [], context)
     for fault, keys in {
         "cache.top_k = 4 keeps all of 4 classes": {"top_k": 4},
         "cache.sampled_labels = 5 keeps all of 4 classes": {"sampled_labels": 5},
