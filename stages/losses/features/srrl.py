@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
-from kdpipe.stages.config import max_value, section
+from kdpipe.stages.config import PathStr, max_value, section
 from kdpipe.stages.errors import RecipeError
 from kdpipe.stages.losses.base import Loss
 from kdpipe.stages.losses.inputs import DatasetInfo, LossInputs, Shapes, TeacherShapes
@@ -42,7 +42,7 @@ class SRRL(Loss):
     needs_head: ClassVar[bool] = True
 
     loss: Literal["srrl"] = "srrl"
-    layer: str = PRE_LOGITS
+    layer: PathStr = PRE_LOGITS
     logit_weight: Annotated[float, Field(ge=0), max_value(1e6)] = 1.0
 
     def student_layers(self) -> tuple[str, ...]:
