@@ -41,7 +41,7 @@ from kdpipe.stages.losses.schedules import TrainProgress
 from kdpipe.stages.models.build import ModelConfig, build_model
 from kdpipe.stages.models.hooks import ModelOutput
 from kdpipe.stages.runtime.memory import disable_malloc_trim
-from kdpipe.stages.targets.feature_spec import POOLED, FeatureSpec, Shape, compute_statistic
+from kdpipe.stages.targets.feature_spec import HEAD, POOLED, FeatureSpec, Shape, compute_statistic, shape_of
 from kdpipe.stages.targets.outputs import DenseTargets
 
 NUM_CLASSES, NUM_SAMPLES, VECTOR = 100, 50_000, (256,)
@@ -127,13 +127,14 @@ def cases(name: str, kind: type[Loss], student: Student) -> Iterator[Case]:
     config = kind(**entry)
     if kind.input_gradient:
         yield through_the_network(config, student)
-    elif not takes_layers:
+    elif not (layers := config.student_layers()):
         yield on_features(config, {}, f"{NUM_CLASSES}", len(student.images))
     else:
-        is_pooled = all(feature.statistic == POOLED for feature in config.required_features({"student": MAPS[0]}))
+        required = config.required_features(dict.fromkeys(layers, MAPS[0]))
+        is_pooled = all(feature.statistic in (POOLED, HEAD) for feature in required)
         for shape in (VECTOR,) if is_pooled else MAPS:
             size = "x".join(map(str, shape))
-            yield on_features(config, {"student": shape}, size, len(student.images))
+            yield on_features(config, dict.fromkeys(layers, shape), size, len(student.images))
 
 
 def through_the_network(config: Loss, student: Student) -> Case:
@@ -147,11 +148,15 @@ def through_the_network(config: Loss, student: Student) -> Case:
 
 def on_features(config: Loss, shapes: Mapping[str, Shape], size: str, batch_size: int) -> Case:
     """Return a loss on random logits and features, with equal channels on both sides."""
-    required = dict(zip(config.required_features(shapes), shapes.values(), strict=True))
+    shape = next(iter(shapes.values()), VECTOR)
+    required = dict.fromkeys(config.required_features(shapes), shape)
     features = {
-        feature: compute_statistic(feature, torch.randn(batch_size, *shape)) for feature, shape in required.items()
+        feature: torch.randn(NUM_CLASSES, shape[0] + 1)
+        if feature.is_head
+        else compute_statistic(feature, torch.randn(batch_size, *shape))
+        for feature in required
     }
-    delivered = {feature: tuple(values.shape[1:]) for feature, values in features.items()}
+    delivered = {feature: shape_of(feature, values) for feature, values in features.items()}
     loss = config.build(shapes, delivered, DatasetInfo(NUM_SAMPLES, NUM_CLASSES)).train()
     leaves = {layer: torch.randn(batch_size, *shape, requires_grad=True) for layer, shape in shapes.items()}
     student = ModelOutput(torch.randn(batch_size, NUM_CLASSES, requires_grad=True), leaves)

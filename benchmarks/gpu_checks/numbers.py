@@ -170,9 +170,10 @@ def _fill_store(folder: Path, configs: Sequence[Loss], student: StudentConfig, c
 
 
 def _job(config: Loss, student: StudentConfig, context: StageContext, store: Path, folder: Path) -> TrainJob:
-    network = build_student(student, 0, context, [config])
+    spec = open_distillation([store], [config], student, {}, context)
+    network = build_student(student, 0, context, spec)
     network.model.to(context.device)
-    task = build_task(network, open_distillation([store], [config], student, {}, context), 0, context)
+    task = build_task(network, spec, 0, context)
     folder.mkdir(parents=True, exist_ok=True)
     train = TrainConfig(batch_size=64, precision="float32")
     return TrainJob("check", config.loss, network.model, task, None, train, 0, JobDir(folder), student_layers([config]))

@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kdpipe.store.errors import KdpipeError, LinkedStoreError, StoreError, differences
-from kdpipe.store.format.head import HEAD_KEY, parse_head
+from kdpipe.store.format.head import HEAD_KEY, NOT_RECORDED, is_recorded
 from kdpipe.store.format.layout import ArraySpec, Unit
 from kdpipe.store.format.manifest import Manifest
 from kdpipe.store.format.markers import Marker, marker_key, read_marker
@@ -193,11 +193,9 @@ class _Verifier:
     def head(self) -> None:
         """Check the teacher's head against its digest in the manifest."""
         record = self.manifest.head
-        if record is not None and (raw := self._read(HEAD_KEY, record.num_bytes)) is not None:
-            try:
-                parse_head(raw, record, str(self.path))
-            except StoreError as error:
-                self.faults.append(Fault(HEAD_KEY, str(error)))
+        raw = None if record is None else self._read(HEAD_KEY, record.num_bytes)
+        if record is not None and raw is not None and not is_recorded(raw, record):
+            self.faults.append(Fault(HEAD_KEY, NOT_RECORDED))
 
     def unit(self, unit: Unit) -> None:
         """Check a unit's marker, and each shard file that it lists or must list."""

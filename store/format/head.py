@@ -29,6 +29,8 @@ HEAD_KEY = f"{HEAD}/c/0/0"
 
 MAX_HEAD_BYTES = 2**33
 
+NOT_RECORDED = "its bytes are not those that the manifest records"
+
 
 @dataclass(frozen=True)
 class HeadRecord:
@@ -71,10 +73,15 @@ def require_head(head: NDArray[np.float32] | None, record: HeadRecord | None, wh
         raise StoreError(f"{where} would not have the head that its manifest records.")
 
 
+def is_recorded(raw: bytes, record: HeadRecord) -> bool:
+    """Return whether the bytes of a head are those that a manifest records."""
+    return len(raw) == record.num_bytes and hashlib.sha256(raw).hexdigest() == record.sha256
+
+
 def parse_head(raw: bytes | None, record: HeadRecord, where: str) -> NDArray[np.float32]:
     """Return the head [C, D + 1] in the bytes of its chunk. Raises StoreError where they are not those recorded."""
-    if raw is None or len(raw) != record.num_bytes or hashlib.sha256(raw).hexdigest() != record.sha256:
-        fault = "it is missing" if raw is None else "its bytes are not those that the manifest records"
+    if raw is None or not is_recorded(raw, record):
+        fault = "it is missing" if raw is None else NOT_RECORDED
         raise StoreError(f"{where}/{HEAD_KEY} is damaged: {fault}. Run `kdpipe store repair RECIPE`.")
     return np.frombuffer(raw, "<f4").reshape(record.shape).astype(np.float32)
 

@@ -142,7 +142,7 @@ def _convert(
     errors: dict[str, Any] = {}
     encoding, from_head = manifest.encoding, source.manifest.logits_from_head
     scores = measure_dense if source.manifest.task == "classification" else measure_features
-    if encoding != source.manifest.encoding or (from_head and not manifest.logits_from_head):
+    if not manifest.logits_from_head and (from_head or encoding != source.manifest.encoding):
         exact = source.logits(unit.view, sample_ids)
         encoded = encoding.encode(exact, "float32", sample_ids, unit.view) if encoding else {"logits": exact}
         for name, rows in encoded.items():
@@ -159,8 +159,9 @@ def _convert(
         if spec not in before.arrays or before.rounded.get(spec.name) != manifest.rounded.get(spec.name):
             measure = scores if spec.name == "logits" and stored.ndim == 2 else measure_features
             errors[logical_array(spec.name)] = measure(stored.astype(np.float32), converted[spec.name])
-            if spec.name == EMBEDDINGS and manifest.logits_from_head and source.head is not None:
-                errors["logits"] = scores(*(head_logits(rows, source.head) for rows in (stored, converted[spec.name])))
+    if source.head is not None and manifest.logits_from_head and (EMBEDDINGS in errors or not from_head):
+        exact = source.logits(unit.view, sample_ids)
+        errors["logits"] = scores(exact, head_logits(converted[EMBEDDINGS], source.head))
     return converted, errors
 
 

@@ -94,12 +94,12 @@ def _encoding(source: TargetStore, options: TranscodeOptions) -> LogitEncoding |
     if len(asked) > 1:
         raise StoreError(f"{asked[0]} and {asked[1]} each say how logits are stored: choose one.")
     if options.encoding == HEAD:
-        if source.manifest.logits_from_head:
-            return stored
-        raise StoreError(
-            f"{source.path} has logits, of which the vectors before the teacher's last layer cannot be made: cache "
-            "with cache.encoding = 'head' into another store."
-        )
+        if source.manifest.head is None or all(spec.name != EMBEDDINGS for spec in source.arrays):
+            raise StoreError(
+                f"{source.path} has logits, of which the vectors before the teacher's last layer cannot be made: cache "
+                "with cache.encoding = 'head' into another store."
+            )
+        return None
     if options.encoding not in {None, DENSE, *BITS}:
         raise StoreError(f"logits cannot be stored as {options.encoding!r}; choose from {', '.join(BITS)}, {DENSE}.")
     if not source.manifest.has_logits:
@@ -138,7 +138,7 @@ def _specs(source: TargetStore, options: TranscodeOptions, encoding: LogitEncodi
             "cache again as float32."
         )
     specs = [spec if spec.dtype != "float32" else replace(spec, dtype=options.dtype or spec.dtype) for spec in kept]
-    if encoding == source.manifest.encoding and not decodes_head(source, options):
+    if options.encoding == HEAD or (encoding == source.manifest.encoding and not decodes_head(source, options)):
         return tuple(specs)
     dense = next((spec for spec in specs if spec.name == "logits"), None)
     if dense and len(dense.row_shape) != 1:
@@ -154,8 +154,12 @@ def _kept_names(source: TargetStore, options: TranscodeOptions) -> set[str]:
     for name in options.arrays or ():
         if name not in names:
             raise StoreError(f"{source.path} has no array {name!r}; {did_you_mean(name, names)}")
-    always = {"logits" if "logits" in names else EMBEDDINGS} if not decodes_head(source, options) else set()
-    return set(names) if options.arrays is None else {*always, *options.arrays}
+    if options.encoding == HEAD:
+        return ({*names} if options.arrays is None else {EMBEDDINGS, *options.arrays}) - {"logits"}
+    if options.arrays is None:
+        return set(names)
+    always = [] if decodes_head(source, options) else ["logits" if "logits" in names else EMBEDDINGS]
+    return {*always, *options.arrays}
 
 
 def decodes_head(source: TargetStore, options: TranscodeOptions) -> bool:

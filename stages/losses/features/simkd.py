@@ -11,7 +11,7 @@ from typing import Annotated, ClassVar, Literal
 from pydantic import Field
 from torch import Tensor
 
-from kdpipe.stages.config import max_value, section
+from kdpipe.stages.config import PathStr, max_value, section
 from kdpipe.stages.losses.base import MapLoss
 from kdpipe.stages.losses.features.hint import hint_loss
 from kdpipe.stages.losses.shapes import Layers, Size, map_size
@@ -39,7 +39,7 @@ class SimKD(MapLoss):
 
     loss: Literal["simkd"] = "simkd"
     layers: Annotated[Layers, Field(max_length=1)] = Field(kw_only=False)
-    classifier: str | None = None
+    classifier: PathStr | None = None
     factor: Annotated[int, Field(ge=1), max_value(10**6)] = 2
 
     def teacher_feature(self, layer: str, student: Shape) -> FeatureSpec:

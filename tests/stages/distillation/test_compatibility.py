@@ -1,7 +1,9 @@
 """Losses that do not go together with the recipe's other settings are refused before anything is trained."""
 
 from contextlib import nullcontext
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from support.many_stores import LOGITS, Wish, grow
@@ -10,6 +12,7 @@ from support.tiny_run import squares
 from kdpipe.stages.context import StageContext
 from kdpipe.stages.data.labeling import keep_labels
 from kdpipe.stages.distillation.compatibility import (
+    check_combination,
     check_labels,
     check_losses,
     class_warnings,
@@ -20,6 +23,7 @@ from kdpipe.stages.distillation.embedding_student import check_output
 from kdpipe.stages.distillation.student_config import StudentConfig
 from kdpipe.stages.errors import RecipeError
 from kdpipe.stages.losses.features.at import ATGradient
+from kdpipe.stages.losses.features.cat_kd import CATKD
 from kdpipe.stages.losses.features.cosine import Cosine
 from kdpipe.stages.losses.logits.binary_kd import BinaryKD
 from kdpipe.stages.losses.logits.dist import DIST
@@ -27,9 +31,11 @@ from kdpipe.stages.losses.logits.dkd import DKD
 from kdpipe.stages.losses.logits.kd import KD, LogitMSE
 from kdpipe.stages.losses.logits.mlld import MLLD
 from kdpipe.stages.losses.logits.nkd import NKD
+from kdpipe.stages.losses.logits.wkd import WKDL
 from kdpipe.stages.losses.relations.crd import CRD
 from kdpipe.stages.losses.relations.rkd import RKD
 from kdpipe.stages.runtime.events import RunMonitor
+from kdpipe.stages.targets.class_map import ClassMap
 from kdpipe.stages.targets.ensemble import TeachersConfig
 from kdpipe.stages.views.config import Views
 from kdpipe.store import StoreError, open_store
@@ -151,3 +157,22 @@ def test_a_student_returns_what_something_trains(output, losses, labels, of_embe
     context = StageContext(tmp_path, train_set, train_set, Views(), torch.device("cpu"), RunMonitor())
     with pytest.raises(RecipeError, match=fault) if fault else nullcontext():
         check_output(config, losses, context, of_embeddings=of_embeddings)
+
+
+@pytest.mark.parametrize(
+    ("loss", "class_maps", "teachers", "fault"),
+    [
+        (WKDL(), [None, None], {}, "combines logits: select one teacher with distill.store"),
+        (WKDL(), [None], {"temperatures": (2.0,)}, "combines logits: select one teacher with distill.store"),
+        (WKDL(store=0), [ClassMap(np.arange(3), 3), None], {}, "its classes are not the student's"),
+        (CATKD(layers=(("a", "b"),)), [ClassMap(np.arange(3), 3), None], {}, "its classes are not the student's"),
+        (WKDL(store=1), [None, None], {}, None),
+        (CATKD(layers=(("a", "b"),)), [None, None], {}, None),
+    ],
+)
+def test_losses_that_compare_classes_have_one_teacher(loss, class_maps, teachers, fault):
+    spec = SimpleNamespace(losses=[loss], teachers=TeachersConfig(**teachers), missing_targets="error")
+    sources = [SimpleNamespace(class_map=one, store=None) for one in class_maps]
+    targets = SimpleNamespace(num_without_targets=0, residence="memory")
+    with pytest.raises(RecipeError, match=fault) if fault else nullcontext():
+        check_combination(spec, sources, targets)

@@ -71,6 +71,15 @@ def test_narrower_vectors_have_the_loss_of_their_logits(source):
     assert figures["kl"]["1"] < 1e-5
 
 
+def test_logits_beside_vectors_and_head_may_be_left_out(source):
+    dense = changed(source.path, TranscodeOptions(encoding="int4"), "both.zarr")
+    store = open_store(changed(dense, TranscodeOptions(encoding="head"), "again.zarr"))
+    ids = store.samples.ids[:99]
+    assert [spec.name for spec in store.arrays] == ["features/pre_logits", "pooled/layer2"]
+    assert np.array_equal(store.logits(1, ids), exact(source, 1, ids))
+    assert store.fidelity["logits, step 3"]["largest_error"] > 0  # against four bits a class
+
+
 def test_head_is_made_of_no_logits(tmp_path):
     dense = make_store(tmp_path / "a.zarr", num_samples=300, specs=(ArraySpec("logits", (10,), "float32"),))
     with pytest.raises(StoreError, match="the vectors before the teacher's last layer cannot be made: cache with"):
