@@ -132,6 +132,7 @@ def train_cohort(
         with_teacher=bool(job.places),
         **as_settings("cohort", cohort, ARGUMENTS),
     )
+    seed = job.seed
     jobs = [
         replace(job, config=replace(job.config, model=one), seed=member_seed(seed, number))
         for number, one in enumerate(config.models(job.config.model))

@@ -132,7 +132,7 @@ def train_student(
         options=options,
         train=TrainConfig(**as_settings("train_student", train, {"seeds": OPTIONS["seeds"]})),
     )
-    config = job.config
+    config, seed = job.config, job.seed
     context = job.context(run_options)
     spec = job.open_stores(context)
     fingerprint = student_fingerprint(config, seed, spec, build_student(config, seed, context, spec), context)
