@@ -91,7 +91,7 @@ def finalize(
         report = evaluate_in_depth(network.model, test, test.device)
         require(report)
         warn = test.warn or (lambda sentence: None)
-        for warning in _warnings(report):
+        for warning in _warnings(report, test.loader.dataset.split):
             warn(f"the network in {job_dir.path} {warning}.")
         found = _validated(network, validation) | dict(more or {})
         return _write(
@@ -109,15 +109,15 @@ def _validated(network: ModelBundle, validation: Evaluation | None) -> dict[str,
     return {"validation": {**found, "num_images": validation.loader.dataset.num_samples}}
 
 
-def _warnings(report: EvalReport) -> Iterator[str]:
+def _warnings(report: EvalReport, split: str) -> Iterator[str]:
     """Yield what makes a network useless as it is, or its outputs something else than logits."""
     if report.is_at_chance() and report.task == REGRESSION:
         yield (
-            f"explains {report.top1:.2f} of the variance of {report.num_samples:,} test images: their mean is as good"
+            f"explains {report.top1:.2f} of the variance of {report.num_samples:,} {split} images: their mean is as good"
         )
     elif report.is_at_chance():
         yield (
-            f"is not clearly above chance: {100 * report.top1:.2f} % of {report.num_samples:,} test images, where "
+            f"is not clearly above chance: {100 * report.top1:.2f} % of {report.num_samples:,} {split} images, where "
             f"guessing would reach {100 * report.chance:.2f} %"
         )
     if report.outputs == PROBABILITIES:
