@@ -23,10 +23,10 @@ import numpy as np
 from numcodecs.zstd import Zstd
 from numpy.typing import NDArray
 
-from kdpipe.store.format.encoding_error import TEMPERATURES, row_kl
-from kdpipe.store.format.quantized import BITS, Quantized
-from kdpipe.store.format.sampled import Sampled, probabilities
-from kdpipe.store.format.topk import (
+from kdpipe.store.format.encodings.encoding_error import TEMPERATURES, row_kl
+from kdpipe.store.format.encodings.quantized import BITS, Quantized
+from kdpipe.store.format.encodings.sampled import Sampled, probabilities
+from kdpipe.store.format.encodings.topk import (
     INDICES,
     TAIL,
     VALUES,

@@ -36,9 +36,9 @@ from kdpipe.stages.distillation.stores import open_distillation
 from kdpipe.stages.distillation.student_config import StudentConfig
 from kdpipe.stages.distillation.task_builder import build_task, student_shapes
 from kdpipe.stages.losses.distillation import required_of, student_layers
-from kdpipe.stages.losses.features.at import AT
 from kdpipe.stages.losses.features.hint import Hint
 from kdpipe.stages.losses.logits.kd import KD
+from kdpipe.stages.losses.statistics.at import AT
 from kdpipe.stages.models.build import ModelConfig
 from kdpipe.stages.models.bundle import ModelBundle
 from kdpipe.stages.models.hooks import extract_features

@@ -48,9 +48,9 @@ from kdpipe.store import (
     rows_per_unit,
     write_unit,
 )
-from kdpipe.store.format.logit_encoding import LogitEncoding
-from kdpipe.store.format.quantized import Quantized
-from kdpipe.store.format.sampled import Sampled
+from kdpipe.store.format.encodings.logit_encoding import LogitEncoding
+from kdpipe.store.format.encodings.quantized import Quantized
+from kdpipe.store.format.encodings.sampled import Sampled
 
 SHAPES = ((50_000, 100), (20_000, 1_000), (5_000, 64, 8, 8))
 NAME = "logits"

@@ -11,12 +11,12 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from kdpipe.store.errors import FingerprintMismatch, KdpipeError, StoreError, differences
     from kdpipe.store.format.codec import Codec
-    from kdpipe.store.format.encoding_error import all_finite, measure_dense, measure_features, measure_topk
+    from kdpipe.store.format.encodings.encoding_error import all_finite, measure_dense, measure_features, measure_topk
+    from kdpipe.store.format.encodings.topk import TopK, default_temperatures, encode_topk, interpolation
     from kdpipe.store.format.identity import Identity, canonical_json
     from kdpipe.store.format.layout import ArraySpec, StoreLayout, Unit, rows_per_unit
     from kdpipe.store.format.manifest import Manifest, version_note
     from kdpipe.store.format.samples import Samples, ids_and_labels_sha256, read_samples, row_order, splitmix64
-    from kdpipe.store.format.topk import TopK, default_temperatures, encode_topk, interpolation
     from kdpipe.store.format.unit_state import missing_arrays, missing_units, store_bytes
     from kdpipe.store.format.zarr_metadata import read_store_manifest
     from kdpipe.store.fs.atomic_write import fsync_path, make_folders, sweep_partial, write_atomically
@@ -36,12 +36,12 @@ if TYPE_CHECKING:
 _MODULES = {
     "errors": "FingerprintMismatch KdpipeError StoreError differences",
     "format.codec": "Codec",
-    "format.encoding_error": "all_finite measure_dense measure_features measure_topk",
+    "format.encodings.encoding_error": "all_finite measure_dense measure_features measure_topk",
+    "format.encodings.topk": "TopK default_temperatures encode_topk interpolation",
     "format.identity": "Identity canonical_json",
     "format.layout": "ArraySpec StoreLayout Unit rows_per_unit",
     "format.manifest": "Manifest version_note",
     "format.samples": "Samples ids_and_labels_sha256 read_samples row_order splitmix64",
-    "format.topk": "TopK default_temperatures encode_topk interpolation",
     "format.unit_state": "missing_arrays missing_units store_bytes",
     "format.zarr_metadata": "read_store_manifest",
     "fs.atomic_write": "fsync_path make_folders sweep_partial write_atomically",

@@ -18,16 +18,10 @@ if TYPE_CHECKING:
     from kdpipe.losses import functional
     from kdpipe.stages.losses.base import FeatureLoss, LogitLoss, Loss, MapLoss, PooledLoss, SoftLogitLoss
     from kdpipe.stages.losses.features.ab import AB
-    from kdpipe.stages.losses.features.at import AT, ATGradient
-    from kdpipe.stages.losses.features.cat_kd import CATKD
     from kdpipe.stages.losses.features.cosine import Cosine
-    from kdpipe.stages.losses.features.cwd import CWD
     from kdpipe.stages.losses.features.fitnet import FitNet
-    from kdpipe.stages.losses.features.fsp import FSP
     from kdpipe.stages.losses.features.ft import FT
     from kdpipe.stages.losses.features.hint import Hint
-    from kdpipe.stages.losses.features.kdsvd import KDSVD
-    from kdpipe.stages.losses.features.nst import NST
     from kdpipe.stages.losses.features.ofd import OFD
     from kdpipe.stages.losses.features.pefd import PEFD
     from kdpipe.stages.losses.features.review_kd import ReviewKD
@@ -36,7 +30,6 @@ if TYPE_CHECKING:
     from kdpipe.stages.losses.features.srrl import SRRL
     from kdpipe.stages.losses.features.vid import VID
     from kdpipe.stages.losses.features.vkd import VkD
-    from kdpipe.stages.losses.features.wkd import WKDF
     from kdpipe.stages.losses.inputs import LossInputs, Negatives
     from kdpipe.stages.losses.logits.binary_kd import BinaryKD
     from kdpipe.stages.losses.logits.dist import DIST
@@ -57,6 +50,13 @@ if TYPE_CHECKING:
     from kdpipe.stages.losses.relations.sp import SP
     from kdpipe.stages.losses.sample_selection import SampleSelection
     from kdpipe.stages.losses.schedules import Schedule, Scheduled, TrainProgress
+    from kdpipe.stages.losses.statistics.at import AT, ATGradient
+    from kdpipe.stages.losses.statistics.cat_kd import CATKD
+    from kdpipe.stages.losses.statistics.cwd import CWD
+    from kdpipe.stages.losses.statistics.fsp import FSP
+    from kdpipe.stages.losses.statistics.kdsvd import KDSVD
+    from kdpipe.stages.losses.statistics.nst import NST
+    from kdpipe.stages.losses.statistics.wkd import WKDF
     from kdpipe.stages.models.hooks import ModelOutput
     from kdpipe.stages.runtime.collectives import all_gather_with_grad
     from kdpipe.stages.targets.feature_spec import FeatureSpec
@@ -64,16 +64,16 @@ if TYPE_CHECKING:
 _MODULES = {
     "losses.base": "FeatureLoss LogitLoss Loss MapLoss PooledLoss SoftLogitLoss",
     "losses.features.ab": "AB",
-    "losses.features.at": "AT ATGradient",
-    "losses.features.cat_kd": "CATKD",
+    "losses.statistics.at": "AT ATGradient",
+    "losses.statistics.cat_kd": "CATKD",
     "losses.features.cosine": "Cosine",
-    "losses.features.cwd": "CWD",
+    "losses.statistics.cwd": "CWD",
     "losses.features.fitnet": "FitNet",
-    "losses.features.fsp": "FSP",
+    "losses.statistics.fsp": "FSP",
     "losses.features.ft": "FT",
     "losses.features.hint": "Hint",
-    "losses.features.kdsvd": "KDSVD",
-    "losses.features.nst": "NST",
+    "losses.statistics.kdsvd": "KDSVD",
+    "losses.statistics.nst": "NST",
     "losses.features.ofd": "OFD",
     "losses.features.pefd": "PEFD",
     "losses.features.review_kd": "ReviewKD",
@@ -82,7 +82,7 @@ _MODULES = {
     "losses.features.srrl": "SRRL",
     "losses.features.vid": "VID",
     "losses.features.vkd": "VkD",
-    "losses.features.wkd": "WKDF",
+    "losses.statistics.wkd": "WKDF",
     "losses.inputs": "LossInputs Negatives",
     "losses.logits.binary_kd": "BinaryKD",
     "losses.logits.dist": "DIST",

@@ -10,22 +10,15 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from kdpipe.stages.losses.features.ab import ab_loss
-    from kdpipe.stages.losses.features.at import at_loss
-    from kdpipe.stages.losses.features.cat_kd import cat_kd_loss
     from kdpipe.stages.losses.features.cosine import cosine_loss
-    from kdpipe.stages.losses.features.cwd import cwd_loss
-    from kdpipe.stages.losses.features.fsp import fsp_loss
     from kdpipe.stages.losses.features.ft import ft_loss
     from kdpipe.stages.losses.features.hint import hint_loss
-    from kdpipe.stages.losses.features.kdsvd import kdsvd_loss
-    from kdpipe.stages.losses.features.nst import nst_loss
     from kdpipe.stages.losses.features.ofd import ofd_loss
     from kdpipe.stages.losses.features.review_kd import hcl_loss
     from kdpipe.stages.losses.features.srd import srd_loss
     from kdpipe.stages.losses.features.srrl import srrl_loss
     from kdpipe.stages.losses.features.vid import vid_loss
     from kdpipe.stages.losses.features.vkd import vkd_loss
-    from kdpipe.stages.losses.features.wkd import wkd_f_loss
     from kdpipe.stages.losses.logits.binary_kd import binary_kd_loss
     from kdpipe.stages.losses.logits.dist import dist_loss
     from kdpipe.stages.losses.logits.dkd import dkd_loss, nckd_loss, tckd_loss
@@ -42,26 +35,26 @@ if TYPE_CHECKING:
     from kdpipe.stages.losses.relations.pkt import pkt_loss
     from kdpipe.stages.losses.relations.rkd import angle_loss, distance_loss, rkd_loss
     from kdpipe.stages.losses.relations.sp import sp_loss
+    from kdpipe.stages.losses.statistics.at import at_loss
+    from kdpipe.stages.losses.statistics.cat_kd import cat_kd_loss
+    from kdpipe.stages.losses.statistics.cwd import cwd_loss
+    from kdpipe.stages.losses.statistics.fsp import fsp_loss
+    from kdpipe.stages.losses.statistics.kdsvd import kdsvd_loss
+    from kdpipe.stages.losses.statistics.nst import nst_loss
+    from kdpipe.stages.losses.statistics.wkd import wkd_f_loss
     from kdpipe.stages.losses.weighted import standardize_logits
 
 _MODULES = {
     "features.ab": "ab_loss",
-    "features.at": "at_loss",
-    "features.cat_kd": "cat_kd_loss",
     "features.cosine": "cosine_loss",
-    "features.cwd": "cwd_loss",
-    "features.fsp": "fsp_loss",
     "features.ft": "ft_loss",
     "features.hint": "hint_loss",
-    "features.kdsvd": "kdsvd_loss",
-    "features.nst": "nst_loss",
     "features.ofd": "ofd_loss",
     "features.review_kd": "hcl_loss",
     "features.srd": "srd_loss",
     "features.srrl": "srrl_loss",
     "features.vid": "vid_loss",
     "features.vkd": "vkd_loss",
-    "features.wkd": "wkd_f_loss",
     "logits.binary_kd": "binary_kd_loss",
     "logits.dist": "dist_loss",
     "logits.dkd": "dkd_loss nckd_loss tckd_loss",
@@ -78,6 +71,13 @@ _MODULES = {
     "relations.pkt": "pkt_loss",
     "relations.rkd": "angle_loss distance_loss rkd_loss",
     "relations.sp": "sp_loss",
+    "statistics.at": "at_loss",
+    "statistics.cat_kd": "cat_kd_loss",
+    "statistics.cwd": "cwd_loss",
+    "statistics.fsp": "fsp_loss",
+    "statistics.kdsvd": "kdsvd_loss",
+    "statistics.nst": "nst_loss",
+    "statistics.wkd": "wkd_f_loss",
     "weighted": "standardize_logits",
 }
 _MODULE_OF = {name: module for module, names in _MODULES.items() for name in names.split()}

@@ -18,8 +18,8 @@ from kdpipe.stages.models.hooks import ModelOutput
 from kdpipe.stages.runtime.gpu.transfers import Download, download, empty_on_host
 from kdpipe.stages.targets.feature_spec import FeatureSpec, compute_statistic
 from kdpipe.store import Manifest, Unit, all_finite, measure_dense, measure_features
-from kdpipe.store.format.head import head_logits
-from kdpipe.store.format.logit_encoding import measure_encoded
+from kdpipe.store.format.encodings.head import head_logits
+from kdpipe.store.format.encodings.logit_encoding import measure_encoded
 from kdpipe.store.format.manifest import EMBEDDINGS
 
 MEASURED_ROWS = 64

@@ -12,7 +12,7 @@ from torch import Tensor
 from kdpipe.stages.data.tasks import CLASSIFICATION, Task
 from kdpipe.stages.models.hooks import ModelOutput
 from kdpipe.stages.targets.feature_spec import FeatureSpec, compute_statistic
-from kdpipe.store.format.encoding_error import row_kl
+from kdpipe.store.format.encodings.encoding_error import row_kl
 
 
 def compare(

@@ -42,10 +42,10 @@ from kdpipe.store import (
     rows_per_unit,
     store_bytes,
 )
-from kdpipe.store.format.head import head_record, read_head
-from kdpipe.store.format.logit_encoding import LogitEncoding
-from kdpipe.store.format.quantized import Quantized
-from kdpipe.store.format.sampled import Sampled
+from kdpipe.store.format.encodings.head import head_record, read_head
+from kdpipe.store.format.encodings.logit_encoding import LogitEncoding
+from kdpipe.store.format.encodings.quantized import Quantized
+from kdpipe.store.format.encodings.sampled import Sampled
 from kdpipe.store.write.acceptance import require_readable
 
 LOGITS = "logits"

@@ -23,11 +23,11 @@ from kdpipe.stages.models.hooks import extract_features
 from kdpipe.stages.runtime.versions import library_versions
 from kdpipe.stages.targets.feature_spec import compute_statistic
 from kdpipe.store import StoreError, TargetStore, open_store
-from kdpipe.store.format.head import head_logits
+from kdpipe.store.format.encodings.head import head_logits
+from kdpipe.store.format.encodings.quantized import PACKED, Quantized
+from kdpipe.store.format.encodings.sampled import Sampled, probabilities, threshold
+from kdpipe.store.format.encodings.topk import INDICES, TAIL, VALUES, TopK, encode_topk
 from kdpipe.store.format.manifest import EMBEDDINGS, require, version_note
-from kdpipe.store.format.quantized import PACKED, Quantized
-from kdpipe.store.format.sampled import Sampled, probabilities, threshold
-from kdpipe.store.format.topk import INDICES, TAIL, VALUES, TopK, encode_topk
 
 TOLERANCE = 1e-2
 """The tolerated difference from the teacher, relative to the largest number in the row.

@@ -21,7 +21,7 @@ from kdpipe.stages.targets.feature_spec import TEACHER_HEAD, FeatureSpec
 from kdpipe.store import Manifest, StoreError, read_store_manifest
 from kdpipe.store.check.repair import rebuild_manifest, restore_samples, uncommit
 from kdpipe.store.check.verify import VerifyReport, verify_store
-from kdpipe.store.format.head import HEAD_KEY, require_head, write_head
+from kdpipe.store.format.encodings.head import HEAD_KEY, require_head, write_head
 from kdpipe.store.format.schema import SAMPLES
 from kdpipe.store.format.zarr_metadata import replace_metadata
 from kdpipe.store.write.claims import exclusive_store

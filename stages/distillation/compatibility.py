@@ -18,8 +18,8 @@ from kdpipe.stages.targets.outputs import NO_LOGITS
 from kdpipe.stages.targets.reader import Targets
 from kdpipe.stages.views.config import Views
 from kdpipe.store import StoreError, TargetStore, TopK
-from kdpipe.store.format.logit_encoding import LogitEncoding
-from kdpipe.store.format.sampled import Sampled
+from kdpipe.store.format.encodings.logit_encoding import LogitEncoding
+from kdpipe.store.format.encodings.sampled import Sampled
 
 
 def check_losses(losses: Sequence[Loss], views: Views, teachers: TeachersConfig, where: str = "distill") -> None:

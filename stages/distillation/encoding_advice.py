@@ -17,11 +17,11 @@ from kdpipe.stages.losses.base import Loss
 from kdpipe.stages.losses.schedules import bounds
 from kdpipe.stages.targets.outputs import teacher_targets
 from kdpipe.store import StoreError, TopK, default_temperatures
-from kdpipe.store.format.encoding_error import row_kl
+from kdpipe.store.format.encodings.encoding_error import row_kl
+from kdpipe.store.format.encodings.logit_encoding import LogitEncoding
+from kdpipe.store.format.encodings.quantized import BITS, Quantized
+from kdpipe.store.format.encodings.sampled import Sampled, probabilities
 from kdpipe.store.format.layout import ArraySpec
-from kdpipe.store.format.logit_encoding import LogitEncoding
-from kdpipe.store.format.quantized import BITS, Quantized
-from kdpipe.store.format.sampled import Sampled, probabilities
 
 MAX_ROWS, MAX_VALUES = 2048, 2**22
 """Rows and logits that are compared, at most."""

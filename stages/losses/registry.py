@@ -14,16 +14,10 @@ from kdpipe.stages.config import section
 from kdpipe.stages.errors import RecipeError
 from kdpipe.stages.losses.base import Loss
 from kdpipe.stages.losses.features.ab import AB
-from kdpipe.stages.losses.features.at import AT, ATGradient
-from kdpipe.stages.losses.features.cat_kd import CATKD
 from kdpipe.stages.losses.features.cosine import Cosine
-from kdpipe.stages.losses.features.cwd import CWD
 from kdpipe.stages.losses.features.fitnet import FitNet
-from kdpipe.stages.losses.features.fsp import FSP
 from kdpipe.stages.losses.features.ft import FT
 from kdpipe.stages.losses.features.hint import Hint
-from kdpipe.stages.losses.features.kdsvd import KDSVD
-from kdpipe.stages.losses.features.nst import NST
 from kdpipe.stages.losses.features.ofd import OFD
 from kdpipe.stages.losses.features.pefd import PEFD
 from kdpipe.stages.losses.features.review_kd import ReviewKD
@@ -32,7 +26,6 @@ from kdpipe.stages.losses.features.srd import SRD
 from kdpipe.stages.losses.features.srrl import SRRL
 from kdpipe.stages.losses.features.vid import VID
 from kdpipe.stages.losses.features.vkd import VkD
-from kdpipe.stages.losses.features.wkd import WKDF
 from kdpipe.stages.losses.logits.binary_kd import BinaryKD
 from kdpipe.stages.losses.logits.dist import DIST
 from kdpipe.stages.losses.logits.dkd import DKD
@@ -49,6 +42,13 @@ from kdpipe.stages.losses.relations.crd import CRD
 from kdpipe.stages.losses.relations.pkt import PKT
 from kdpipe.stages.losses.relations.rkd import RKD
 from kdpipe.stages.losses.relations.sp import SP
+from kdpipe.stages.losses.statistics.at import AT, ATGradient
+from kdpipe.stages.losses.statistics.cat_kd import CATKD
+from kdpipe.stages.losses.statistics.cwd import CWD
+from kdpipe.stages.losses.statistics.fsp import FSP
+from kdpipe.stages.losses.statistics.kdsvd import KDSVD
+from kdpipe.stages.losses.statistics.nst import NST
+from kdpipe.stages.losses.statistics.wkd import WKDF
 from kdpipe.stages.losses.user_loss import as_loss
 from kdpipe.stages.plugins.registry import Registry
 from kdpipe.stages.plugins.user_code import is_user_reference

@@ -14,10 +14,10 @@ from kdpipe.stages.compute.tf32 import tf32
 from kdpipe.stages.errors import RecipeError
 from kdpipe.stages.targets.feature_spec import FeatureSpec
 from kdpipe.store import TopK, interpolation
-from kdpipe.store.format.logit_encoding import LogitEncoding
-from kdpipe.store.format.quantized import HEADER_BYTES, PACKED, Quantized
-from kdpipe.store.format.sampled import ABSENT, Sampled
-from kdpipe.store.format.topk import INDICES, TAIL, VALUES
+from kdpipe.store.format.encodings.logit_encoding import LogitEncoding
+from kdpipe.store.format.encodings.quantized import HEADER_BYTES, PACKED, Quantized
+from kdpipe.store.format.encodings.sampled import ABSENT, Sampled
+from kdpipe.store.format.encodings.topk import INDICES, TAIL, VALUES
 
 NO_LOGITS = (
     "the store has the teacher's embeddings and no logits: use losses on features or relations, such as cosine, hint, "

@@ -20,7 +20,7 @@ from kdpipe.stages.targets.feature_spec import (
     statistic_shape,
 )
 from kdpipe.store import StoreError, TargetStore
-from kdpipe.store.format.head import HEAD as HEAD_ARRAY
+from kdpipe.store.format.encodings.head import HEAD as HEAD_ARRAY
 from kdpipe.store.format.manifest import EMBEDDINGS
 
 LOGITS = "logits"

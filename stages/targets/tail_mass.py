@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from kdpipe.stages.runtime.events import ProgressEvent, RunMonitor
 from kdpipe.store import TargetStore, TopK, interpolation
-from kdpipe.store.format.topk import TAIL
+from kdpipe.store.format.encodings.topk import TAIL
 
 MEASURED_ROWS = 4096
 

@@ -113,7 +113,8 @@ def _warnings(report: EvalReport, split: str) -> Iterator[str]:
     """Yield what makes a network useless as it is, or its outputs something else than logits."""
     if report.is_at_chance() and report.task == REGRESSION:
         yield (
-            f"explains {report.top1:.2f} of the variance of {report.num_samples:,} {split} images: their mean is as good"
+            f"explains {report.top1:.2f} of the variance of {report.num_samples:,} {split} images: their mean is as "
+            "good"
         )
     elif report.is_at_chance():
         yield (

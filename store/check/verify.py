@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kdpipe.store.errors import KdpipeError, LinkedStoreError, StoreError, differences
-from kdpipe.store.format.head import HEAD_KEY, NOT_RECORDED, is_recorded
+from kdpipe.store.format.encodings.head import HEAD_KEY, NOT_RECORDED, is_recorded
 from kdpipe.store.format.layout import ArraySpec, Unit
 from kdpipe.store.format.manifest import Manifest
 from kdpipe.store.format.markers import Marker, marker_key, read_marker

@@ -10,13 +10,13 @@ from typing import Any
 
 from kdpipe.store.errors import FingerprintMismatch, StoreError, differences
 from kdpipe.store.format.codec import Codec, codec_from_json
-from kdpipe.store.format.head import HeadRecord
+from kdpipe.store.format.encodings.head import HeadRecord
+from kdpipe.store.format.encodings.logit_encoding import LogitEncoding, encoding_json, parse_encoding
+from kdpipe.store.format.encodings.topk import VALUES, TopK
 from kdpipe.store.format.identity import PLAIN, Identity, sha256_of
 from kdpipe.store.format.layout import DTYPES, ArraySpec, StoreLayout
-from kdpipe.store.format.logit_encoding import LogitEncoding, encoding_json, parse_encoding
 from kdpipe.store.format.samples import Samples
 from kdpipe.store.format.schema import ATTRIBUTE, MAX_COUNT, MAX_SHARD_BYTES, MAX_UNITS, SCHEMA_VERSION
-from kdpipe.store.format.topk import VALUES, TopK
 
 EMBEDDINGS = "features/pre_logits"
 """The array of a teacher's embeddings: the input of its classifier, or what a teacher without one returns."""

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kdpipe.store.errors import StoreError, differences, translate_os_errors
-from kdpipe.store.format.head import HEAD, HEAD_KEY, HeadRecord, head_bytes
+from kdpipe.store.format.encodings.head import HEAD, HEAD_KEY, HeadRecord, head_bytes
 from kdpipe.store.format.layout import ArraySpec, rows_per_chunk
 from kdpipe.store.format.manifest import Manifest, read_manifest
 from kdpipe.store.format.samples import CHUNK_ROWS, COLUMNS, Samples, sample_chunks

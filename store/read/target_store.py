@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kdpipe.store.errors import StoreError
-from kdpipe.store.format.head import head_logits, read_head
+from kdpipe.store.format.encodings.head import head_logits, read_head
 from kdpipe.store.format.layout import ArraySpec, StoreLayout, Unit
 from kdpipe.store.format.manifest import EMBEDDINGS, Finished, Manifest
 from kdpipe.store.format.markers import Marker

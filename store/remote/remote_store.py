@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kdpipe.store.errors import StoreError
-from kdpipe.store.format.head import HEAD_KEY, parse_head
+from kdpipe.store.format.encodings.head import HEAD_KEY, parse_head
 from kdpipe.store.format.layout import StoreLayout, Unit
 from kdpipe.store.format.manifest import Finished, Manifest, read_manifest
 from kdpipe.store.format.markers import Marker, marker_key, parse_marker

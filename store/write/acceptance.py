@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from kdpipe.store.errors import StoreError
-from kdpipe.store.format.encoding_error import TEMPERATURES
+from kdpipe.store.format.encodings.encoding_error import TEMPERATURES
 from kdpipe.store.format.layout import Unit
 from kdpipe.store.format.manifest import Finished, Manifest
 from kdpipe.store.format.markers import Marker, marker_text

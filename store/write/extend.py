@@ -14,9 +14,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kdpipe.store.errors import FingerprintMismatch, differences
-from kdpipe.store.format.head import require_head, write_head
+from kdpipe.store.format.encodings.head import require_head, write_head
+from kdpipe.store.format.encodings.logit_encoding import encoding_json
 from kdpipe.store.format.identity import PLAIN
-from kdpipe.store.format.logit_encoding import encoding_json
 from kdpipe.store.format.manifest import Manifest, version_note
 from kdpipe.store.format.samples import Samples, read_samples, sample_chunks
 from kdpipe.store.format.zarr_metadata import read_store_manifest, replace_metadata

@@ -22,10 +22,10 @@ from numcodecs import BitRound
 from numpy.typing import NDArray
 
 from kdpipe.store.errors import FingerprintMismatch, StoreError
-from kdpipe.store.format.encoding_error import all_finite, measure_dense, measure_features, merge
-from kdpipe.store.format.head import head_logits
+from kdpipe.store.format.encodings.encoding_error import all_finite, measure_dense, measure_features, merge
+from kdpipe.store.format.encodings.head import head_logits
+from kdpipe.store.format.encodings.logit_encoding import measure_encoded
 from kdpipe.store.format.layout import Unit
-from kdpipe.store.format.logit_encoding import measure_encoded
 from kdpipe.store.format.manifest import EMBEDDINGS, Manifest
 from kdpipe.store.format.samples import read_samples
 from kdpipe.store.format.unit_state import committed, missing_arrays, store_state

@@ -8,12 +8,12 @@ from typing import Literal
 
 from kdpipe.store.errors import StoreError, did_you_mean
 from kdpipe.store.format.codec import Codec
+from kdpipe.store.format.encodings.logit_encoding import LogitEncoding
+from kdpipe.store.format.encodings.quantized import BITS, Quantized
+from kdpipe.store.format.encodings.sampled import Sampled
+from kdpipe.store.format.encodings.topk import TAIL, VALUES, TopK, default_temperatures
 from kdpipe.store.format.layout import PAGE_BYTES, ArraySpec, StoreLayout
-from kdpipe.store.format.logit_encoding import LogitEncoding
 from kdpipe.store.format.manifest import EMBEDDINGS, Manifest
-from kdpipe.store.format.quantized import BITS, Quantized
-from kdpipe.store.format.sampled import Sampled
-from kdpipe.store.format.topk import TAIL, VALUES, TopK, default_temperatures
 from kdpipe.store.read.target_store import TargetStore
 
 DENSE, HEAD = "dense", "head"

@@ -15,8 +15,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kdpipe.store.errors import StoreError, explain, translate_os_errors
-from kdpipe.store.format.encoding_error import all_finite, merge, summarize_features, summarize_logits
-from kdpipe.store.format.head import require_head
+from kdpipe.store.format.encodings.encoding_error import all_finite, merge, summarize_features, summarize_logits
+from kdpipe.store.format.encodings.head import require_head
 from kdpipe.store.format.layout import ArraySpec, Unit
 from kdpipe.store.format.manifest import Finished, Manifest
 from kdpipe.store.format.markers import Marker, marker_path, write_marker

@@ -21,7 +21,7 @@ from kdpipe.stages.distillation.stores import open_distillation
 from kdpipe.stages.distillation.student_config import student_folder
 from kdpipe.stages.distillation.task_builder import build_student
 from kdpipe.stages.errors import DataError, RecipeError
-from kdpipe.stages.losses.features.at import ATGradient
+from kdpipe.stages.losses.statistics.at import ATGradient
 from kdpipe.stages.teacher import untrained_teacher
 from kdpipe.stages.train_student.preflight import dry_run_losses
 from kdpipe.stages.train_student.student import student_fingerprint

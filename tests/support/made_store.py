@@ -22,7 +22,7 @@ from kdpipe.store import (
     rows_per_unit,
     write_unit,
 )
-from kdpipe.store.format.head import head_record
+from kdpipe.store.format.encodings.head import head_record
 
 SPECS = (ArraySpec("logits", (10,), "float16"), ArraySpec("features/layer2.0", (3, 5, 5), "float32"))
 

@@ -35,10 +35,10 @@ from kdpipe.store import (
     sweep_unit,
     write_unit,
 )
-from kdpipe.store.format.head import head_record
-from kdpipe.store.format.logit_encoding import LogitEncoding
-from kdpipe.store.format.quantized import Quantized
-from kdpipe.store.format.sampled import Sampled
+from kdpipe.store.format.encodings.head import head_record
+from kdpipe.store.format.encodings.logit_encoding import LogitEncoding
+from kdpipe.store.format.encodings.quantized import Quantized
+from kdpipe.store.format.encodings.sampled import Sampled
 
 UNIT_ROWS = 512
 NUM_NUMBERS = 5003

@@ -34,7 +34,7 @@ from kdpipe.stages.targets.tail_mass import TailMass, tail_of
 from kdpipe.stages.teacher import load_teacher, untrained_teacher
 from kdpipe.stages.workspace import shown
 from kdpipe.store import TopK, encode_topk, open_store
-from kdpipe.store.format.topk import TAIL
+from kdpipe.store.format.encodings.topk import TAIL
 
 MAX_TRIAL_S = 30.0
 """Time that trying scalings and class orders of a given teacher may take."""

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from kdpipe.pipeline.terminal.output import console, printable
 from kdpipe.pipeline.terminal.rate import duration_text
 from kdpipe.pipeline.terminal.tables import Table, print_table
-from kdpipe.store.format.head import HEAD
+from kdpipe.store.format.encodings.head import HEAD
 from kdpipe.store.format.identity import describe_computation
 from kdpipe.store.format.manifest import EMBEDDINGS
 

@@ -8,10 +8,10 @@ from typing import Any
 
 from kdpipe.pipeline.terminal.output import printable
 from kdpipe.store import Manifest, holder, read_store_manifest, store_bytes
-from kdpipe.store.format.encoding_error import LARGEST_OF_PROBABILITIES
-from kdpipe.store.format.head import HEAD
+from kdpipe.store.format.encodings.encoding_error import LARGEST_OF_PROBABILITIES
+from kdpipe.store.format.encodings.head import HEAD
+from kdpipe.store.format.encodings.logit_encoding import parse_encoding
 from kdpipe.store.format.identity import describe_computation
-from kdpipe.store.format.logit_encoding import parse_encoding
 from kdpipe.store.format.manifest import EMBEDDINGS
 from kdpipe.store.format.unit_state import store_state
 

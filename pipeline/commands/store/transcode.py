@@ -13,7 +13,7 @@ from kdpipe.pipeline.terminal.progress import reporter
 from kdpipe.stages.errors import RecipeError, StoppedEarly
 from kdpipe.stages.runtime.events import ProgressEvent
 from kdpipe.store import Codec, TranscodeOptions, default_staging_cache, default_temperatures, is_url, stage, transcode
-from kdpipe.store.format.topk import MAX_TEMPERATURE, MIN_TEMPERATURE
+from kdpipe.store.format.encodings.topk import MAX_TEMPERATURE, MIN_TEMPERATURE
 
 
 def parse_codec(archive: str | None, level: int | None) -> Any:

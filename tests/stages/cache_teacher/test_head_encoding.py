@@ -28,7 +28,7 @@ from kdpipe.stages.targets.reader import Targets
 from kdpipe.stages.targets.resolve import smallest_feature
 from kdpipe.stages.teacher import untrained_teacher
 from kdpipe.store import FingerprintMismatch, open_store
-from kdpipe.store.format.encoding_error import row_kl
+from kdpipe.store.format.encodings.encoding_error import row_kl
 
 LOSSES = (KD(), SRRL(), RKD(), PKT(), CRD(layers=(("pre_logits", "pre_logits"),), num_negatives=16))
 HEAD = dataclasses.replace(CACHE, encoding="head")

@@ -37,7 +37,7 @@ from kdpipe.store import (
     read_store_manifest,
 )
 from kdpipe.store.check.verify import verify_store
-from kdpipe.store.format.head import HEAD_KEY
+from kdpipe.store.format.encodings.head import HEAD_KEY
 from kdpipe.store.format.markers import marker_path
 from kdpipe.store.format.shard import shard_path
 from kdpipe.store.format.zarr_metadata import replace_metadata

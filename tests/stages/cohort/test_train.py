@@ -21,10 +21,10 @@ from kdpipe.stages.distillation.task_builder import build_student
 from kdpipe.stages.errors import ModelError, RecipeError, StoppedEarly
 from kdpipe.stages.evaluation.evaluate import evaluate
 from kdpipe.stages.export.trial import try_export
-from kdpipe.stages.losses.features.at import AT
 from kdpipe.stages.losses.features.hint import Hint
 from kdpipe.stages.losses.logits.kd import KD
 from kdpipe.stages.losses.relations.rkd import RKD
+from kdpipe.stages.losses.statistics.at import AT
 from kdpipe.stages.models.build import ModelConfig
 from kdpipe.stages.models.joint_networks import Ensemble
 from kdpipe.stages.runtime.events import WARNING, RunMonitor

@@ -22,8 +22,6 @@ from kdpipe.stages.distillation.compatibility import (
 from kdpipe.stages.distillation.embedding_student import check_output
 from kdpipe.stages.distillation.student_config import StudentConfig
 from kdpipe.stages.errors import RecipeError
-from kdpipe.stages.losses.features.at import ATGradient
-from kdpipe.stages.losses.features.cat_kd import CATKD
 from kdpipe.stages.losses.features.cosine import Cosine
 from kdpipe.stages.losses.logits.binary_kd import BinaryKD
 from kdpipe.stages.losses.logits.dist import DIST
@@ -34,6 +32,8 @@ from kdpipe.stages.losses.logits.nkd import NKD
 from kdpipe.stages.losses.logits.wkd import WKDL
 from kdpipe.stages.losses.relations.crd import CRD
 from kdpipe.stages.losses.relations.rkd import RKD
+from kdpipe.stages.losses.statistics.at import ATGradient
+from kdpipe.stages.losses.statistics.cat_kd import CATKD
 from kdpipe.stages.runtime.events import RunMonitor
 from kdpipe.stages.targets.class_map import ClassMap
 from kdpipe.stages.targets.ensemble import TeachersConfig

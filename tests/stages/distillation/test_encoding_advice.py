@@ -6,7 +6,7 @@ import pytest
 from kdpipe.stages.distillation.encoding_advice import compare_encodings, gradient_cosine, recommended
 from kdpipe.stages.losses.logits.dkd import DKD
 from kdpipe.stages.losses.logits.kd import KD, LogitMSE
-from kdpipe.store.format.sampled import probabilities
+from kdpipe.store.format.encodings.sampled import probabilities
 
 EXACT = (3 * np.random.default_rng(0).standard_normal((300, 100))).astype(np.float32)
 

@@ -8,13 +8,13 @@ from support.loss_inputs import DATASET, LABELS, STUDENT_LOGITS, STUDENT_MAPS, T
 
 from kdpipe.stages.losses.distillation import build_distillation, required_of, student_layers
 from kdpipe.stages.losses.features.hint import Hint
-from kdpipe.stages.losses.features.nst import NST
 from kdpipe.stages.losses.logits.kd import KD, kd_loss
 from kdpipe.stages.losses.registry import LOSSES
 from kdpipe.stages.losses.relations.rkd import RKD
 from kdpipe.stages.losses.relations.sp import SP
 from kdpipe.stages.losses.sample_selection import SampleSelection
 from kdpipe.stages.losses.schedules import Schedule, TrainProgress, value_at
+from kdpipe.stages.losses.statistics.nst import NST
 from kdpipe.stages.losses.weighted import DistillationBatch
 from kdpipe.stages.models.hooks import ModelOutput
 from kdpipe.stages.targets.ensemble import TeacherEnsemble, TeachersConfig

@@ -26,9 +26,7 @@ from torch import nn
 from kdpipe.stages.data.loader.image_loader import ImageBatch, ImageLoader, ViewRequest
 from kdpipe.stages.errors import StoppedEarly
 from kdpipe.stages.losses.base import Loss
-from kdpipe.stages.losses.features.at import AT
 from kdpipe.stages.losses.features.hint import Hint
-from kdpipe.stages.losses.features.nst import NST
 from kdpipe.stages.losses.features.ofd import OFD
 from kdpipe.stages.losses.features.review_kd import ReviewKD
 from kdpipe.stages.losses.features.srd import SRD
@@ -48,6 +46,8 @@ from kdpipe.stages.losses.relations.rkd import RKD
 from kdpipe.stages.losses.relations.sp import SP
 from kdpipe.stages.losses.sample_selection import SampleSelection
 from kdpipe.stages.losses.schedules import FINISHED
+from kdpipe.stages.losses.statistics.at import AT
+from kdpipe.stages.losses.statistics.nst import NST
 from kdpipe.stages.losses.user_loss import as_loss
 from kdpipe.stages.losses.weighted import DistillationBatch, WeightedLoss
 from kdpipe.stages.models.hooks import ModelOutput

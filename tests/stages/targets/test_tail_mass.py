@@ -31,7 +31,7 @@ from kdpipe.stages.targets.ensemble import TeacherEnsemble, TeachersConfig
 from kdpipe.stages.targets.outputs import TopKTargets
 from kdpipe.stages.targets.tail_mass import measure_tails, report_tail
 from kdpipe.store import TopK, default_temperatures, encode_topk
-from kdpipe.store.format.topk import TAIL
+from kdpipe.store.format.encodings.topk import TAIL
 
 LOGITS = 3 * drawn(64, 100, seed=1).float()
 LABELS = torch.arange(64)

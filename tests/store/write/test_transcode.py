@@ -31,9 +31,9 @@ from kdpipe.store import (
     read_store_manifest,
     write_unit,
 )
-from kdpipe.store.format.encoding_error import merge, summarize_features, summarize_logits
-from kdpipe.store.format.quantized import Quantized
-from kdpipe.store.format.sampled import Sampled
+from kdpipe.store.format.encodings.encoding_error import merge, summarize_features, summarize_logits
+from kdpipe.store.format.encodings.quantized import Quantized
+from kdpipe.store.format.encodings.sampled import Sampled
 from kdpipe.store.format.shard import shard_path
 from kdpipe.store.write.transcode import transcode
 from kdpipe.store.write.transcode_options import TranscodeOptions

@@ -7,7 +7,7 @@ from support.transcoded import changed
 
 from kdpipe.store import ArraySpec, StoreError, TranscodeOptions, measure_dense, open_store
 from kdpipe.store.check.verify import verify_store
-from kdpipe.store.format.head import head_logits
+from kdpipe.store.format.encodings.head import head_logits
 
 HEAD = np.random.default_rng(3).standard_normal((10, 7)).astype(np.float32)
 SPECS = (ArraySpec("features/pre_logits", (6,), "float32"), ArraySpec("pooled/layer2", (3,), "float32"))

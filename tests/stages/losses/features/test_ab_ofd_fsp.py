@@ -8,8 +8,8 @@ from support.loss_inputs import DATASET, STUDENT_HINTS, TEACHER_HINTS, build_los
 
 from kdpipe.stages.errors import RecipeError
 from kdpipe.stages.losses.features.ab import AB, ab_loss
-from kdpipe.stages.losses.features.fsp import FSP, flow, fsp_loss
 from kdpipe.stages.losses.features.ofd import OFD, ofd_loss
+from kdpipe.stages.losses.statistics.fsp import FSP, flow, fsp_loss
 from kdpipe.stages.targets.feature_spec import FeatureSpec
 
 SMALL = drawn(8, 5, 4, 4, seed=21)

@@ -7,11 +7,11 @@ import torch
 from support.loss_inputs import STUDENT_MAPS, STUDENT_VECTORS, TEACHER_MAPS, TEACHER_VECTORS, build_loss, drawn
 
 from kdpipe.stages.errors import RecipeError
-from kdpipe.stages.losses.features.cwd import CWD, cwd_loss
 from kdpipe.stages.losses.features.pefd import PEFD
 from kdpipe.stages.losses.features.srd import SRD, srd_loss
 from kdpipe.stages.losses.features.vkd import VkD, vkd_loss
-from kdpipe.stages.losses.features.wkd import WKDF, wkd_f_loss
+from kdpipe.stages.losses.statistics.cwd import CWD, cwd_loss
+from kdpipe.stages.losses.statistics.wkd import WKDF, wkd_f_loss
 from kdpipe.stages.targets.feature_spec import FeatureSpec
 from kdpipe.stages.targets.statistics import mean_std
 

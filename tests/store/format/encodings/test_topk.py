@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kdpipe.store.errors import StoreError
-from kdpipe.store.format.topk import (
+from kdpipe.store.format.encodings.topk import (
     INDICES,
     TAIL,
     VALUES,

@@ -22,10 +22,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kdpipe.store.errors import StoreError
+from kdpipe.store.format.encodings.quantized import PACKED
+from kdpipe.store.format.encodings.topk import BLOCK_VALUES, MAX_CLASSES
 from kdpipe.store.format.layout import ArraySpec
-from kdpipe.store.format.quantized import PACKED
 from kdpipe.store.format.samples import SPLITMIX_INCREMENT, splitmix64
-from kdpipe.store.format.topk import BLOCK_VALUES, MAX_CLASSES
 
 ABSENT = -1e4
 """The logit of a class that was not drawn: probability 0 at T = 1."""

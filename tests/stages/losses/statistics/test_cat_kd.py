@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from support.loss_inputs import assert_finite, build_loss, drawn
 
 from kdpipe.stages.errors import ModelError, RecipeError
-from kdpipe.stages.losses.features.cat_kd import CATKD, cat_kd_loss
+from kdpipe.stages.losses.statistics.cat_kd import CATKD, cat_kd_loss
 from kdpipe.stages.models.build import ModelConfig, build_model
 from kdpipe.stages.models.hooks import extract_features, feature_shapes
 from kdpipe.stages.targets.feature_spec import FeatureSpec

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from support.loss_inputs import DATASET, build_loss, drawn
 
 from kdpipe.stages.errors import RecipeError
-from kdpipe.stages.losses.features.kdsvd import KDSVD, kdsvd_loss
+from kdpipe.stages.losses.statistics.kdsvd import KDSVD, kdsvd_loss
 from kdpipe.stages.targets.feature_spec import FeatureSpec
 
 STUDENT = [drawn(8, 5, 4, 4, seed=1), drawn(8, 6, 3, 3, seed=2), drawn(8, 5, 2, 4, seed=3)]

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from kdpipe.store.format.topk import INDICES, TAIL, VALUES, TopK, dense_logits
+from kdpipe.store.format.encodings.topk import INDICES, TAIL, VALUES, TopK, dense_logits
 
 TEMPERATURES = (1.0, 2.0, 4.0, 8.0, 20.0)
 KL_ROWS = 512

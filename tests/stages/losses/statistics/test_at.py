@@ -16,7 +16,7 @@ from support.loss_inputs import (
 )
 
 from kdpipe.stages.errors import RecipeError
-from kdpipe.stages.losses.features.at import AT
+from kdpipe.stages.losses.statistics.at import AT
 from kdpipe.stages.targets.feature_spec import ATTENTION, FeatureSpec
 
 

@@ -16,7 +16,7 @@ from support.loss_inputs import (
 )
 
 from kdpipe.stages.errors import RecipeError
-from kdpipe.stages.losses.features.nst import NST, nst_from_channels, nst_from_gram, nst_loss
+from kdpipe.stages.losses.statistics.nst import NST, nst_from_channels, nst_from_gram, nst_loss
 from kdpipe.stages.targets.feature_spec import MAP, SPATIAL_GRAM, FeatureSpec
 from kdpipe.stages.targets.statistics import pool_to, spatial_gram
 

@@ -22,7 +22,7 @@ from kdpipe.store import (
     transcode,
 )
 from kdpipe.store.check.verify import verify_store
-from kdpipe.store.format.head import HEAD_KEY, head_record
+from kdpipe.store.format.encodings.head import HEAD_KEY, head_record
 
 HEAD = np.random.default_rng(3).standard_normal((10, 6)).astype(np.float32)
 

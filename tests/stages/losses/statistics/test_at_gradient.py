@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from support.loss_inputs import DATASET, drawn, loss_of_pair, make_inputs
 from torch import nn
 
-from kdpipe.stages.losses.features.at import AT, ATGradient, at_loss
+from kdpipe.stages.losses.statistics.at import AT, ATGradient, at_loss
 from kdpipe.stages.targets.feature_spec import INPUT, INPUT_GRADIENT, FeatureSpec
 from kdpipe.stages.targets.statistics import attention, input_attention
 

@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 
-from kdpipe.store.format.encoding_error import (
+from kdpipe.store.format.encodings.encoding_error import (
     KL_ROWS,
     TEMPERATURES,
     all_finite,
@@ -18,7 +18,7 @@ from kdpipe.store.format.encoding_error import (
     summarize_features,
     summarize_logits,
 )
-from kdpipe.store.format.topk import INDICES, VALUES, TopK, default_temperatures, encode_topk
+from kdpipe.store.format.encodings.topk import INDICES, VALUES, TopK, default_temperatures, encode_topk
 
 
 def made_logits(num_rows=300, num_classes=20, seed=0):

@@ -6,10 +6,10 @@ import torch
 
 from kdpipe.stages.targets.outputs import dequantize, teacher_targets
 from kdpipe.store import StoreError, TopK
-from kdpipe.store.format.encoding_error import row_kl
-from kdpipe.store.format.logit_encoding import encoding_json, measure_encoded, parse_encoding
-from kdpipe.store.format.quantized import PACKED, Quantized
-from kdpipe.store.format.sampled import Sampled, probabilities, threshold
+from kdpipe.store.format.encodings.encoding_error import row_kl
+from kdpipe.store.format.encodings.logit_encoding import encoding_json, measure_encoded, parse_encoding
+from kdpipe.store.format.encodings.quantized import PACKED, Quantized
+from kdpipe.store.format.encodings.sampled import Sampled, probabilities, threshold
 
 RNG = np.random.default_rng(5)
 LOGITS = (RNG.standard_normal((40, 21)) * 3).astype(np.float32)

@@ -8,15 +8,15 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from kdpipe.store.format.encoding_error import (
+from kdpipe.store.format.encodings.encoding_error import (
     LARGEST_OF_PROBABILITIES,
     measure_dense,
     measure_features,
     measure_topk,
 )
-from kdpipe.store.format.quantized import BITS, Quantized
-from kdpipe.store.format.sampled import Sampled, probabilities
-from kdpipe.store.format.topk import TopK
+from kdpipe.store.format.encodings.quantized import BITS, Quantized
+from kdpipe.store.format.encodings.sampled import Sampled, probabilities
+from kdpipe.store.format.encodings.topk import TopK
 
 LogitEncoding = TopK | Quantized | Sampled
 

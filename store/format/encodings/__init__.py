@@ -1,0 +1,1 @@
+"""The encodings of a teacher's logits: how each lies in a store, and what it loses."""
