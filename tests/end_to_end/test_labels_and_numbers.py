@@ -116,7 +116,7 @@ def test_what_is_for_classes_is_refused_by_name(run):
         assert ended.exit_code != 0 and word in ended.stderr, ended.stderr
 
 
-def test_python_equals_the_command_line_and_other_labels_are_refused(run):
+def test_python_equals_the_command_line(run):
     task, folder, _ = run
     columns = {"task": task, "label_column": ["top", "left"], "channels": 1, "test_share": 0.25}
     train, test = kd.load_dataset("table:images.csv", root=str(folder), **columns)
@@ -131,7 +131,7 @@ def test_python_equals_the_command_line_and_other_labels_are_refused(run):
         kd.train_student("cnn", changed, folder / "run/store.zarr", run=folder / "other", **settings)
 
 
-def test_a_torch_dataset_of_targets_keeps_those_that_are_not_known():
+def test_a_torch_dataset_keeps_unknown_targets():
     pixels, positions = images_of(12)
     positions[3] = np.nan
     positions[4, 1] = np.nan

@@ -128,7 +128,7 @@ def test_one_worker_makes_the_same_trials_also_if_it_is_stopped(alone):
     assert stopped["final"] == whole["final"]
 
 
-def test_failed_trials_are_told_and_several_objectives_have_a_front(recipe, tmp_path):
+def test_failed_trials_and_a_front_of_objectives(recipe, tmp_path):
     space = ("search.space.student.train.lr=[0.05, 1e6]", "search.space.student.model.args.width=[2, 4]")
     more = (*space, "search.space.distill.1.loss=['off']", "search.sampler='grid'", "student.train.epochs=1")
     objective = ("search.objective=['accuracy', 'parameters']", "student.train.warmup_epochs=0")

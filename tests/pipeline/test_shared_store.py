@@ -143,9 +143,7 @@ def test_another_teacher_is_not_taken_for_it(
 
 
 @pytest.mark.parametrize("num_views", [1, 2])
-def test_a_named_store_beside_another_training_of_the_teacher_is_refused(
-    num_views: int, first: Path, tmp_path: Path
-) -> None:
+def test_store_of_another_training_is_refused(num_views: int, first: Path, tmp_path: Path) -> None:
     recipe = replace(RECIPE, seed=1, cache=replace(CACHE, store=str(first / "store.zarr")))
     recipe = replace(recipe, views=replace(recipe.views, num_views=num_views))
     run = Run(recipe, tmp_path / "b", RunMonitor(), workspace=Workspace(tmp_path))
@@ -212,7 +210,7 @@ def test_a_damaged_job_is_not_taken_and_one_of_a_sweep_is(
         assert list(damages(tmp_path / "b" / "students" / name)) == []
 
 
-def test_train_student_alone_uses_teacher_and_store_of_another_run(
+def test_train_student_uses_another_run_s_store(
     first: Path, tmp_path: Path, without_onnx: None, counted: dict[str, int]
 ) -> None:
     shutil.copytree(first, tmp_path / "a")

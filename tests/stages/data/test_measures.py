@@ -55,7 +55,7 @@ def test_r2_and_mean_average_precision_leave_unknown_targets_out():
     assert each == [first, second, None] and math.isclose(mean, (first + second) / 2)
 
 
-def test_divergences_are_kl_of_softmax_kl_of_sigmoids_or_squared_error():
+def test_divergences_follow_the_task():
     other = LOGITS.flip(1)
     soft = (LOGITS.softmax(1) * (LOGITS.log_softmax(1) - other.log_softmax(1))).sum(1)
     assert torch.allclose(measures.divergences(tasks.CLASSIFICATION, LOGITS, other).float(), soft, atol=1e-6)

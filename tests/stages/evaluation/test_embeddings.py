@@ -82,7 +82,7 @@ def test_without_a_classifier_accuracy_is_the_probes():
     assert record["linear_probe"]["accuracy"] == 1.0
 
 
-def test_epochs_are_evaluated_by_neighbors_whatever_the_classifier_is():
+def test_epochs_are_evaluated_by_neighbors():
     model = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(3, 3, bias=False)).to(DEVICE)
     nn.init.zeros_(model[2].weight)
     test = evaluation(9)

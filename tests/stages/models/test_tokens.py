@@ -107,7 +107,7 @@ def test_pre_logits_are_the_input_of_the_classifier():
 
 
 @pytest.mark.parametrize("name", ["resnet8", "torchvision:resnet18", "timm:test_vit"])
-def test_pre_logits_of_a_network_without_a_classifier_are_its_output(name):
+def test_pre_logits_without_a_classifier_are_the_output(name):
     shape = {"in_channels": 3, "image_size": (32, 32), "seed": 0}
     whole, headless = (build_model(ModelConfig(name=name), num_classes=num, **shape).eval() for num in (5, 0))
     whole.load_state_dict(headless.state_dict(), strict=False)

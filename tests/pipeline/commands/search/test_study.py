@@ -38,7 +38,7 @@ def told(search, value=0.5):
     return settings
 
 
-def test_the_same_seed_makes_the_same_trials_in_one_process_or_two(tmp_path):
+def test_the_same_seed_makes_the_same_trials(tmp_path):
     first, again = opened(tmp_path / "a"), opened(tmp_path / "b")
     whole = [told(first) for _ in range(14)]  # more than TPE's random ones
     stopped = [told(again) for _ in range(5)] + [told(opened(tmp_path / "b")) for _ in range(9)]
