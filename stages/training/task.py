@@ -28,6 +28,9 @@ from kdpipe.stages.runtime.distributed import SINGLE, ProcessGroup
 from kdpipe.stages.targets.outputs import TeacherTargets
 from kdpipe.stages.targets.reader import Targets
 
+HARD_LABELS = "hard_labels"
+"""The name of the loss with the labels."""
+
 
 @dataclass(frozen=True)
 class StepPosition:
@@ -193,12 +196,12 @@ class TrainingTask:
             return only
         hard = self.hard_loss(student.logits, batch, global_batch_size)
         if self.distillation is None:
-            return {"hard_labels": hard}
+            return {HARD_LABELS: hard}
         gradient = self._input_gradient(student, batch) if self.needs_input_gradient else None
         losses: dict[str, Tensor] = self.distillation(
             self.distillation_batch(student, batch, global_batch_size, gradient)
         )
-        return {"hard_labels": hard} | losses
+        return {HARD_LABELS: hard} | losses
 
     def hard_loss(self, logits: Tensor, batch: Batch, global_batch_size: int) -> Tensor:
         """Return this process's share of the weighted loss of logits [B, num_classes] with the labels."""
