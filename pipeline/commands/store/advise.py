@@ -32,7 +32,7 @@ from kdpipe.stages.models.tokens import PRE_LOGITS
 from kdpipe.stages.teacher import load_teacher
 from kdpipe.store import StoreError, TargetStore, open_store
 
-DEFAULT_LOSSES = [("kd at T = 1", KD(temperature=1.0)), ("kd at T = 4", KD(temperature=4.0))]
+DEFAULT_LOSSES: list[tuple[str, Loss]] = [("kd at T = 1", KD(temperature=1.0)), ("kd at T = 4", KD(temperature=4.0))]
 """The losses of a store without a recipe."""
 
 
