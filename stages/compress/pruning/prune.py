@@ -118,7 +118,7 @@ def prune(
     with traceable(pruned):
         channels = _channels(pruned, example, config, excluded, gradients=gradients, full_widths=record_widths(whole))
         allocation = Allocation(config.scope, config.max_ratio, config.round_to, keep_one=config.budget != "channels")
-        ratio = asked if goal is None else _search(model, channels, allocation, goal, config.exclude)
+        ratio = asked if goal is None else _search(model, channels, allocation, goal, config)
         kept = allocation.num_kept(channels.groups, ratio)
         with follow_channels():
             removed = remove(channels, kept)
@@ -187,14 +187,19 @@ def _nothing_removed(config: PruneConfig, groups: Sequence[ChannelGroup], ratio:
     )
 
 
-def _search(model: nn.Module, channels: Channels, allocation: Allocation, goal: Goal, exclude: Sequence[str]) -> float:
+def _search(model: nn.Module, channels: Channels, allocation: Allocation, goal: Goal, config: PruneConfig) -> float:
     """Find the channel ratio that reaches the goal."""
     model, share_of_model = goal.measure(model)
     widths, full_widths = record_widths(model), record_widths(goal.full)
 
     def share_of(kept: Widths) -> float:
         after = widths_after(widths, channels.groups, kept)
-        return 1.0 if after == full_widths else share_of_model(apply_widths(clone_without_hooks(model), after))
+        if after == full_widths:
+            return 1.0
+        candidate = apply_widths(clone_without_hooks(model), after)
+        if goal.budget == "latency":  # before it is exported
+            require_it_runs(candidate, model, goal.example, config.exclude, heads=config.heads)
+        return share_of_model(candidate)
 
     try:
         return find_ratio(
@@ -208,7 +213,7 @@ def _search(model: nn.Module, channels: Channels, allocation: Allocation, goal: 
         raise ModelError(
             f"pruning cannot leave {goal.share:.1%} of this model's {goal.budget}: with prune.round_to "
             f"{allocation.round_to}, prune.max_ratio {allocation.max_ratio:g} and prune.exclude "
-            f"{list(exclude)}, {end.share:.1%} is the least; lower prune.ratio or round_to, raise "
+            f"{list(config.exclude)}, {end.share:.1%} is the least; lower prune.ratio or round_to, raise "
             "max_ratio, or exclude less."
         ) from end
 

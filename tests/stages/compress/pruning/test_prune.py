@@ -159,9 +159,13 @@ class Shuffled(nn.Module):
         return x.view(x.size(0), 2, -1, 8, 8).transpose(1, 2).reshape(x.size(0), -1, 8, 8)
 
 
-def test_hard_coded_channels_are_an_error():
+@pytest.mark.parametrize("budget", ["channels", "latency"])
+def test_hard_coded_channels_are_an_error(budget):
+    def latency(model):  # what export would raise
+        raise AssertionError("measured a network that does not run")
+
     with pytest.raises(ModelError, match=r"does not run .* relies on .* compress\.prune\.exclude") as refused:
-        prune(HardCoded(), EXAMPLE, PruneConfig())
+        prune(HardCoded(), EXAMPLE, PruneConfig(budget=budget), latency=latency)
     advice = re.findall(r"exclude = (\[.*\]),", str(refused.value))
     prune(HardCoded(), EXAMPLE, PruneConfig(exclude=ast.literal_eval(advice[0])))
 
