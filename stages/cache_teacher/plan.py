@@ -240,7 +240,7 @@ def encoding_of(config: CacheConfig, context: StageContext, teacher: ModelBundle
         raise RecipeError(f"{keys[0]} = {k} keeps all of {num_classes} classes: leave it out, or keep fewer.")
     if config.sampled_labels is not None:
         return Sampled(num_classes, k, context.views.seed)
-    return TopK(num_classes, k, default_temperatures(*config.temperatures))
+    return TopK(num_classes, k, default_temperatures(*config.temperatures), config.dtype)
 
 
 def build_cache_job(

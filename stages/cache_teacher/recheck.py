@@ -176,9 +176,9 @@ def _logit_errors(
         return {PACKED: _quantized_errors(encoding, logits, encoding.decode(stored), _tolerance(store, PACKED))}
     if isinstance(encoding, Sampled):
         return {PACKED: _sampled_errors(encoding, logits, stored[PACKED], _tolerance(store, PACKED))}
-    classes = np.minimum(stored[INDICES].astype(np.intp), encoding.num_classes - 1)
-    tolerance = _tolerance(store, VALUES)
-    return _top_k_errors(encoding, logits, stored, classes, tolerance)
+    tolerance = _tolerance(store, VALUES if encoding.dtype is None else PACKED)
+    errors = _top_k_errors(encoding, logits, encoding.unpack(stored), tolerance)
+    return errors if encoding.dtype is None else {PACKED: np.maximum.reduce(list(errors.values()))}
 
 
 def _quantized_errors(
@@ -210,10 +210,10 @@ def _top_k_errors(
     top_k: TopK,
     logits: NDArray[np.float32],
     stored: Mapping[str, NDArray[Any]],
-    classes: NDArray[np.intp],
     tolerance: float,
 ) -> dict[str, NDArray[np.float64]]:
     """Return the errors of values, of classes that are not among the largest, and of the mass of the rest."""
+    classes = np.minimum(stored[INDICES].astype(np.intp), top_k.num_classes - 1)
     kept = np.take_along_axis(logits, classes, axis=1)
     allowed = tolerance * np.abs(logits).max(axis=1) + SMALLEST
     threshold = np.sort(logits, axis=1)[:, -top_k.k]

@@ -25,7 +25,7 @@ from kdpipe.store.format.encodings.head import HEAD_KEY, require_head, write_hea
 from kdpipe.store.format.schema import SAMPLES
 from kdpipe.store.format.zarr_metadata import replace_metadata
 from kdpipe.store.write.claims import exclusive_store
-from kdpipe.store.write.extend import require_same_origin
+from kdpipe.store.write.extend import as_older, require_same_origin
 
 
 def repair(
@@ -89,4 +89,4 @@ def _require_own(
         )
     layers = [*layers_of(manifest), *([TEACHER_HEAD] if manifest.head else [])]
     planned = plan_store(config, teacher, layers, samples_in_row_order(context), context)
-    require_same_origin(path, manifest, replace(planned, codec=manifest.codec))
+    require_same_origin(path, manifest, as_older(replace(planned, codec=manifest.codec), manifest))

@@ -16,6 +16,7 @@ from kdpipe.stages.compress.external_student import load_external, measure_exter
 from kdpipe.stages.compress.fine_tune import FineTuneContext
 from kdpipe.stages.compress.names import compressed_name, network_name
 from kdpipe.stages.compress.prune_student import prune_fingerprint, prune_student
+from kdpipe.stages.compress.pruning.depth import Ranker
 from kdpipe.stages.compress.pruning.prune import PruneConfig, prune
 from kdpipe.stages.compress.quantization.qat import calibrate
 from kdpipe.stages.compress.quantization.sensitivity import LayerSensitivity, sensitivity
@@ -236,7 +237,9 @@ def dry_run(config: CompressConfig, student: StudentConfig, context: StageContex
         pruning = config.prune
         if pruning.budget == "latency":  # measuring would take too long here
             pruning = replace(pruning, budget="parameters", ratio=0.1)
-        model = prune(model, example, pruning, gradients=gradients).model
+        untrained = Ranker(lambda network: 0.0)  # of equal harm, the first blocks go
+        for part in pruning.parts:
+            model = prune(model, example, part, full=network.model, gradients=gradients, ranker=untrained).model
         try_batches(replace(network, model=model), config.prune_train, role="pruned student", device=example.device)
     if "openvino" in config.targets:
         require_library("openvino", "compress.target = 'openvino'")
@@ -255,7 +258,8 @@ def _prune(config: CompressConfig, fine_tuning: FineTuneContext) -> dict[str, di
     source, pruning = student_source(config, fine_tuning), _pruning(config, fine_tuning)
     figures = {"pruned": prune_student(pruning, config.prune_train, fine_tuning, source, "pruned")}
     if config.baselines:
-        ratio = None if pruning.budget == "channels" else figures["pruned"]["channel_ratio"]
+        is_searched = len(pruning.parts) == 1 and pruning.budget not in {"channels", "blocks"}
+        ratio = figures["pruned"]["channel_ratio"] if is_searched else None
         alone = fine_tuning.baseline
         figures["pruned-alone"] = prune_student(pruning, config.prune_train, alone, source, "pruned-alone", ratio=ratio)
     return figures
@@ -273,7 +277,7 @@ def _quantize(config: CompressConfig, fine_tuning: FineTuneContext) -> dict[str,
     alone = fine_tuning.baseline
 
     def quantized(kind: str, of: FineTuneContext, source: TrainedModel, train: TrainConfig = train) -> dict[str, Any]:
-        sparse = config.prunes and config.prune.kind != "channels" and kind in (*config.grids, f"{scheme}-alone")
+        sparse = config.prunes and config.prune.zeroes_weights and kind in (*config.grids, f"{scheme}-alone")
         name, grid = network_name(kind, prunes=config.prunes), config.grids.get(kind, config.grid)
         return quantize_student(config.quantize, train, of, source, kind, name=name, sparse=sparse, grid=grid)
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from kdpipe.stages.compress.fine_tune import FineTuneContext
-from kdpipe.stages.compress.resume import with_widths
+from kdpipe.stages.compress.resume import CUTS, as_pruned
 from kdpipe.stages.errors import ModelError
 from kdpipe.stages.models.bundle import ModelBundle
 from kdpipe.stages.models.safetensors_io import RECORD
@@ -42,14 +42,14 @@ def load_external(path: Path, fresh: ModelBundle, class_names: Sequence[str]) ->
         raise ModelError(
             f"{path} is already quantized ({architecture['quantized']}): pass the float student it was made from."
         )
-    widths = architecture.pop("widths", None)
+    cuts = {key: architecture.pop(key) for key in CUTS if key in architecture}
     expected = {"architecture": dict(fresh.architecture), "class_names": list(class_names)}
     stored = {"architecture": architecture, "class_names": record.get("class_names", list(class_names))}
     if found := differences(stored, json.loads(json.dumps(expected))):
         raise FingerprintMismatch(
             f"the student in {path}", found, "Set student.model to that network, or pass another file."
         )
-    network = with_widths(fresh, widths)
+    network = as_pruned(fresh, cuts)
     load_weights(network.model, path)
     return network
 

@@ -14,17 +14,26 @@ from torch import Tensor, nn
 
 from kdpipe.stages.compress.fine_tune import FineTuneContext, FineTuneJob, fine_tune
 from kdpipe.stages.compress.names import network_name
+from kdpipe.stages.compress.pruning.depth import Ranker
 from kdpipe.stages.compress.pruning.kept_channels import kept_channels
 from kdpipe.stages.compress.pruning.prune import PruneConfig, Pruned, prune
 from kdpipe.stages.compress.pruning.sparsity import masks_of
-from kdpipe.stages.compress.pruning.widths import record_widths
-from kdpipe.stages.compress.resume import PrunedCheckpoint, TrainedModel, load_pruned, pruned_path, save_pruned
+from kdpipe.stages.compress.resume import (
+    PrunedCheckpoint,
+    TrainedModel,
+    cuts_of,
+    load_pruned,
+    pruned_path,
+    save_pruned,
+)
 from kdpipe.stages.compute.threads import max_threads
 from kdpipe.stages.distillation.adapters import save_adapters
+from kdpipe.stages.errors import ModelError
 from kdpipe.stages.evaluation.evaluate import evaluate
 from kdpipe.stages.evaluation.latency import measure_latency
 from kdpipe.stages.export.onnx_export import export_onnx
 from kdpipe.stages.losses.distillation import student_layers
+from kdpipe.stages.losses.logits.kd import KD
 from kdpipe.stages.models.bundle import ModelBundle
 from kdpipe.stages.models.hooks import ModelOutput
 from kdpipe.stages.numerics import derive_seed
@@ -43,8 +52,10 @@ LATENCY_ROUNDS = 20
 def prune_json(config: PruneConfig) -> dict[str, Any]:
     """Return the settings that determine a pruning's result."""
     record = asdict(config)
-    if config.importance != "taylor":
+    if config.importance != "taylor" and not config.removes_blocks:
         del record["importance_batches"]
+    if len(config.parts) == 1:
+        del record["depth_share"]
     if config.steps == 1:
         del record["epochs_per_step"]
     if not config.heads:  # later than the first runs
@@ -115,11 +126,20 @@ class _Pruner:
     ratio: float | None
 
     def __call__(self, network: ModelBundle, step: int) -> Pruned:
-        config, full = self.config, self.source.load()
+        full, found = self.source.load(), Pruned(network.model, 0.0, {})
+        for part in self.config.parts:
+            pruned = self._prune(part, replace(network, model=found.model), full, step)
+            found = replace(pruned, ranking=[*found.ranking, *pruned.ranking])
+        return found
+
+    def _prune(self, config: PruneConfig, network: ModelBundle, full: ModelBundle, step: int) -> Pruned:
         image_shape = self.fine_tuning.evaluation(full.normalize).image_shape
-        gradients = None
+        batch_size, num_batches = self.train.batch_size, config.importance_batches
+        gradients = ranker = None
         if config.importance == "taylor":
-            gradients = loss_gradients(network, self.fine_tuning, self.train.batch_size, config.importance_batches)
+            gradients = loss_gradients(network, self.fine_tuning, batch_size, num_batches)
+        if config.removes_blocks:
+            ranker = block_ranker(network, self.fine_tuning, batch_size, num_batches)
         return prune(
             network.model.cpu(),
             torch.zeros(2, *image_shape),
@@ -129,6 +149,7 @@ class _Pruner:
             ratio=None if self.ratio is None else self.ratio * step / config.steps,
             gradients=gradients,
             latency=latency_share(full.model, image_shape),
+            ranker=ranker,
         )
 
 
@@ -166,14 +187,16 @@ def _pruned(pruner: _Pruner, folder: JobDir, before: PrunedCheckpoint, step: int
     if not pruned_path(folder).exists():
         network, fine_tuning = before.network, pruner.fine_tuning
         pruned = pruner(network, step)
-        widths = {"widths": record_widths(pruned.model)} if pruner.config.kind == "channels" else {}
-        cut = ModelBundle(pruned.model, {**network.architecture, **widths}, network.normalize)
+        cuts = cuts_of(pruned.model, widths="channels" in pruner.config.kind)
+        cut = ModelBundle(pruned.model, {**network.architecture, **cuts}, network.normalize)
         measured = evaluate(cut.model.to(fine_tuning.device), fine_tuning.deciding(cut.normalize), fine_tuning.device)
         facts = {
             "channel_ratio": max(pruned.ratio, before.facts["channel_ratio"]),
             "excluded": dict(pruned.excluded),
             f"{measured.metric.name}_before": measured.value,
         }
+        if ranking := [*before.facts.get("removed_blocks", []), *pruned.ranking]:
+            facts["removed_blocks"] = [list(block) for block in ranking]  # each with the divergence without it
         kept = {}
         if before.adapters and pruned.removed and fine_tuning.spec:
             example = torch.zeros(2, *fine_tuning.evaluation(network.normalize).image_shape)
@@ -184,8 +207,8 @@ def _pruned(pruner: _Pruner, folder: JobDir, before: PrunedCheckpoint, step: int
 
 
 def _masks(config: PruneConfig, model: nn.Module) -> dict[str, Tensor]:
-    """Return the masks of weights that must stay zero; none if whole channels were removed."""
-    return {} if config.kind == "channels" else masks_of(model)
+    """Return the masks of weights that must stay zero; none if whole channels or blocks were removed."""
+    return masks_of(model) if config.zeroes_weights else {}
 
 
 def loss_gradients(
@@ -211,6 +234,45 @@ def loss_gradients(
     model.train().zero_grad(set_to_none=True)
     model.cpu()
     return found
+
+
+def block_ranker(network: ModelBundle, fine_tuning: FineTuneContext, batch_size: int, num_batches: int) -> Ranker:
+    """Return what ranks blocks by the mean KL divergence, in nats, of a network from the stored logits at T = 1.
+
+    It is measured on the first batches of views, the same for each call. For the baseline without stores it is the
+    cross entropy with the labels; for other tasks than classification the recipe's losses on logits.
+
+    Raises:
+        ModelError: The recipe has none.
+    """
+    spec = fine_tuning.spec
+    if spec is not None:
+        found = fine_tuning.evaluation(network.normalize)
+        kl = KD(loss="kd", temperature=1.0, weight=1.0)
+        losses = [kl] if found.task in kl.tasks else [loss for loss in spec.losses if loss.on_logits]
+        if not losses:
+            raise ModelError(
+                f"compress.prune.kind = 'blocks' ranks blocks by a loss on logits, and this recipe for {found.task} "
+                "has none: add one to distill, or set the kind to 'channels'."
+            )
+        spec = replace(spec.with_losses(losses), hard_label_weight=0.0)
+    task = replace(fine_tuning, spec=spec).task(network)
+    stream = task.stream(derive_seed(fine_tuning.seed, "importance"), batch_size, epoch=0, step=0, epochs=1)
+    batches = list(islice(stream, num_batches))
+
+    @torch.no_grad()
+    def measure(model: nn.Module) -> float:
+        model.to(fine_tuning.device).eval()
+        fine_tuning.monitor.check()
+        total = 0.0
+        for batch in batches:
+            losses = task.losses(ModelOutput(model(batch.images), {}), batch)
+            total += float(torch.stack(list(losses.values())).sum())
+        model.train().cpu()
+        return total / len(batches)
+
+    read = student_layers(fine_tuning.spec.without_hint_losses.losses) if fine_tuning.spec else ()
+    return Ranker(measure, read, fine_tuning.monitor.counter("compress", "blocks in the order of removal", "block"))
 
 
 def latency_share(full: nn.Module, image_shape: tuple[int, int, int]) -> Callable[[nn.Module], float]:

@@ -10,15 +10,20 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
-from kdpipe.stages.compress.pruning.widths import apply_widths
+from kdpipe.stages.compress.pruning.blocks import skip_blocks, skipped_paths
+from kdpipe.stages.compress.pruning.widths import apply_widths, record_widths
 from kdpipe.stages.distillation.adapters import SHA256, KeptChannels, load_adapters
 from kdpipe.stages.errors import ModelError, RunError, cause
 from kdpipe.stages.models.bundle import ModelBundle
 from kdpipe.stages.models.safetensors_io import load_tensors, save_tensors
 from kdpipe.stages.training.job_dir import JobDir
 from kdpipe.stages.training.saved_model import finished_record, load_finished
+
+WIDTHS, REMOVED_BLOCKS = "widths", "removed_blocks"
+CUTS = (REMOVED_BLOCKS, WIDTHS)
+"""The keys of a recorded architecture that say what pruning removed."""
 
 ADAPTERS = "adapters/"
 """Prefix of the adapters in the file of a pruned network."""
@@ -85,7 +90,7 @@ def load_pruned(path: Path, fresh: ModelBundle) -> PrunedCheckpoint:
     tensors, record = load_tensors(path)
     adapters = {name.removeprefix(ADAPTERS): tensors.pop(name) for name in list(tensors) if name.startswith(ADAPTERS)}
     try:
-        network = with_widths(fresh, record["architecture"].get("widths"))
+        network = as_pruned(fresh, record["architecture"])
         network.model.load_state_dict(tensors)
         facts = {"channel_ratio": float(record["facts"]["channel_ratio"]), **record["facts"]}
         kept = {
@@ -98,12 +103,24 @@ def load_pruned(path: Path, fresh: ModelBundle) -> PrunedCheckpoint:
         ) from error
 
 
-def with_widths(fresh: ModelBundle, widths: Mapping[str, Any] | None) -> ModelBundle:
-    """Return a network cut to recorded widths, in place; unchanged if there are none, or it has them already."""
-    if widths is None or widths == fresh.architecture.get("widths"):
+def as_pruned(fresh: ModelBundle, record: Mapping[str, Any]) -> ModelBundle:
+    """Return a network cut as a recorded architecture says, in place; unchanged if it is that already.
+
+    Raises:
+        ModelError: The record does not fit the network.
+    """
+    cuts = {key: record[key] for key in CUTS if record.get(key) is not None}
+    if all(cut == fresh.architecture.get(key) for key, cut in cuts.items()):
         return fresh
-    architecture = {**fresh.architecture, "widths": dict(widths)}
-    return ModelBundle(apply_widths(fresh.model, widths), architecture, fresh.normalize)
+    model = skip_blocks(fresh.model, cuts[REMOVED_BLOCKS]) if REMOVED_BLOCKS in cuts else fresh.model
+    model = apply_widths(model, cuts[WIDTHS]) if WIDTHS in cuts else model
+    return ModelBundle(model, {**fresh.architecture, **cuts}, fresh.normalize)
+
+
+def cuts_of(model: nn.Module, *, widths: bool) -> dict[str, Any]:
+    """Return the record of what a pruned network lost: its blocks, and its layers' `widths`."""
+    removed = skipped_paths(model)
+    return ({REMOVED_BLOCKS: removed} if removed else {}) | ({WIDTHS: record_widths(model)} if widths else {})
 
 
 def finished_source(folder: JobDir, fresh: Callable[[], ModelBundle], needed_by: str) -> TrainedModel:
@@ -117,7 +134,7 @@ def finished_source(folder: JobDir, fresh: Callable[[], ModelBundle], needed_by:
     architecture = finished_record(folder, needed_by)["architecture"]
 
     def load() -> ModelBundle:
-        network = with_widths(fresh(), architecture.get("widths"))
+        network = as_pruned(fresh(), architecture)
         load_finished(folder, network.model, network.architecture, needed_by)
         return network
 

@@ -159,7 +159,7 @@ def teacher_targets(
 ) -> TeacherTargets:
     """Return the outputs of a batch from the rows of a store's arrays, [B, ...] by name, on the device."""
     if isinstance(encoding, TopK):
-        return TopKTargets(encoding, arrays[VALUES], arrays[INDICES], arrays[TAIL], features)
+        return TopKTargets(encoding, *unpack_topk(encoding, arrays), features)
     if isinstance(encoding, Sampled):
         return SampledTargets(encoding, *unpack_sampled(encoding, arrays[PACKED]), features)
     if isinstance(encoding, Quantized):
@@ -170,10 +170,32 @@ def teacher_targets(
 def unpack_sampled(encoding: Sampled, packed: Tensor) -> tuple[Tensor, Tensor]:
     """Return the logarithms of the weights, float16, and the classes, int64, [B, k], of rows, uint8 [B, bytes]."""
     values = packed[:, : 2 * encoding.k].contiguous().view(torch.float16)
-    of_byte, of_class = (torch.arange(count, device=packed.device) for count in (8, encoding.bits))
-    bits = (packed[:, 2 * encoding.k :, None] >> of_byte.to(torch.uint8) & 1).flatten(1)
-    bits = bits[:, : encoding.k * encoding.bits].reshape(len(packed), encoding.k, encoding.bits)
-    return values, (bits.long() << of_class).sum(2)
+    return values, unpack_classes(packed[:, 2 * encoding.k :], encoding.k, encoding.bits)
+
+
+def unpack_topk(encoding: TopK, arrays: Mapping[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the values [B, k], classes [B, k] and tails [B, G] of rows of a store's arrays."""
+    if encoding.dtype is None:
+        return arrays[VALUES], arrays[INDICES], arrays[TAIL]
+    packed, (tail, classes) = arrays[PACKED], encoding.ends
+    values = packed[:, :tail].contiguous().view(getattr(torch, encoding.dtype))
+    tails = packed[:, tail:classes].contiguous().view(torch.float16)
+    return values, unpack_classes(packed[:, classes:], encoding.k, encoding.bits), tails
+
+
+def unpack_classes(packed: Tensor, k: int, bits: int) -> Tensor:
+    """Return the classes, int64 [B, k], of so many bits each in rows, uint8 [B, bytes].
+
+    A class is in the window of bytes that begins with the byte of its first bit.
+    """
+    num_bytes, length = (bits + 14) // 8, packed.shape[1]
+    padded = torch.nn.functional.pad(packed, (0, num_bytes - 1)).to(torch.int32 if bits <= 24 else torch.int64)
+    windows = padded[:, :length]
+    for byte in range(1, num_bytes):
+        windows = windows | padded[:, byte : byte + length] << 8 * byte
+    starts = torch.arange(0, k * bits, bits, device=packed.device, dtype=padded.dtype)
+    classes: Tensor = windows.index_select(1, starts // 8) >> starts % 8 & 2**bits - 1
+    return classes.long()
 
 
 def dequantize(encoding: Quantized, packed: Tensor) -> Tensor:

@@ -51,7 +51,10 @@ class TailMass:
 
 def tail_of(store: TargetStore) -> NDArray[Any]:
     """Return the tail of the first samples, [n, G], of a store with top-k logits."""
-    return store.take(TAIL, 0, store.manifest.layout.sample_rows()[:MEASURED_ROWS])
+    rows, top_k = store.manifest.layout.sample_rows()[:MEASURED_ROWS], store.manifest.top_k
+    assert top_k is not None
+    names = [spec.name for spec in top_k.arrays("float16")]
+    return top_k.unpack({name: store.take(name, 0, rows) for name in names})[TAIL]
 
 
 def measure_tails(temperatures: Sequence[tuple[str, float]], top_k: TopK, tail: NDArray[Any]) -> Iterator[TailMass]:

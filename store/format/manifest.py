@@ -108,7 +108,7 @@ class Manifest:
     def logits_dtype(self) -> str:
         """The type of the logits, or of those that are kept; of quantized ones that of their range."""
         names = {spec.name: spec.dtype for spec in self.arrays}
-        return names.get("logits") or names.get(VALUES, "float16")
+        return names.get("logits") or (self.top_k and self.top_k.dtype) or names.get(VALUES, "float16")
 
     @property
     def task(self) -> str:

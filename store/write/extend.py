@@ -65,6 +65,7 @@ def plan_growth(path: Path, stored: Manifest, wanted: Manifest, samples: Samples
 
     Raises FingerprintMismatch where the store cannot be extended to that, StoreError where readers would refuse it.
     """
+    wanted = as_older(wanted, stored)
     require_same_origin(path, stored, wanted)
     present = read_samples(path, stored.layout, stored.identity.data)
     new = _new_samples(path, present, samples)
@@ -80,6 +81,15 @@ def plan_growth(path: Path, stored: Manifest, wanted: Manifest, samples: Samples
     if grown != stored:
         require_readable(grown, f"the extended store {path}")
     return grown, new
+
+
+def as_older(wanted: Manifest, stored: Manifest) -> Manifest:
+    """Return `wanted` with an array of each part of its top-k logits, as an older store has them, if `stored` has."""
+    top_k = wanted.top_k
+    if top_k is None or stored.top_k != replace(top_k, dtype=None):
+        return wanted
+    others = [spec for spec in wanted.arrays if not spec.name.startswith("logits/")]
+    return replace(wanted, encoding=stored.top_k, arrays=(*stored.top_k.arrays(wanted.logits_dtype), *others))
 
 
 def require_same_origin(path: Path, stored: Manifest, wanted: Manifest) -> None:

@@ -25,6 +25,8 @@ from kdpipe.store.errors import FingerprintMismatch, StoreError
 from kdpipe.store.format.encodings.encoding_error import all_finite, measure_dense, measure_features, merge
 from kdpipe.store.format.encodings.head import head_logits
 from kdpipe.store.format.encodings.logit_encoding import measure_encoded
+from kdpipe.store.format.encodings.quantized import PACKED
+from kdpipe.store.format.encodings.topk import VALUES, TopK, encode_topk
 from kdpipe.store.format.layout import Unit
 from kdpipe.store.format.manifest import EMBEDDINGS, Manifest
 from kdpipe.store.format.samples import read_samples
@@ -142,7 +144,9 @@ def _convert(
     errors: dict[str, Any] = {}
     encoding, from_head = manifest.encoding, source.manifest.logits_from_head
     scores = measure_dense if source.manifest.task == "classification" else measure_features
-    if not manifest.logits_from_head and (from_head or encoding != source.manifest.encoding):
+    if isinstance(encoding, TopK):
+        converted, errors = _convert_top_k(source, manifest, encoding, unit, sample_ids)
+    elif not manifest.logits_from_head and (from_head or encoding != source.manifest.encoding):
         exact = source.logits(unit.view, sample_ids)
         encoded = encoding.encode(exact, "float32", sample_ids, unit.view) if encoding else {"logits": exact}
         for name, rows in encoded.items():
@@ -165,9 +169,32 @@ def _convert(
     return converted, errors
 
 
+def _convert_top_k(
+    source: TargetStore, manifest: Manifest, top_k: TopK, unit: Unit, sample_ids: NDArray[np.int64]
+) -> tuple[dict[str, NDArray[Any]], dict[str, Any]]:
+    """Return the top-k logits of a unit of the target, of those of the source or of all, and their loss."""
+    before, stored = source.manifest, source.manifest.top_k
+    if stored is None:
+        exact = source.logits(unit.view, sample_ids)
+        parts = encode_topk(exact, top_k, "float32")
+    else:
+        names = [spec.name for spec in stored.arrays(before.logits_dtype)]
+        parts = stored.unpack({name: source.gather(name, unit.view, sample_ids) for name in names})
+    values = _cast(parts[VALUES], manifest, PACKED, unit, sample_ids)
+    converted = top_k.pack({**parts, VALUES: values})
+    if stored is None:
+        return converted, {"logits": measure_encoded(exact, converted, top_k)}
+    rounded = before.rounded.get(PACKED if stored.dtype else VALUES)
+    if values.dtype == parts[VALUES].dtype and rounded == manifest.rounded.get(PACKED):
+        return converted, {}
+    return converted, {"logits": measure_features(parts[VALUES].astype(np.float32), values)}
+
+
 def _cast(rows: NDArray[Any], manifest: Manifest, name: str, unit: Unit, sample_ids: NDArray[np.int64]) -> NDArray[Any]:
     """Convert rows [n, ...] to the target's precision. Raises StoreError, naming samples, on overflow."""
-    dtype, bits = manifest.spec(name).dtype, manifest.rounded.get(name)
+    is_top_k = name == PACKED and manifest.top_k is not None
+    dtype = manifest.logits_dtype if is_top_k else manifest.spec(name).dtype
+    bits = manifest.rounded.get(name)
     with np.errstate(over="ignore"):  # overflow is reported below, by sample
         cast: NDArray[Any] = rows.astype(dtype)
     if bits is not None and bits < MANTISSA_BITS[dtype]:

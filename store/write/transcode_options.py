@@ -9,7 +9,7 @@ from typing import Literal
 from kdpipe.store.errors import StoreError, did_you_mean
 from kdpipe.store.format.codec import Codec
 from kdpipe.store.format.encodings.logit_encoding import LogitEncoding
-from kdpipe.store.format.encodings.quantized import BITS, Quantized
+from kdpipe.store.format.encodings.quantized import BITS, PACKED, Quantized
 from kdpipe.store.format.encodings.sampled import Sampled
 from kdpipe.store.format.encodings.topk import TAIL, VALUES, TopK, default_temperatures
 from kdpipe.store.format.layout import PAGE_BYTES, ArraySpec, StoreLayout
@@ -87,10 +87,12 @@ def transcoded_manifest(source: TargetStore, options: TranscodeOptions) -> Manif
 def _encoding(source: TargetStore, options: TranscodeOptions) -> LogitEncoding | None:
     stored = source.manifest.encoding
     asked = [name for name in ("encoding", "top_k", "sampled_labels") if getattr(options, name) is not None]
+    if options.dtype not in {None, *MANTISSA_BITS}:
+        raise StoreError(f"arrays cannot be converted to {options.dtype!r}, only to float16.")
     if options.temperatures is not None and options.top_k is None:
         raise StoreError("temperatures apply to top-k logits only: set top_k too, or omit temperatures.")
     if not asked:
-        return stored
+        return replace(stored, dtype=_logits_dtype(source, options)) if isinstance(stored, TopK) else stored
     if len(asked) > 1:
         raise StoreError(f"{asked[0]} and {asked[1]} each say how logits are stored: choose one.")
     if options.encoding == HEAD:
@@ -120,7 +122,8 @@ def _encoding(source: TargetStore, options: TranscodeOptions) -> LogitEncoding |
 
 def _new_encoding(source: TargetStore, options: TranscodeOptions) -> LogitEncoding | None:
     if options.top_k is not None:
-        return TopK(source.num_classes, options.top_k, options.temperatures or default_temperatures())
+        grid = options.temperatures or default_temperatures()
+        return TopK(source.num_classes, options.top_k, grid, _logits_dtype(source, options))
     if options.sampled_labels is not None:
         seed = int(source.manifest.identity.views.get("seed", 0))
         return Sampled(source.num_classes, options.sampled_labels, seed)
@@ -129,9 +132,8 @@ def _new_encoding(source: TargetStore, options: TranscodeOptions) -> LogitEncodi
 
 def _specs(source: TargetStore, options: TranscodeOptions, encoding: LogitEncoding | None) -> tuple[ArraySpec, ...]:
     kept = [spec for spec in source.arrays if logical_array(spec.name) in _kept_names(source, options)]
-    if options.dtype not in {None, *MANTISSA_BITS}:
-        raise StoreError(f"arrays cannot be converted to {options.dtype!r}, only to float16.")
-    wider = [spec.name for spec in kept if options.dtype == "float32" and spec.name != TAIL and spec.dtype == "float16"]
+    types = _float_types(tuple(kept), source.manifest.top_k)
+    wider = [name for name, dtype in types.items() if options.dtype == "float32" and dtype == "float16"]
     if wider:
         raise StoreError(
             f"{wider[0]} of {source.path} is float16, which float32 would not make more precise: omit dtype, or "
@@ -143,10 +145,21 @@ def _specs(source: TargetStore, options: TranscodeOptions, encoding: LogitEncodi
     dense = next((spec for spec in specs if spec.name == "logits"), None)
     if dense and len(dense.row_shape) != 1:
         raise StoreError(f"{source.path} has logits of shape {list(dense.row_shape)}: one logit per class is needed.")
-    like = dense or next((spec for spec in source.arrays if spec.name == EMBEDDINGS), None)
-    dtype = options.dtype or (like.dtype if like and (dense or decodes_head(source, options)) else "float16")
+    dtype = _logits_dtype(source, options)
     logits = encoding.arrays(dtype) if encoding else (ArraySpec("logits", (source.num_classes,), dtype),)
     return (*logits, *[spec for spec in specs if logical_array(spec.name) != "logits"])
+
+
+def _logits_dtype(source: TargetStore, options: TranscodeOptions) -> str:
+    """Return the type of logits that are made of a store's, whose own it is by default."""
+    from_vectors = decodes_head(source, options)
+    return options.dtype or (source.spec(EMBEDDINGS).dtype if from_vectors else source.manifest.logits_dtype)
+
+
+def _float_types(specs: tuple[ArraySpec, ...], top_k: TopK | None) -> dict[str, str]:
+    """Return the type of floating-point numbers, by array, the logits in packed rows included, but no tails."""
+    types = {spec.name: spec.dtype for spec in specs if spec.dtype in MANTISSA_BITS and spec.name != TAIL}
+    return types | ({PACKED: top_k.dtype} if top_k and top_k.dtype else {})
 
 
 def _kept_names(source: TargetStore, options: TranscodeOptions) -> set[str]:
@@ -185,11 +198,11 @@ def _rounded(
 ) -> dict[str, int]:
     """Return the mantissa bits kept, by array. Earlier rounding stays recorded, but that of logits encoded since."""
     before = dict(source.manifest.rounded)
-    if "logits" in before and isinstance(encoding, TopK):
-        before[VALUES] = before["logits"]
-    widths = {
-        spec.name: MANTISSA_BITS[spec.dtype] for spec in specs if spec.dtype in MANTISSA_BITS and spec.name != TAIL
-    }
+    top_k = encoding if isinstance(encoding, TopK) else None
+    for name in ("logits", VALUES):
+        if top_k and name in before:
+            before[PACKED] = before[name]
+    widths = {name: MANTISSA_BITS[dtype] for name, dtype in _float_types(specs, top_k).items()}
     if keep_bits is not None and not widths:
         raise StoreError(f"{source.path} has no floating-point numbers to round: omit keep_bits.")
     if keep_bits is not None and not 1 <= keep_bits < max(widths.values()):

@@ -44,7 +44,9 @@ UNIT_ROWS = 512
 NUM_NUMBERS = 5003
 """A prime: the numbers of a sample are row id % NUM_NUMBERS of a table, another one for other ids."""
 
-TOP_K = TopK(num_classes=20, k=8, temperatures=(1.0, 2.0, 4.0, 8.0))
+TOP_K = TopK(num_classes=20, k=8, temperatures=(1.0, 2.0, 4.0, 8.0), dtype=None)
+"""Of an older store, with three arrays; packed rows are as those of `SAMPLED`."""
+
 INT4, SAMPLED = Quantized("int4", num_classes=8), Sampled(num_classes=20, k=8, seed=3)
 HEAD = np.random.default_rng(5).standard_normal((8, 13)).astype(np.float32)
 LAYERS = (ArraySpec("features/layer2.0", (2, 3, 3), "float32"), ArraySpec("pooled/layer3", (8,), "float16"))

@@ -240,7 +240,7 @@ def _compression_time(probe: Probe, compressions: Sequence[tuple[str, int]], spe
             of_an_epoch[way] = whole.times(1 / train.epochs)
         seconds += of_an_epoch[way].times(train.epochs) if train.epochs else NOTHING
     after = probe.after_compression(compressions)
-    kept = 1 - config.prune.ratio if config.prunes and config.prune.kind == "channels" else 1.0
+    kept = 1 - config.prune.ratio if config.prunes and not config.prune.zeroes_weights else 1.0
     return Seconds(seconds.low * kept, seconds.high) + after
 
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from kdpipe.stages.compress.quantize_student import config_of, prepare
-from kdpipe.stages.compress.resume import with_widths
+from kdpipe.stages.compress.resume import CUTS, as_pruned
 from kdpipe.stages.data.tasks import REGRESSION
 from kdpipe.stages.distillation.classifier_reuse import add_projector
 from kdpipe.stages.errors import ModelError, cause
@@ -55,10 +55,10 @@ def rebuild(path: Path, *, trust_python: bool = False, given: nn.Module | None =
     tensors, record = load_tensors(path)
     try:
         architecture = _checked(record["architecture"])
-        plain = {key: value for key, value in architecture.items() if key != "widths"}
+        plain = {key: value for key, value in architecture.items() if key not in CUTS}
         model = _build(architecture, tensors, trust_python=trust_python, given=given)
         fresh = ModelBundle(model, plain, Normalization.from_json(record))
-        network = with_widths(fresh, architecture.get("widths"))
+        network = as_pruned(fresh, architecture)
         if (config := config_of(architecture)) is not None:
             rounding = prepare(network.model, image_shape_of(architecture), config, architecture.get("grid", "affine"))
             network = ModelBundle(rounding, architecture, network.normalize)

@@ -124,7 +124,10 @@ def _origin(card: Mapping[str, Any]) -> Iterator[str]:
         )
     own = card["networks"][card["network"]]
     yield f"- Weights of this student: {own['weights_sha256'][:12]} (sha256, the first 12 digits)."
-    if "widths" in card["architecture"] and (excluded := card["networks"].get("pruned", {}).get("excluded")):
+    if removed := card["architecture"].get("removed_blocks"):
+        yield f"- Removed blocks: {_shortened(removed)}."
+    was_pruned = not {"widths", "removed_blocks"}.isdisjoint(card["architecture"])
+    if was_pruned and (excluded := card["networks"].get("pruned", {}).get("excluded")):
         yield f"- Not pruned: {_shortened([f'{path} ({why})' for path, why in excluded.items()])}."
     if floats := own["float_nodes"]:
         yield f"- Not in integers: {_shortened(floats)}."

@@ -1,4 +1,4 @@
-"""Decide how many channels of each group stay: for a share of the channels, or a budget of the whole network."""
+"""Decide how much is removed: of each group of channels for a share of them, and for a budget of the whole network."""
 
 from __future__ import annotations
 
@@ -8,10 +8,14 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
+from torch import Tensor, nn
 
 from kdpipe.stages.compress.pruning.channel_groups import ChannelGroup
 from kdpipe.stages.compress.pruning.importance import global_lowest
 from kdpipe.stages.errors import ModelError
+from kdpipe.stages.evaluation.macs import count_macs
+from kdpipe.stages.models.clone import clone_without_hooks
+from kdpipe.stages.models.weights.state_dict import count_parameters
 
 Widths = tuple[int, ...]
 
@@ -78,6 +82,38 @@ class Allocation:
                 f"than {self.max_ratio:.0%}: lower prune.ratio, or raise prune.max_ratio."
             )
         return [len(score) - less for score, less in zip(scores, removed, strict=True)]
+
+
+@dataclass(frozen=True)
+class Goal:
+    """At most `share` of what `budget` counts in the `full` network."""
+
+    budget: str
+    share: float
+    full: nn.Module
+    example: Tensor
+    latency: Callable[[nn.Module], float] | None
+
+    def measure(self, model: nn.Module) -> tuple[nn.Module, Callable[[nn.Module], float]]:
+        """Return the network to cut candidates from, `model` or a copy of it, and the function of their share."""
+        if self.budget == "latency":
+            if self.latency is None:
+                raise ModelError('prune.budget = "latency" needs the `latency` argument of prune().')
+            return model, self.latency
+        try:  # without computing, where the forward reads no values
+            return clone_without_hooks(model).to("meta"), self._share_of(clone_without_hooks(self.full).to("meta"))
+        except (ModelError, NotImplementedError):
+            return model, self._share_of(self.full)
+
+    def _share_of(self, full: nn.Module) -> Callable[[nn.Module], float]:
+        channels, height, width = self.example.shape[1:]
+
+        def size(model: nn.Module) -> int:
+            macs = self.budget == "macs"
+            return count_macs(model, (channels, height, width)) if macs else count_parameters(model)
+
+        whole = size(full)
+        return lambda candidate: size(candidate) / whole
 
 
 @dataclass(frozen=True)

@@ -1,20 +1,21 @@
 """Structured and unstructured pruning.
 
-Structured pruning removes whole channels, together with everything that reads or writes them (`channel_groups`);
-pruning of single weights zeroes them and keeps the shape (`sparsity`).
+Structured pruning removes whole channels, together with everything that reads or writes them (`channel_groups`), and
+whole blocks (`depth`); pruning of single weights zeroes them and keeps the shape (`sparsity`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Annotated, Literal
 
 import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from kdpipe.stages.compress.pruning.budget import MAX_LATENCIES, Allocation, Unreachable, Widths, find_ratio
+from kdpipe.stages.compress.pruning.blocks import skipped_paths
+from kdpipe.stages.compress.pruning.budget import MAX_LATENCIES, Allocation, Goal, Unreachable, Widths, find_ratio
 from kdpipe.stages.compress.pruning.channel_groups import (
     ChannelGroup,
     Channels,
@@ -25,6 +26,7 @@ from kdpipe.stages.compress.pruning.channel_groups import (
     traceable,
     widths_after,
 )
+from kdpipe.stages.compress.pruning.depth import Depth, Ranker, prune_blocks
 from kdpipe.stages.compress.pruning.hard_coded import require_it_runs
 from kdpipe.stages.compress.pruning.heads import projections
 from kdpipe.stages.compress.pruning.importance import attach_gradients, detach_gradients, measure_of
@@ -38,11 +40,9 @@ from kdpipe.stages.compress.pruning.sparsity import (
 from kdpipe.stages.compress.pruning.widths import apply_widths, record_widths
 from kdpipe.stages.config import Count, section
 from kdpipe.stages.errors import ModelError, cause
-from kdpipe.stages.evaluation.macs import count_macs
 from kdpipe.stages.models.clone import clone_without_hooks
 from kdpipe.stages.models.hooks import get_module
 from kdpipe.stages.models.main_logits import returns_more
-from kdpipe.stages.models.weights.state_dict import count_parameters
 
 
 @section
@@ -50,28 +50,34 @@ class PruneConfig:
     """Configuration of pruning.
 
     Attributes:
-        kind: "channels" removes them and makes the layers narrower; "weights" zeroes single weights of convolutions
-            and linear layers; "2:4" zeroes two in every four of them along the input channels.
+        kind: "channels" removes them and makes the layers narrower; "blocks" removes blocks that keep their input's
+            shape, the ones without which the student stays nearest to the stored logits; "blocks+channels" does both,
+            blocks first. "weights" zeroes single weights of convolutions and linear layers; "2:4" zeroes two in every
+            four of them along the input channels.
         ratio: the share removed of what `budget` counts in the unpruned student; of the weights for the other kinds.
-        budget: "channels" removes `ratio` of the prunable channels. "parameters", "macs" and "latency" remove as few
-            channels as leave at most 1 - ratio of the whole network's.
+        budget: "channels" removes `ratio` of the prunable channels, "blocks" of the blocks: the defaults of these
+            kinds. "parameters", "macs" and "latency" remove as few as leave at most 1 - ratio of the whole network's.
+        depth_share: the part of the reduction that "blocks+channels" reaches by blocks: they leave the share
+            (1 - ratio) ** depth_share, of which the channels leave the rest.
         importance: "l1" is the mean L1 norm of the weights that read or write a channel, over its group; the lowest
             are removed. "l2" is their L2 norm, "taylor" the sum of |weight * gradient|, "bn_scale" the scale of the
             batch norms.
-        importance_batches: batches over which the gradients of "taylor" are summed.
+        importance_batches: batches over which the gradients of "taylor" are summed, and blocks are ranked.
         scope: "layer" removes the same share of every group; "global" removes the least important channels of the
             whole network, each group's importance divided by its mean, or its smallest weights.
-        max_ratio: the largest share that "global" may remove of one group or layer.
+        max_ratio: the largest share that "global" may remove of one group or layer, and of the blocks.
         round_to: widths are rounded to a multiple of this, so that layers stay on onnxruntime's fast kernels, where 29
             channels cost half as much again as 32.
         heads: whether attentions of ViTs of timm and transformers lose whole heads, too; each counts as one channel.
-        exclude: module paths, layers or whole blocks, all of whose output channels, or weights, stay.
+        exclude: module paths, layers or whole blocks, all of whose output channels, or weights, stay; they are not
+            removed as blocks either.
         steps: the number of equal steps, with epochs_per_step epochs of fine-tuning between them.
     """
 
-    kind: Literal["channels", "weights", "2:4"] = "channels"
+    kind: Literal["channels", "blocks", "blocks+channels", "weights", "2:4"] = "channels"
     ratio: Annotated[float, Field(gt=0, lt=1)] = 0.5
-    budget: Literal["channels", "parameters", "macs", "latency"] = "channels"
+    budget: Literal["channels", "blocks", "parameters", "macs", "latency"] | None = None
+    depth_share: Annotated[float, Field(gt=0, lt=1)] = 0.5
     importance: Literal["l1", "l2", "taylor", "bn_scale"] = "l1"
     importance_batches: Count = 8
     scope: Literal["global", "layer"] = "layer"
@@ -83,7 +89,13 @@ class PruneConfig:
     epochs_per_step: Count = 2
 
     def __post_init__(self) -> None:
-        if self.kind == "channels":
+        if self.budget is None:
+            object.__setattr__(self, "budget", "blocks" if self.removes_blocks else "channels")
+        if self.removes_blocks:
+            self._check_blocks()
+        elif self.budget == "blocks":
+            raise ValueError('budget = "blocks" needs kind = "blocks"')
+        if not self.zeroes_weights:
             return
         if self.budget != "channels":
             raise ValueError(
@@ -96,21 +108,51 @@ class PruneConfig:
         if self.kind == "2:4" and (self.ratio, self.steps, self.scope) != (0.5, 1, "layer"):
             raise ValueError('kind = "2:4" zeroes half of every layer at once: leave out ratio, steps and scope')
 
+    def _check_blocks(self) -> None:
+        if self.kind == "blocks+channels" and self.budget in {"channels", "blocks"}:
+            raise ValueError('kind = "blocks+channels" needs a budget of both: "parameters", "macs" or "latency"')
+        if self.budget == "channels":
+            raise ValueError('budget = "channels" needs kind = "channels": blocks leave as blocks')
+        if self.kind == "blocks" and (self.importance, self.scope, self.heads) != ("l1", "layer", False):
+            raise ValueError(
+                'kind = "blocks" ranks whole blocks by the stored logits: leave out importance, scope and heads'
+            )
+
+    @property
+    def removes_blocks(self) -> bool:
+        return self.kind.startswith("blocks")
+
+    @property
+    def zeroes_weights(self) -> bool:
+        return self.kind in {"weights", "2:4"}
+
+    @property
+    def parts(self) -> tuple[PruneConfig, ...]:
+        """The prunings done one after the other: each of one kind."""
+        if self.kind != "blocks+channels":
+            return (self,)
+        ratio = 1 - (1 - self.ratio) ** self.depth_share
+        blocks = replace(self, kind="blocks", ratio=ratio, importance="l1", scope="layer", heads=False)
+        return blocks, replace(self, kind="channels")
+
 
 @dataclass(frozen=True)
 class Pruned:
     """A pruned network.
 
     Attributes:
-        ratio: The share of the channels, or weights, asked of the groups to reach the goal; `prune` takes it.
-        excluded: The path of every convolution and linear layer left whole, in module order, with the reason.
+        ratio: The share of the channels, or weights, asked of the groups to reach the goal, or of the blocks; `prune`
+            takes it.
+        excluded: The path of every convolution and linear layer left whole, or block, in module order, with the reason.
         removed: The output channels that modules lost, by path.
+        ranking: The blocks removed now, in order, each with the harm without it and those before it.
     """
 
     model: nn.Module
     ratio: float
     excluded: Mapping[str, str]
     removed: Mapping[str, Sequence[int]] = field(default_factory=dict)
+    ranking: Sequence[tuple[str, float]] = ()
 
 
 def prune(
@@ -123,13 +165,16 @@ def prune(
     ratio: float | None = None,
     gradients: Mapping[str, Tensor] | None = None,
     latency: Callable[[nn.Module], float] | None = None,
+    ranker: Ranker | None = None,
 ) -> Pruned:
     """Return a pruned copy of `model`; module paths, input channels and logits stay.
+
+    Removed blocks are replaced by `SkippedBlock`, and the modules inside them are gone.
 
     Args:
         model: The network; it stays unchanged.
         example: Images [B, C, H, W], of which only the shape counts.
-        config: The settings.
+        config: The settings, of one kind (`PruneConfig.parts`).
         full: The unpruned network that config.ratio refers to; `model` itself by default. After step k of n, `model`
             is the result of step k - 1 and `done` is k / n; config.ratio * done of `full` is then removed.
         done: The share of the goal to reach.
@@ -137,6 +182,7 @@ def prune(
         gradients: Of the loss, by parameter name, in the parameters' shapes, for importance "taylor".
         latency: Returns a candidate's latency as a share of the full network's, for budget = "latency"; called at most
             seven times, with networks of different widths and meaningless weights.
+        ranker: How blocks are ranked, for kind = "blocks".
 
     Raises:
         ModelError: If a path in `exclude` is unknown, a layer would lose all channels, nothing can be removed, a goal
@@ -145,18 +191,27 @@ def prune(
     """
     pruned = clone_without_hooks(model)
     example = example.to(next(model.parameters(), example).device)
-    excluded = [get_module(pruned, path) for path in config.exclude]
-    if config.kind != "channels":
-        return _prune_weights(pruned, example, config, excluded, config.ratio * done if ratio is None else ratio)
-    require_own_weights(pruned)
     whole = model if full is None else full
+    asked = config.ratio * done if ratio is None else ratio
+    goal = None
+    if ratio is None and config.budget not in {"channels", "blocks"}:
+        goal = Goal(str(config.budget), 1 - asked, whole, example, latency)
+    if config.removes_blocks:
+        if ranker is None:
+            raise ModelError('prune.kind = "blocks" needs the `ranker` argument of prune().')
+        depth = Depth(asked, goal, config.max_ratio, config.exclude, ranker)
+        share, ranking, stays = prune_blocks(pruned, whole, example, depth)
+        if done >= 1 and not skipped_paths(pruned):
+            raise ModelError(f"pruning {config.ratio:.0%} removes no block of this model: raise compress.prune.ratio.")
+        return Pruned(pruned, share, stays, ranking=ranking)
+    excluded = [get_module(pruned, path) for path in config.exclude]
+    if config.zeroes_weights:
+        return _prune_weights(pruned, example, config, excluded, asked)
+    require_own_weights(pruned)
     with traceable(pruned):
         channels = _channels(pruned, example, config, excluded, gradients=gradients, full_widths=record_widths(whole))
         allocation = Allocation(config.scope, config.max_ratio, config.round_to, keep_one=config.budget != "channels")
-        if ratio is None:
-            ratio = config.ratio * done
-            if config.budget != "channels":
-                ratio = _search(model, channels, allocation, _Goal(config, 1 - ratio, whole, example, latency))
+        ratio = asked if goal is None else _search(model, channels, allocation, goal, config.exclude)
         kept = allocation.num_kept(channels.groups, ratio)
         with follow_channels():
             removed = remove(channels, kept)
@@ -225,39 +280,7 @@ def _nothing_removed(config: PruneConfig, groups: Sequence[ChannelGroup], ratio:
     )
 
 
-@dataclass(frozen=True)
-class _Goal:
-    """At most `share` of what config.budget counts in the `full` network."""
-
-    config: PruneConfig
-    share: float
-    full: nn.Module
-    example: Tensor
-    latency: Callable[[nn.Module], float] | None
-
-    def measure(self, model: nn.Module) -> tuple[nn.Module, Callable[[nn.Module], float]]:
-        """Return the network to cut candidates from, `model` or a copy of it, and the function of their share."""
-        if self.config.budget == "latency":
-            if self.latency is None:
-                raise ModelError('prune.budget = "latency" needs the `latency` argument of prune().')
-            return model, self.latency
-        try:  # without computing, where the forward reads no values
-            return clone_without_hooks(model).to("meta"), self._share_of(clone_without_hooks(self.full).to("meta"))
-        except (ModelError, NotImplementedError):
-            return model, self._share_of(self.full)
-
-    def _share_of(self, full: nn.Module) -> Callable[[nn.Module], float]:
-        channels, height, width = self.example.shape[1:]
-
-        def size(model: nn.Module) -> int:
-            macs = self.config.budget == "macs"
-            return count_macs(model, (channels, height, width)) if macs else count_parameters(model)
-
-        whole = size(full)
-        return lambda candidate: size(candidate) / whole
-
-
-def _search(model: nn.Module, channels: Channels, allocation: Allocation, goal: _Goal) -> float:
+def _search(model: nn.Module, channels: Channels, allocation: Allocation, goal: Goal, exclude: Sequence[str]) -> float:
     """Find the channel ratio that reaches the goal."""
     model, share_of_model = goal.measure(model)
     widths, full_widths = record_widths(model), record_widths(goal.full)
@@ -266,20 +289,19 @@ def _search(model: nn.Module, channels: Channels, allocation: Allocation, goal: 
         after = widths_after(widths, channels.groups, kept)
         return 1.0 if after == full_widths else share_of_model(apply_widths(clone_without_hooks(model), after))
 
-    budget = goal.config.budget
     try:
         return find_ratio(
             lambda ratio: allocation.num_kept(channels.groups, ratio),
             share_of,
             goal.share,
             highest=allocation.highest_ratio(channels.groups),
-            max_measured=MAX_LATENCIES if budget == "latency" else None,
+            max_measured=MAX_LATENCIES if goal.budget == "latency" else None,
         )
     except Unreachable as end:
         raise ModelError(
-            f"pruning cannot leave {goal.share:.1%} of this model's {budget}: with prune.round_to "
+            f"pruning cannot leave {goal.share:.1%} of this model's {goal.budget}: with prune.round_to "
             f"{allocation.round_to}, prune.max_ratio {allocation.max_ratio:g} and prune.exclude "
-            f"{list(goal.config.exclude)}, {end.share:.1%} is the least; lower prune.ratio or round_to, raise "
+            f"{list(exclude)}, {end.share:.1%} is the least; lower prune.ratio or round_to, raise "
             "max_ratio, or exclude less."
         ) from end
 

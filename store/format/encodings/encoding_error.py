@@ -52,7 +52,8 @@ def measure_topk(exact: NDArray[np.float32], encoded: Mapping[str, NDArray[Any]]
 
     The largest error is over the kept logits: of the others only the total mass is stored.
     """
-    values, indices, tail = (encoded[name] for name in (VALUES, INDICES, TAIL))
+    parts = top_k.unpack(encoded)
+    values, indices, tail = (parts[name] for name in (VALUES, INDICES, TAIL))
     classes = indices.astype(np.intp)
     top1 = np.where(values == values[:, :1], classes, top_k.num_classes).min(axis=1)  # as argmax breaks ties
 

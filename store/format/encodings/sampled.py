@@ -22,6 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kdpipe.store.errors import StoreError
+from kdpipe.store.format.encodings.packed_classes import num_bits, num_bytes, pack_classes, unpack_classes
 from kdpipe.store.format.encodings.quantized import PACKED
 from kdpipe.store.format.encodings.topk import BLOCK_VALUES, MAX_CLASSES
 from kdpipe.store.format.layout import ArraySpec
@@ -58,7 +59,7 @@ class Sampled:
     @property
     def bits(self) -> int:
         """Bits of a class."""
-        return (self.num_classes - 1).bit_length()
+        return num_bits(self.num_classes)
 
     def to_json(self) -> dict[str, Any]:
         return {"name": self.name, "num_classes": self.num_classes, "k": self.k, "seed": self.seed}
@@ -70,7 +71,7 @@ class Sampled:
 
     def arrays(self, dtype: str) -> tuple[ArraySpec, ...]:
         """Return the arrays of a store with such labels, whatever the `dtype` of its features."""
-        return (ArraySpec(PACKED, (2 * self.k + -(-self.k * self.bits // 8),), "uint8"),)
+        return (ArraySpec(PACKED, (2 * self.k + num_bytes(self.k, self.bits),), "uint8"),)
 
     def describe(self) -> str:
         return f"{self.k} of {self.num_classes} classes sampled, for T = 1"
@@ -92,15 +93,13 @@ class Sampled:
             rows = slice(start, start + step)
             indices, weights = draw(probabilities(logits[rows]), self.k, uniform[rows])
             packed[rows, : 2 * self.k] = np.log(weights).astype("<f2").view(np.uint8)
-            bits = (indices[:, :, None] >> np.arange(self.bits)).astype(np.uint8) & 1
-            packed[rows, 2 * self.k :] = np.packbits(bits.reshape(len(bits), -1), axis=1, bitorder="little")
+            packed[rows, 2 * self.k :] = pack_classes(indices, self.bits)
         return {PACKED: packed}
 
     def unpack(self, packed: NDArray[np.uint8]) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
         """Return the logarithms of the weights and the classes, [n, k], of rows."""
         values = np.ascontiguousarray(packed[:, : 2 * self.k]).view("<f2").astype(np.float32)
-        bits = np.unpackbits(packed[:, 2 * self.k :], axis=1, count=self.k * self.bits, bitorder="little")
-        return values, bits.reshape(len(packed), self.k, self.bits) @ (np.int64(1) << np.arange(self.bits))
+        return values, unpack_classes(packed[:, 2 * self.k :], self.k, self.bits)
 
     def _uniform(self, sample_ids: NDArray[np.int64], view: int) -> NDArray[np.float64]:
         """Return a number in [0, 1) for each sample: of SplitMix64 over id, seed and view."""

@@ -8,6 +8,9 @@ Sigmoid(tail) is the mass of the rest: it does not change when a row is shifted 
 half precision is finest where the mass is near one half. Between the grid's temperatures it is interpolated by a cubic
 spline in log T, a fixed linear combination of the stored columns (`interpolation`), so that any reader computes it with
 one matrix product.
+
+A row is its values, its tail and its classes, packed, in one run of bytes, so that one gather reads it. Older stores
+have an array of each, which are read and continued as they are.
 """
 
 from __future__ import annotations
@@ -22,10 +25,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kdpipe.store.errors import StoreError
+from kdpipe.store.format.encodings.packed_classes import num_bits, num_bytes, pack_classes, unpack_classes
+from kdpipe.store.format.encodings.quantized import PACKED
 from kdpipe.store.format.layout import ArraySpec
 
 VALUES, INDICES, TAIL = "logits/values", "logits/indices", "logits/tail"
-"""Arrays that replace `logits`."""
+"""The parts of a row, and the arrays that older stores have in place of `logits/packed`."""
 
 TAIL_DTYPE = "float16"
 
@@ -51,6 +56,8 @@ BLOCK_VALUES = 2**18
 class TopK:
     """Layout of top-k logits: `k` of `num_classes` kept, the rest over `temperatures` (ascending).
 
+    `dtype` is the type of the kept logits in packed rows; None for the three arrays of an older store.
+
     Raises:
         TypeError, ValueError: A value is invalid.
     """
@@ -61,26 +68,43 @@ class TopK:
     num_classes: int
     k: int
     temperatures: tuple[float, ...]
+    dtype: str | None = "float16"
 
     def __post_init__(self) -> None:
         if type(self.num_classes) is not int or type(self.k) is not int:
             raise TypeError(f"num_classes and k are {self.num_classes!r} and {self.k!r}, not whole numbers")
         if not 1 <= self.k < self.num_classes <= MAX_CLASSES:
             raise ValueError(f"k is {self.k} of {self.num_classes} classes: it must be from 1 to one less than these")
+        if self.dtype not in (None, "float16", "float32"):
+            raise ValueError(f"the kept logits are {self.dtype!r:.40}")
         _check_grid(self.temperatures)
 
+    @property
+    def bits(self) -> int:
+        """Bits of a class in a packed row."""
+        return num_bits(self.num_classes)
+
+    @property
+    def ends(self) -> tuple[int, int]:
+        """The bytes of a packed row before its tail, and before its classes."""
+        values = self.k * np.dtype(self.dtype).itemsize
+        return values, values + 2 * len(self.temperatures)
+
     def to_json(self) -> dict[str, Any]:
-        return {"num_classes": self.num_classes, "k": self.k, "temperatures": list(self.temperatures)}
+        record = {"num_classes": self.num_classes, "k": self.k, "temperatures": list(self.temperatures)}
+        return record | ({"dtype": self.dtype} if self.dtype else {})
 
     @staticmethod
     def from_json(record: Any) -> TopK:
         """Parse the result of `to_json`. Raises TypeError, ValueError or KeyError on anything else."""
         if not isinstance(record, Mapping) or not isinstance(record["temperatures"], list):
             raise TypeError("top-k logits are not described by a JSON object with a list of temperatures")
-        return TopK(record["num_classes"], record["k"], tuple(record["temperatures"]))
+        return TopK(record["num_classes"], record["k"], tuple(record["temperatures"]), record.get("dtype"))
 
     def arrays(self, dtype: str) -> tuple[ArraySpec, ...]:
-        """Return the arrays of a store with such logits, with the kept values in `dtype`."""
+        """Return the arrays of a store with such logits; `dtype` is that of the values of an older store."""
+        if self.dtype is not None:
+            return (ArraySpec(PACKED, (self.ends[1] + num_bytes(self.k, self.bits),), "uint8"),)
         return (
             ArraySpec(VALUES, (self.k,), dtype),
             ArraySpec(INDICES, (self.k,), index_dtype(self.num_classes)),
@@ -95,11 +119,30 @@ class TopK:
         self, logits: NDArray[np.float32], dtype: str, sample_ids: NDArray[np.int64], view: int
     ) -> dict[str, NDArray[Any]]:
         """Encode rows as `encode_topk` does, whatever their samples and view."""
-        return encode_topk(logits, self, dtype)
+        return self.pack(encode_topk(logits, self, self.dtype or dtype))
+
+    def pack(self, parts: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
+        """Return the store's arrays of values, in their type, classes and tails [n, ...]."""
+        if self.dtype is None:
+            return dict(parts)
+        halves = [np.ascontiguousarray(parts[name]).view(np.uint8) for name in (VALUES, TAIL)]
+        return {PACKED: np.concatenate([*halves, pack_classes(parts[INDICES], self.bits)], axis=1)}
+
+    def unpack(self, arrays: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
+        """Return the values [n, k], classes [n, k] and tails [n, G] of rows of the store's arrays."""
+        if self.dtype is None:
+            return {name: arrays[name] for name in (VALUES, INDICES, TAIL)}
+        values, tail, classes = np.split(arrays[PACKED], self.ends, axis=1)
+        return {
+            VALUES: np.ascontiguousarray(values).view(np.dtype(self.dtype).newbyteorder("<")),
+            INDICES: unpack_classes(classes, self.k, self.bits),
+            TAIL: np.ascontiguousarray(tail).view("<f2"),
+        }
 
     def decode(self, arrays: Mapping[str, NDArray[Any]], temperature: float) -> NDArray[np.float32]:
         """Return logits [n, C] for a softmax at `temperature`, as `dense_logits` does."""
-        return dense_logits(arrays[VALUES], arrays[INDICES], arrays[TAIL], self, temperature)
+        parts = self.unpack(arrays)
+        return dense_logits(parts[VALUES], parts[INDICES], parts[TAIL], self, temperature)
 
     def require_temperature(self, temperature: float) -> None:
         """Raise StoreError where the temperature is outside of the grid."""
@@ -143,7 +186,11 @@ def encode_topk(logits: NDArray[np.float32], top_k: TopK, dtype: str) -> dict[st
     """
     if logits.ndim != 2 or logits.shape[1] != top_k.num_classes:
         raise StoreError(f"logits have shape {list(logits.shape)}, wanted [rows, {top_k.num_classes}].")
-    arrays = {spec.name: np.empty((len(logits), *spec.row_shape), spec.dtype) for spec in top_k.arrays(dtype)}
+    arrays: dict[str, NDArray[Any]] = {
+        VALUES: np.empty((len(logits), top_k.k), dtype),
+        INDICES: np.empty((len(logits), top_k.k), index_dtype(top_k.num_classes)),
+        TAIL: np.empty((len(logits), len(top_k.temperatures)), TAIL_DTYPE),
+    }
     num_rows = max(1, BLOCK_VALUES // top_k.num_classes)
     for start in range(0, len(logits), num_rows):
         block, rows = logits[start : start + num_rows], slice(start, start + num_rows)
@@ -245,7 +292,9 @@ def dense_logits(
     index is not a class.
     """
     if indices.size and int(indices.max()) >= top_k.num_classes:
-        raise StoreError(f"{INDICES} holds class {indices.max()}, the store has {top_k.num_classes}: it is damaged.")
+        raise StoreError(
+            f"the top-k logits hold class {indices.max()}, the store has {top_k.num_classes}: it is damaged."
+        )
     num_rest = top_k.num_classes - top_k.k
     rest = temperature * (tail_log_sum_exp(values, tail, top_k, temperature) - math.log(num_rest))
     dense = np.repeat(rest.astype(np.float32)[:, None], top_k.num_classes, axis=1)

@@ -26,6 +26,7 @@ from torch import nn
 
 from kdpipe.pipeline.steps import cache_teacher
 from kdpipe.stages.cache_teacher.estimate import plan_cache, probe
+from kdpipe.stages.cache_teacher.plan import plan_store, samples_in_row_order
 from kdpipe.stages.errors import ModelError, NotFiniteError, RecipeError, RunError, StoppedEarly
 from kdpipe.stages.models.hooks import extract_features
 from kdpipe.stages.runtime.events import RunMonitor
@@ -41,6 +42,7 @@ from kdpipe.store import (
     StoreError,
     TranscodeOptions,
     claim,
+    ensure_store,
     open_store,
     row_order,
     transcode,
@@ -243,7 +245,7 @@ def test_statistics_of_maps_match_their_formulas(run, tmp_path):
 def test_top_k_store_matches_the_dense_one(run, tmp_path):
     teacher, context = teacher_of(run)
     result = cache_teacher(dataclasses.replace(CACHE, top_k=2), tmp_path / "top.zarr", teacher, [], context)
-    assert list(result["arrays"]) == ["logits/values", "logits/indices", "logits/tail"]
+    assert list(result["arrays"]) == ["logits/packed"]
     top, dense = open_store(tmp_path / "top.zarr"), open_store(run / "store.zarr")
     ids = context.train_set.sample_ids.numpy()[:64]
     exact = torch.from_numpy(dense.gather("logits", 1, ids)).float().to(DEVICE)
@@ -254,6 +256,26 @@ def test_top_k_store_matches_the_dense_one(run, tmp_path):
         kept = wanted.topk(2).indices
         assert (found.gather(1, kept) - wanted.gather(1, kept)).abs().max() < 2e-3
     assert set(top.fidelity["logits"]["kl"]) == {"1", "2", "4", "8", "20"}
+
+
+def test_older_top_k_store_is_continued_as_it_is(run, tmp_path):
+    teacher, context = teacher_of(run)
+    config, path = dataclasses.replace(CACHE, top_k=2), tmp_path / "older.zarr"
+    samples = samples_in_row_order(context)
+    planned = plan_store(config, teacher, [], samples, context)
+    older = dataclasses.replace(planned.encoding, dtype=None)
+    ensure_store(path, dataclasses.replace(planned, encoding=older, arrays=older.arrays("float16")), samples)
+    result = cache_teacher(config, path, teacher, [], context)
+    assert list(result["arrays"]) == ["logits/values", "logits/indices", "logits/tail"]
+    cache_teacher(config, tmp_path / "new.zarr", teacher, [], context)
+    old, new = open_store(path), open_store(tmp_path / "new.zarr")
+    assert old.fidelity == new.fidelity
+    for temperature in (1.0, 3.3):
+        assert np.array_equal(old.logits(1, samples.ids, temperature), new.logits(1, samples.ids, temperature))
+        found = [
+            Targets([join(store, context.train_set, [])], DEVICE).batch(1, torch.arange(64))[0] for store in (old, new)
+        ]
+        assert torch.equal(*[one.logits_at(temperature) for one in found])
 
 
 @pytest.mark.parametrize("encoding", [{"encoding": "int8"}, {"encoding": "int4"}, {"sampled_labels": 3}])

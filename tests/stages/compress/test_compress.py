@@ -11,6 +11,7 @@ from support.made_store import folder_bytes
 from support.tiny_compression import CONFIG, compressed, copied, exported, sizes, weights, with_prune
 from support.tiny_run import STUDENT, StopAfter, tiny_context
 
+from kdpipe.stages.compress.artifacts.load import rebuild
 from kdpipe.stages.compress.compress import compress, compressed_root
 from kdpipe.stages.compress.fine_tune import FineTuneContext, build_fine_tuning
 from kdpipe.stages.compress.prune_student import latency_share
@@ -54,6 +55,7 @@ def test_latency_share_of_a_network_with_itself(run):
         {"budget": "parameters", "importance": "l2", "scope": "global"},
         {"budget": "latency", "ratio": 0.2},
         {"kind": "weights", "ratio": 0.7, "steps": 2, "epochs_per_step": 1},
+        {"kind": "blocks+channels", "budget": "macs", "steps": 2, "epochs_per_step": 1},
     ],
     ids=lambda settings: settings.get("kind") or settings.get("budget") or settings["importance"],
 )
@@ -151,6 +153,21 @@ def test_hard_label_baseline_uses_its_own_gradients(run, copy, monkeypatch):
     config = dataclasses.replace(with_prune(importance="taylor"), baselines=True, steps=("prune",))
     compressed(copy, run, config)
     assert sizes(weights(copy, "pruned")) == sizes(weights(copy, "pruned-alone"))
+
+
+def test_blocks_go_by_the_stored_logits_and_are_rebuilt(run, copy):
+    config = dataclasses.replace(with_prune(kind="blocks", budget="blocks"), baselines=True, steps=("prune",))
+    figures = compressed(copy, run, config)
+    student = read_json_file(copy / "students" / "distilled-seed0" / "result.json")
+    (first, harm), rest = figures["pruned"]["removed_blocks"][0], figures["pruned"]["removed_blocks"][1:]
+    assert not rest and first in ("stage1.3", "stage2.3") and harm > 0 and figures["pruned"]["channel_ratio"] == 0.5
+    assert figures["pruned"]["num_macs"] < student["num_macs"]
+    assert figures["pruned-alone"]["removed_blocks"][0][1] != harm  # ranked by its labels
+    folder = exported(copy, run, dataclasses.replace(config, baselines=False))
+    rebuilt = rebuild(folder / "pruned" / "model.safetensors")
+    block = [f"{first[:-1]}{number}" for number in (3, 4, 5)]
+    assert rebuilt.architecture["removed_blocks"] == block and "widths" not in rebuilt.architecture
+    assert f"Removed blocks: {', '.join(block)}" in (folder / "pruned" / "README.md").read_text().replace("\\", "")
 
 
 def test_missing_earlier_step_is_named(run, copy):

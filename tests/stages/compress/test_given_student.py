@@ -99,6 +99,7 @@ def test_invalid_headers_are_refused(run, copy, tmp_path, architecture):
         {"quantized": "int3"},
         {"quantized": "int8", "exclude": "fc"},
         {"widths": [1]},
+        {"removed_blocks": ["stage1.3", "fc.weight"]},
     ],
     ids=str,
 )

@@ -72,21 +72,38 @@ def test_plain_zarr_reads_every_array_of_a_transcoded_archive(source):
 @pytest.mark.parametrize("k", [3, 4])
 def test_top_k_logits_are_those_of_the_dense_rows(source, dtype, k):
     target = changed(source.path, TranscodeOptions(top_k=k, dtype=dtype))
-    form = TopK(10, k, default_temperatures())
+    form = TopK(10, k, default_temperatures(), dtype or "float32")
     found, store = read_arrays(target), open_store(target)
     for view in range(2):
-        expected = encode_topk(source.contents["logits"][view], form, dtype or "float32")
+        expected = form.encode(source.contents["logits"][view], "float16", source.samples.ids, view)
         for name, rows in expected.items():
-            assert found[name].dtype == rows.dtype
-            assert np.array_equal(found[name][view], rows)
+            assert np.array_equal(found[name][view][:2500], rows)
     assert np.array_equal(found[FEATURES], source.contents[FEATURES].astype(dtype or "float32"))
     assert store.manifest.top_k == form
     assert store.manifest.identity == source.manifest.identity
     assert {store.read_mode(name).mode for name in found} == {"mapped"}
-    full_pages = {(3, None): 4096, (3, "float16"): 4096, (4, None): 1024, (4, "float16"): 2048}
+    full_pages = {(3, None): 2048, (3, "float16"): 2048, (4, None): 2048, (4, "float16"): 2048}
     assert store.unit_rows == full_pages[k, dtype] >= source.manifest.layout.unit_rows
-    mapped = store.gather("logits/values", 1, source.samples.ids[[2499, 0, 1500]])
-    assert np.array_equal(mapped, found["logits/values"][1][[2499, 0, 1500]])
+    mapped = store.gather("logits/packed", 1, source.samples.ids[[2499, 0, 1500]])
+    assert np.array_equal(mapped, found["logits/packed"][1][[2499, 0, 1500]])
+
+
+def test_older_top_k_logits_become_packed_rows(source):
+    form = TopK(10, 4, default_temperatures(), None)
+    parts = [encode_topk(source.contents["logits"][view], form, "float32") for view in range(2)]
+    contents = {name: np.stack([one[name] for one in parts]) for name in parts[0]}
+    specs = (*form.arrays("float32"), *FLOAT32[1:])
+    manifest = replace(source.manifest, encoding=form, arrays=specs)
+    contents[FEATURES] = source.contents[FEATURES]
+    older = replace(source, path=source.path.with_name("older.zarr"), manifest=manifest, contents=contents)
+    ensure_store(older.path, manifest, source.samples)
+    older.fill(older.units)
+    finish_store(older.path)
+    store = open_store(changed(older.path, TranscodeOptions(), "newer.zarr"))
+    at_once = open_store(changed(source.path, TranscodeOptions(top_k=4), "at_once.zarr"))
+    assert store.manifest.arrays == at_once.manifest.arrays
+    assert folder_bytes(store.path / "logits") == folder_bytes(at_once.path / "logits")
+    assert "logits, step 2" not in store.fidelity
 
 
 @pytest.mark.parametrize(
@@ -128,12 +145,12 @@ def test_quantized_logits_are_transcoded_further(source, onward):
 
 def test_a_grid_of_temperatures_may_be_chosen(source):
     target = changed(source.path, TranscodeOptions(top_k=4, temperatures=(1.0, 2.0, 4.0)))
-    assert open_store(target).manifest.top_k == TopK(10, 4, (1.0, 2.0, 4.0))
-    assert read_arrays(target)["logits/tail"].shape == (2, 2500, 3)
+    assert open_store(target).manifest.top_k == TopK(10, 4, (1.0, 2.0, 4.0), "float32")
+    assert read_arrays(target)["logits/packed"].shape == (2, 2500, 4 * 4 + 3 * 2 + 2)
 
 
 def test_numbers_digest_depends_on_the_temperature_grid(source):
-    names = ["logits/values", "logits/indices", "logits/tail"]
+    names = ["logits/packed"]
     grids = {"low.zarr": (1.0, 2.0, 4.0), "high.zarr": (1.0, 3.0, 9.0)}
     made = [changed(source.path, TranscodeOptions(top_k=4, temperatures=grid), name) for name, grid in grids.items()]
     digests = {open_store(path).manifest.numbers_sha256(names) for path in made}
@@ -182,10 +199,12 @@ def test_rounding_skips_tail_and_coarser_arrays_and_is_recorded(tmp_path):
     assert open_store(finer).manifest.rounded == {"logits": 5, FEATURES: 5}
     assert open_store(changed(once, TranscodeOptions(dtype="float16"), "half.zarr")).manifest.rounded == {FEATURES: 10}
     topk = changed(twice, TranscodeOptions(top_k=4), "topk.zarr")
-    assert open_store(topk).manifest.rounded == {"logits/values": 5, FEATURES: 5}
+    assert open_store(topk).manifest.rounded == {"logits/packed": 5, FEATURES: 5}
     coarse = changed(topk, TranscodeOptions(keep_bits=3), "coarse.zarr")
-    assert np.array_equal(read_arrays(coarse)["logits/tail"], read_arrays(topk)["logits/tail"])
-    assert np.array_equal(read_arrays(coarse)["logits/values"], nearest(read_arrays(topk)["logits/values"], 3))
+    form = open_store(topk).manifest.top_k
+    found, before = (form.unpack({"logits/packed": read_arrays(path)["logits/packed"][1]}) for path in (coarse, topk))
+    assert np.array_equal(found["logits/tail"], before["logits/tail"])
+    assert np.array_equal(found["logits/values"], nearest(before["logits/values"], 3))
 
 
 @settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -367,9 +386,9 @@ def test_grown_source_extends_its_target(source, k):
     store, wide = open_store(target), open_store(source.path)
     assert store.num_samples == wide.num_samples == 3800
     rows = wide.rows_of(samples.ids)
-    form = TopK(10, k, default_temperatures())
+    form = TopK(10, k, default_temperatures(), "float32")
     for view in range(2):
-        expected = encode_topk(contents["logits"][view][rows], form, "float32")
+        expected = form.encode(contents["logits"][view][rows], "float32", samples.ids, view)
         for name, values in expected.items():
             assert np.array_equal(store.gather(name, view, samples.ids), values)
             assert np.array_equal(store.read_view(name, view)[:2500], first[name][view])

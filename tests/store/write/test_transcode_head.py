@@ -46,7 +46,7 @@ def test_head_to_dense_stores_the_logits(source, dtype):
 @pytest.mark.parametrize(
     ("options", "arrays"),
     [
-        (TranscodeOptions(top_k=4, arrays=()), {"logits/values", "logits/indices", "logits/tail"}),
+        (TranscodeOptions(top_k=4, arrays=()), {"logits/packed"}),
         (TranscodeOptions(encoding="int8", arrays=("pooled/layer2",)), {"logits/packed", "pooled/layer2"}),
         (TranscodeOptions(arrays=()), {"features/pre_logits"}),
         (TranscodeOptions(encoding="head", num_views=1), {"features/pre_logits", "pooled/layer2"}),

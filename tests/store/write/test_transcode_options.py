@@ -126,12 +126,12 @@ def test_damaged_shard_stops_transcode_and_repaired_it_continues(source):
     whole = file.read_bytes()
     file.write_bytes(bytes([whole[0] ^ 1]) + whole[1:])
     with pytest.raises(StoreError, match=r"features/layer2.0.*\(view 0, shard 2\) is damaged"):
-        changed(source.path, TranscodeOptions(top_k=4))
+        changed(source.path, TranscodeOptions(top_k=8))
     target = source.path.with_name("target.zarr")
     assert missing_units(target, read_store_manifest(target)) == source.units[2:]
     file.write_bytes(whole)
-    assert folder_bytes(changed(source.path, TranscodeOptions(top_k=4))) == folder_bytes(
-        changed(source.path, TranscodeOptions(top_k=4), "b.zarr")
+    assert folder_bytes(changed(source.path, TranscodeOptions(top_k=8))) == folder_bytes(
+        changed(source.path, TranscodeOptions(top_k=8), "b.zarr")
     )
 
 

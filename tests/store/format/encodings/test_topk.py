@@ -76,9 +76,13 @@ def test_kept_logits_are_exact_and_the_rest_has_its_mass(data, logits, temperatu
     expected = np.argsort(-logits, axis=1, kind="stable")[:, :k]
     assert np.array_equal(made[INDICES], expected)
     assert np.array_equal(made[VALUES], np.take_along_axis(logits, expected, axis=1).astype(dtype))
-    assert [(spec.name, spec.row_shape, np.dtype(spec.dtype)) for spec in form.arrays(dtype)] == [
-        (name, array.shape[1:], array.dtype) for name, array in made.items()
-    ]
+    for layout in (None, dtype):
+        form = TopK(num_classes, k, GRID, layout)
+        packed = form.pack(made)
+        assert [(spec.name, spec.row_shape, np.dtype(spec.dtype)) for spec in form.arrays(dtype)] == [
+            (name, array.shape[1:], array.dtype) for name, array in packed.items()
+        ]
+        assert all(np.array_equal(part, made[name]) for name, part in form.unpack(packed).items())
     mass, found = (softmax(table, temperature) for table in (logits, dense))
     for table in (mass, found):
         np.put_along_axis(table, expected, 0.0, axis=1)
@@ -199,12 +203,21 @@ def test_index_out_of_classes_is_damage():
     form = TopK(10, 3, GRID)
     made = encode_topk(made_logits("gauss", 10), form, "float16")
     made[INDICES][2, 1] = 255
-    with pytest.raises(StoreError, match="holds class 255, the store has 10"):
+    with pytest.raises(StoreError, match="hold class 255, the store has 10"):
         dense_logits(made[VALUES], made[INDICES], made[TAIL], form, 2.0)
 
 
-def test_top_k_survives_json():
-    form = TopK(1000, 20, GRID)
+@pytest.mark.parametrize(("num_classes", "row_bytes"), [(100, 94), (1000, 101), (129, 96), (128, 94)])
+def test_classes_have_as_many_bits_as_the_last_one(num_classes, row_bytes):
+    (spec,) = TopK(num_classes, 20, GRID).arrays("float16")
+    assert (spec.name, spec.row_shape, spec.dtype) == ("logits/packed", (row_bytes,), "uint8")
+    assert row_bytes == 2 * 20 + 2 * 18 + -(-20 * (num_classes - 1).bit_length() // 8)
+
+
+@pytest.mark.parametrize("dtype", [None, "float32"])
+def test_top_k_survives_json(dtype):
+    form = TopK(1000, 20, GRID, dtype)
+    assert ("dtype" in form.to_json()) == bool(dtype)
     assert TopK.from_json(json.loads(json.dumps(form.to_json()))) == form
 
 
@@ -217,6 +230,7 @@ GOOD = {"num_classes": 10, "k": 3, "temperatures": [1.0, 2.0]}
         None,
         [],
         {},
+        {**GOOD, "dtype": "float8"},
         {**GOOD, "k": 0},
         {**GOOD, "k": 10},
         {**GOOD, "k": -1},
