@@ -16,8 +16,9 @@ from kdpipe.stages.compress.external_student import load_external, measure_exter
 from kdpipe.stages.compress.fine_tune import FineTuneContext
 from kdpipe.stages.compress.names import compressed_name, network_name
 from kdpipe.stages.compress.prune_student import prune_fingerprint, prune_student
+from kdpipe.stages.compress.pruning.config import PruneConfig
 from kdpipe.stages.compress.pruning.depth import Ranker
-from kdpipe.stages.compress.pruning.prune import PruneConfig, prune
+from kdpipe.stages.compress.pruning.prune import prune
 from kdpipe.stages.compress.quantization.qat import calibrate
 from kdpipe.stages.compress.quantization.sensitivity import LayerSensitivity, sensitivity
 from kdpipe.stages.compress.quantize_student import QuantizeConfig, prepare, quantize_student

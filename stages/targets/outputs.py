@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
-from typing import Protocol
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, fields, replace
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -16,6 +16,7 @@ from kdpipe.stages.targets.feature_spec import FeatureSpec
 from kdpipe.store import TopK, interpolation
 from kdpipe.store.format.encodings.logit_encoding import LogitEncoding
 from kdpipe.store.format.encodings.quantized import HEADER_BYTES, PACKED, Quantized
+from kdpipe.store.format.encodings.quantized_maps import range_array
 from kdpipe.store.format.encodings.sampled import ABSENT, Sampled
 from kdpipe.store.format.encodings.topk import INDICES, TAIL, VALUES
 
@@ -48,6 +49,19 @@ def head_logits(vectors: Tensor, head: Tensor) -> Tensor:
     """Compute the logits [B, C] of pooled vectors [B, D] with a teacher's head [C, D + 1], in float32 on any device."""
     with torch.autocast(vectors.device.type, enabled=False), tf32(enabled=False):
         return torch.addmm(head[:, -1], vectors, head[:, :-1].T)
+
+
+def concatenated(outputs: Sequence[Any]) -> Any:
+    """Return outputs of one teacher for several batches, or parts of them, as those of one batch."""
+    first = outputs[0]
+    if isinstance(first, Tensor):
+        return torch.cat(tuple(outputs))
+    if isinstance(first, Mapping):
+        return {key: first[key] if key.is_head else torch.cat([one[key] for one in outputs]) for key in first}
+    if not hasattr(first, "logits_at") or len(outputs) == 1:
+        return first
+    parts = {field.name: [getattr(one, field.name) for one in outputs] for field in fields(first)}
+    return replace(first, **{name: concatenated(values) for name, values in parts.items()})
 
 
 @dataclass(frozen=True)
@@ -165,6 +179,17 @@ def teacher_targets(
     if isinstance(encoding, Quantized):
         return DenseTargets(dequantize(encoding, arrays[PACKED]), features)
     return DenseTargets(arrays["logits"].float() if "logits" in arrays else None, features)
+
+
+def decode_features(arrays: Mapping[str, Tensor], name: str) -> Tensor:
+    """Return the features of an array, float32 [B, ...]; of maps in 8 bits with the ranges of their channels."""
+    rows, ranges = arrays[name].float(), arrays.get(range_array(name))
+    if ranges is None:
+        return rows
+    low, step = ranges.float().unbind(1)
+    return (
+        low[..., None, None] + step[..., None, None] * rows if rows.dim() == 4 else low[:, None] + step[:, None] * rows
+    )
 
 
 def unpack_sampled(encoding: Sampled, packed: Tensor) -> tuple[Tensor, Tensor]:
