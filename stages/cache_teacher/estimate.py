@@ -144,10 +144,28 @@ def probe(
 @torch.no_grad()
 def first_logits(config: CacheConfig, teacher: ModelBundle, context: StageContext) -> NDArray[np.float32]:
     """Return the teacher's logits of the first batch in the first view, [n, C]."""
+    return first_outputs(config, teacher, context)[0]
+
+
+@torch.no_grad()
+def first_outputs(
+    config: CacheConfig, teacher: ModelBundle, context: StageContext, layers: Sequence[str] = ()
+) -> list[NDArray[np.float32]]:
+    """Return the teacher's logits of the first batch in the first view, [n, C], and the outputs of layers, [n, ...]."""
     request = ViewRequest(torch.arange(min(_batch_size(config), context.train_set.num_samples)), 0)
-    with extract_features(teacher.model, ()) as extractor:
-        outputs = iter_teacher_outputs(extractor, teacher, [request], context.train_loader, monitor=context.monitor)
-        return torch.cat([found.logits.float().cpu() for _, found in outputs]).numpy()
+    with extract_features(teacher.model, layers) as extractor:
+        outputs = [
+            [found.logits, *[found.features[layer] for layer in layers]]
+            for _, found in iter_teacher_outputs(
+                extractor,
+                teacher,
+                [request],
+                context.train_loader,
+                monitor=context.monitor,
+                features=[FeatureSpec(layer) for layer in layers],
+            )
+        ]
+    return [torch.cat([part.float().cpu() for part in parts]).numpy() for parts in zip(*outputs, strict=True)]
 
 
 def _batch_size(config: CacheConfig) -> int:

@@ -3,25 +3,25 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from kdpipe.stages.distillation.compatibility import require_encoding
 from kdpipe.stages.errors import RecipeError
 from kdpipe.stages.losses.base import Loss
 from kdpipe.stages.losses.schedules import bounds
-from kdpipe.stages.targets.outputs import teacher_targets
+from kdpipe.stages.targets.outputs import head_logits, teacher_targets
 from kdpipe.store import StoreError, TopK, default_temperatures
 from kdpipe.store.format.encodings.encoding_error import row_kl
 from kdpipe.store.format.encodings.logit_encoding import LogitEncoding
 from kdpipe.store.format.encodings.quantized import BITS, Quantized
 from kdpipe.store.format.encodings.sampled import Sampled, probabilities
-from kdpipe.store.format.layout import ArraySpec
 
 MAX_ROWS, MAX_VALUES = 2048, 2**22
 """Rows and logits that are compared, at most."""
@@ -71,12 +71,17 @@ def compare_encodings(
     exact: NDArray[np.float32], losses: Sequence[tuple[str, Loss]], seed: int = 0
 ) -> list[EncodingReport]:
     """Measure each encoding on a teacher's logits [n, C], for losses on logits by the name of their entry."""
-    wanted = {value for _, loss in losses for one in loss.temperatures() for value in bounds(one)}
-    temperatures = sorted(wanted) or [1.0]
+    temperatures = temperatures_of(losses)
     return [
         _report(exact, encoding, key, losses, temperatures)
         for encoding, key in _candidates(exact.shape[1], temperatures, seed)
     ]
+
+
+def temperatures_of(losses: Sequence[tuple[str, Loss]]) -> list[float]:
+    """Return the temperatures of losses, ascending."""
+    wanted = {value for _, loss in losses for one in loss.temperatures() for value in bounds(one)}
+    return sorted(wanted) or [1.0]
 
 
 def recommended(reports: Sequence[EncodingReport], max_kl: float) -> EncodingReport:
@@ -113,23 +118,67 @@ def _report(
     losses: Sequence[tuple[str, Loss]],
     temperatures: Sequence[float],
 ) -> EncodingReport:
-    specs = encoding.arrays("float16") if encoding else (ArraySpec("logits", (exact.shape[1],), "float16"),)
     ids = np.arange(len(exact), dtype=np.int64)
     rows = encoding.encode(exact, "float16", ids, 0) if encoding else {"logits": exact.astype(np.float16)}
     tensors = {name: torch.from_numpy(values) for name, values in rows.items()}
-    targets = teacher_targets(encoding, tensors, {})
     is_sampled = isinstance(encoding, Sampled)
-    decoded = {value: targets.logits_at(value).numpy() for value in ([1.0] if is_sampled else temperatures)}
-    top1 = next(iter(decoded.values())).argmax(axis=1)
-    return EncodingReport(
+
+    def decode(rows: Mapping[str, Tensor], temperature: float) -> Tensor:
+        return teacher_targets(encoding, rows, {}).logits_at(temperature)
+
+    return _measured(
+        exact,
+        tensors,
+        decode,
+        [1.0] if is_sampled else temperatures,
         name="float16" if encoding is None else _name(encoding),
         key=key,
-        row_bytes=sum(spec.row_bytes for spec in specs),
-        kl={} if is_sampled else {f"{t:g}": float(row_kl(exact, found, t).mean()) for t, found in decoded.items()},
+        refusal=_refusal(encoding, losses),
+        has_kl=not is_sampled,
+    )
+
+
+def report_head(
+    exact: NDArray[np.float32],
+    vectors: NDArray[np.float32],
+    head: NDArray[np.float32],
+    losses: Sequence[tuple[str, Loss]],
+) -> EncodingReport:
+    """Measure the head encoding on logits [n, C], of the vectors [n, D] before a head [C, D + 1]: all losses accept it.
+
+    The bytes of the head, which is stored once, are not those of a row.
+    """
+    weights = torch.from_numpy(head)
+
+    def decode(rows: Mapping[str, Tensor], temperature: float) -> Tensor:
+        return head_logits(rows["vectors"].float(), weights)
+
+    tensors = {"vectors": torch.from_numpy(vectors).half()}
+    return _measured(exact, tensors, decode, temperatures_of(losses), name="head", key="cache.encoding = 'head'")
+
+
+def _measured(
+    exact: NDArray[np.float32],
+    tensors: dict[str, Tensor],
+    decode: Callable[[Mapping[str, Tensor], float], Tensor],
+    temperatures: Sequence[float],
+    *,
+    name: str,
+    key: str,
+    refusal: str = "",
+    has_kl: bool = True,
+) -> EncodingReport:
+    decoded = {value: decode(tensors, value).numpy() for value in temperatures}
+    top1 = next(iter(decoded.values())).argmax(axis=1)
+    return EncodingReport(
+        name=name,
+        key=key,
+        row_bytes=sum(rows[0].nbytes for rows in tensors.values()),
+        kl={f"{t:g}": float(row_kl(exact, found, t).mean()) for t, found in decoded.items()} if has_kl else {},
         flips=float((top1 != exact.argmax(axis=1)).mean()),
         gradient_cosine={f"{t:g}": gradient_cosine(exact, found, t) for t, found in decoded.items()},
-        rows_per_s=_rate(encoding, tensors),
-        refusal=_refusal(encoding, losses),
+        rows_per_s=_rate(tensors, lambda rows: decode(rows, temperatures[0])),
+        refusal=refusal,
     )
 
 
@@ -166,15 +215,14 @@ def gradient_cosine(exact: NDArray[np.float32], decoded: NDArray[np.float32], te
     return float(np.mean(cosines))
 
 
-def _rate(encoding: LogitEncoding | None, tensors: dict[str, torch.Tensor]) -> float:
-    """Return the rows per second that are gathered from memory and decoded for T = 1, or the grid's lowest."""
-    temperature = encoding.temperatures[0] if isinstance(encoding, TopK) else 1.0
+def _rate(tensors: dict[str, Tensor], decode: Callable[[Mapping[str, Tensor]], Tensor]) -> float:
+    """Return the rows per second that are gathered from memory and decoded."""
     num_rows = len(next(iter(tensors.values())))
     index = torch.randint(num_rows, (BATCH_ROWS,), generator=torch.Generator().manual_seed(0))
     count, started, wall_s = 0, time.perf_counter(), 0.0
     while wall_s < TIMED_S:
         rows = {name: values.index_select(0, index) for name, values in tensors.items()}
-        teacher_targets(encoding, rows, {}).logits_at(temperature)
+        decode(rows)
         count, wall_s = count + BATCH_ROWS, time.perf_counter() - started
     return count / wall_s
 

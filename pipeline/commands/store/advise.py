@@ -14,15 +14,25 @@ from kdpipe.pipeline.run import Run
 from kdpipe.pipeline.shared_store import find_teacher
 from kdpipe.pipeline.terminal.output import console
 from kdpipe.pipeline.terminal.tables import Table, print_table
-from kdpipe.stages.cache_teacher.estimate import first_logits
+from kdpipe.stages.cache_teacher.estimate import first_logits, first_outputs
+from kdpipe.stages.cache_teacher.plan import CacheConfig
 from kdpipe.stages.data.image_set import require_classes
-from kdpipe.stages.distillation.encoding_advice import EncodingReport, compare_encodings, num_compared, recommended
-from kdpipe.stages.errors import RunError
+from kdpipe.stages.distillation.encoding_advice import (
+    EncodingReport,
+    compare_encodings,
+    num_compared,
+    recommended,
+    report_head,
+)
+from kdpipe.stages.errors import ModelError, RunError
+from kdpipe.stages.losses.base import Loss
 from kdpipe.stages.losses.logits.kd import KD
+from kdpipe.stages.models.head import linear_head
+from kdpipe.stages.models.tokens import PRE_LOGITS
 from kdpipe.stages.teacher import load_teacher
 from kdpipe.store import StoreError, TargetStore, open_store
 
-DEFAULT_LOSSES = [("kd at T = 1", KD(temperature=1.0)), ("kd at T = 4", KD(temperature=4.0))]
+DEFAULT_LOSSES: list[tuple[str, Loss]] = [("kd at T = 1", KD(temperature=1.0)), ("kd at T = 4", KD(temperature=4.0))]
 """The losses of a store without a recipe."""
 
 
@@ -47,21 +57,37 @@ def advise_run(run: Run) -> list[EncodingReport]:
         for number, loss in enumerate(some)
         if loss.on_logits and loss.store in (None, own)
     ]
-    return compare_encodings(_logits_of(run), losses or DEFAULT_LOSSES, run.context.views.seed)
+    losses = losses or DEFAULT_LOSSES
+    found = find_teacher(run)
+    reports = compare_encodings(_logits_of(run, found), losses, run.context.views.seed)
+    return reports if found is None else [*reports, *_head_reports(run, found, losses)]
 
 
-def _logits_of(run: Run) -> NDArray[np.float32]:
+def _head_reports(run: Run, found: Path, losses: Sequence[tuple[str, Loss]]) -> list[EncodingReport]:
+    """Return the report of the head encoding, if the teacher ends in one linear layer, on its first batch."""
+    teacher = load_teacher(run.recipe.teacher, run.recipe.seed, replace(run.context, run_dir=found))
+    try:
+        head = linear_head(teacher.model, run.context.image_shape)
+    except ModelError:
+        return []
+    logits, vectors = first_outputs(_first_batch(run), teacher, run.context, [PRE_LOGITS])
+    return [report_head(logits, vectors, head, losses)]
+
+
+def _logits_of(run: Run, found: Path | None) -> NDArray[np.float32]:
     try:
         return _stored_logits(open_store(run.store))
-    except StoreError:
-        found = find_teacher(run)
-    if found is None:
-        raise RunError(
-            "there is neither a store with all logits nor a trained teacher: run `kdpipe train-teacher` first."
-        )
+    except StoreError as error:
+        if found is None:
+            raise RunError(
+                "there is neither a store with all logits nor a trained teacher: run `kdpipe train-teacher` first."
+            ) from error
     teacher = load_teacher(run.recipe.teacher, run.recipe.seed, replace(run.context, run_dir=found))
-    config = replace(run.recipe.cache, batch_size=min(256, num_compared(run.context.train_set.num_classes)))
-    return first_logits(config, teacher, run.context)
+    return first_logits(_first_batch(run), teacher, run.context)
+
+
+def _first_batch(run: Run) -> CacheConfig:
+    return replace(run.recipe.cache, batch_size=min(256, num_compared(run.context.train_set.num_classes)))
 
 
 def _stored_logits(store: TargetStore) -> NDArray[np.float32]:
