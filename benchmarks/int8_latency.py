@@ -1,18 +1,19 @@
-"""Measure INT8 latency relative to FP32 in onnxruntime, for whole and pruned networks. Target: 0.40 at batch 16.
+"""Measure INT8 latency relative to FP32 in onnxruntime and OpenVINO, of whole and pruned networks; target 0.40.
 
     uv run python benchmarks/int8_latency.py [--networks NAME ...] [--batch-sizes B ...] [--threads N] [--rounds N]
-        [--image-size S] [--round-to N] [--quick]
+        [--image-size S] [--round-to N] [--runtimes onnxruntime openvino] [--quick]
 
 torchvision's resnet18, vgg11_bn and mobilenet_v2 and timm's tf_efficientnet_lite0 with ten classes, on random images of
 64x64, each whole and with half the channels of every layer pruned, in FP32 and in INT8: prepared, calibrated on random
-images and exported by the code of `kdpipe compress`. VGG ends in global average pooling and one linear layer of
-512 x 10, as for small images; torchvision's own head of 120 million weights is for 224x224. Weights are random with a
-seed, and batch norms have seen random images: the multiplied numbers do not change the time.
+images and exported by the code of `kdpipe compress`, the same network for both runtimes. VGG ends in global average
+pooling and one linear layer of 512 x 10, as for small images; torchvision's own head of 120 million weights is for
+224x224. Weights are random with a seed, and batch norms have seen random images: the multiplied numbers do not change
+the time.
 
 All files take turns in one process, round by round. The table has the medians of both, the median of the ratio INT8 /
 FP32 within a round, the range of nine of ten ratios, and the ratio of the fastest rounds. If the last two are far from
-the third, the machine is busy. The targets are for a CPU with AVX512-VNNI, for ResNet and VGG; the others are only
-reported. Below the table are the operators that INT8 leaves in float.
+the third, the machine is busy. The target is for batch 16, for ResNet and VGG on a CPU with AVX512-VNNI; the others are
+only reported. Below the table are the operators that INT8 leaves in float in onnxruntime.
 
 --quick: resnet18 alone and 5 rounds.
 """
@@ -25,12 +26,12 @@ import statistics
 import tempfile
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
+from importlib.metadata import version
 from pathlib import Path
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as the command line does
 
 import numpy as np
-import onnxruntime
 import torch
 import torchvision
 from torch import Tensor, nn
@@ -41,6 +42,7 @@ from kdpipe.stages.compress.quantization.qat import calibrate, prepare_qat
 from kdpipe.stages.evaluation.latency import Latency, measure_latency
 from kdpipe.stages.export.onnx_export import export_onnx
 from kdpipe.stages.export.onnx_session import float_nodes
+from kdpipe.stages.export.openvino_ir import export_openvino
 from kdpipe.stages.runtime.cpu import cpu_features, cpu_name, num_cores
 
 TARGET, TARGET_BATCH_SIZE = 0.40, 16
@@ -48,6 +50,7 @@ TARGETED = ("resnet18", "vgg11_bn")
 TIMM = ("tf_efficientnet_lite0",)
 NETWORKS = (*TARGETED, "mobilenet_v2", *TIMM)
 NUM_CLASSES = 10
+RUNTIMES = ("onnxruntime", "openvino")
 
 
 def main() -> None:
@@ -55,8 +58,9 @@ def main() -> None:
     print(f"CPU: {cpu_name()} ({', '.join(cpu_features()) or 'no known features'})")
     if "avx512_vnni" not in cpu_features():
         print("This CPU has no AVX512-VNNI: the targets do not apply.")
+    runtimes = ", ".join(f"{name} {version(name)}" for name in arguments.runtimes)
     print(
-        f"threads: {arguments.threads}, onnxruntime {onnxruntime.__version__}, images of {arguments.image_size}x"
+        f"threads: {arguments.threads}, {runtimes}, images of {arguments.image_size}x"
         f"{arguments.image_size}, pruned to multiples of {arguments.round_to}, {arguments.rounds} rounds"
     )
     with tempfile.TemporaryDirectory() as folder:
@@ -69,7 +73,8 @@ def main() -> None:
             print_table(names, times, batch_size)
         print("\nstill float in the INT8 files:")
         for name in names:
-            print(f"  {name:<22} {float_operators(files[f'{name} int8'])}")
+            if name.endswith("onnxruntime"):
+                print(f"  {name:<34} {float_operators(files[f'{name} int8'])}")
 
 
 def parse() -> argparse.Namespace:
@@ -80,6 +85,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=30)
     parser.add_argument("--image-size", type=int, default=64)
     parser.add_argument("--round-to", type=int, default=PruneConfig().round_to)
+    parser.add_argument("--runtimes", nargs="+", default=list(RUNTIMES), choices=RUNTIMES)
     parser.add_argument("--quick", action="store_true")
     arguments = parser.parse_args()
     if arguments.quick:
@@ -88,13 +94,18 @@ def parse() -> argparse.Namespace:
 
 
 def write_files(folder: Path, arguments: argparse.Namespace) -> dict[str, Path]:
-    """Write the ONNX files; return them by name: "resnet18 fp32", "resnet18 int8", "resnet18 pruned fp32", ..."""
+    """Write the files; return them by name: "resnet18 onnxruntime fp32", "resnet18 pruned openvino int8"."""
     files = {}
     for name in arguments.networks:
         for variant, model in variants(name, arguments.image_size, arguments.round_to):
             for kind, made in (("fp32", model), ("int8", quantized(model, arguments.image_size))):
-                path = files[f"{variant} {kind}"] = folder / f"{variant} {kind}.onnx"
+                path = folder / f"{variant} {kind}.onnx"
                 export_onnx(made, example(arguments.image_size), path, metadata={})
+                for runtime in arguments.runtimes:
+                    files[f"{variant} {runtime} {kind}"] = path
+                    if runtime == "openvino":
+                        export_openvino(path, path.with_suffix(".xml"))
+                        files[f"{variant} {runtime} {kind}"] = path.with_suffix(".xml")
     return files
 
 
@@ -139,14 +150,14 @@ def example(image_size: int) -> Tensor:
 
 def print_table(names: Sequence[str], times: Mapping[str, Mapping[int, Latency]], batch_size: int) -> None:
     heads = f"{'FP32 ms':>9} {'INT8 ms':>9} {'INT8/FP32':>10} {'90 % within':>15} {'fastest':>8}  target"
-    print(f"\nbatch {batch_size:<18} {heads}")
+    print(f"\nbatch {batch_size:<30} {heads}")
     for name in names:
         fp32, int8 = (times[f"{name} {kind}"][batch_size].rounds_ms for kind in ("fp32", "int8"))
         ratios = [int8_ms / fp32_ms for int8_ms, fp32_ms in zip(int8, fp32, strict=True)]
         ratio = statistics.median(ratios)
         low, high = np.percentile(ratios, (5, 95))
         print(
-            f"  {name:<22} {statistics.median(fp32):9.2f} {statistics.median(int8):9.2f} {ratio:10.3f} "
+            f"  {name:<34} {statistics.median(fp32):9.2f} {statistics.median(int8):9.2f} {ratio:10.3f} "
             f"{low:7.3f}-{high:<7.3f} {min(int8) / min(fp32):8.3f}  {target_met(name, batch_size, ratio)}"
         )
 

@@ -9,6 +9,8 @@ from kdpipe.pipeline.report.formatting import integer, interval_text, kib, mean_
 from kdpipe.pipeline.report.rows import Report, Row
 from kdpipe.pipeline.terminal.output import printable
 from kdpipe.pipeline.terminal.tables import Table
+from kdpipe.stages.compress.artifacts.latency_record import LatencyByBatch, timed_in
+from kdpipe.stages.compress.targets import TITLES
 from kdpipe.stages.evaluation.main_metric import DECISIONS, MAP, METRICS, R2, TEACHER_R2
 
 MAX_CLASS_NAME = 20
@@ -90,18 +92,19 @@ def _costs(report: Report) -> Table:
     for row in report.rows:
         if row.kind != row.timed_as and not (latency and row.kind in latency.files):
             continue
-        times = [row.latency_ms[str(size)] if row.latency_ms else None for size in sizes]
-        cells.append(
-            [
-                row.name,
-                integer(row.num_macs),
-                size_ratio(row.of_teacher),
-                size_ratio(row.of_student),
-                *("-" if ms is None else f"{ms['p50_ms']:.3f} ({ms['p95_ms']:.3f})" for ms in times),
-            ]
-        )
+        ratios = [size_ratio(row.of_teacher), size_ratio(row.of_student)]
+        cells.append([row.name, integer(row.num_macs), *ratios, *_times(row.latency_ms, sizes)])
+        for target, title in TITLES.items():
+            if latency and (found := latency.files.get(timed_in(row.kind, target))):
+                cells.append([f"{row.name} in {title}", integer(row.num_macs), "-", "-", *_times(found, sizes)])
     headers = ["network", "MACs", "size / teacher's", "size / student's"]
     return Table(caption, [*headers, *(f"batch of {size}" for size in sizes)], cells)
+
+
+def _times(latency: LatencyByBatch | None, sizes: Sequence[int]) -> list[str]:
+    """Return the latency of a file at each batch size."""
+    times = [latency[str(size)] if latency else None for size in sizes]
+    return ["-" if ms is None else f"{ms['p50_ms']:.3f} ({ms['p95_ms']:.3f})" for ms in times]
 
 
 def _agreement(rows: Sequence[Row]) -> Table:

@@ -78,3 +78,22 @@ def _sums_rounded_on_one_side(graph: onnx.GraphProto, constants: set[str]) -> It
         sides = [value in producers and producers[value].op_type == "DequantizeLinear" for value in node.input]
         if any(reader.op_type == "QuantizeLinear" for reader in after) and not all(sides):
             yield f"Add ({node.name}) is rounded, but not on both sides of the sum"
+
+
+def num_2_4_weights(path: Path) -> int:
+    """Count the weights of an ONNX file, float or INT8, that TensorRT's sparse kernels take.
+
+    Of every 4 consecutive input channels, at each position of the kernel, at least 2 are zero.
+    """
+    graph = onnx.load(path).graph
+    constants = {tensor.name: tensor for tensor in graph.initializer}
+    dequantized = {node.output[0]: node.input[0] for node in graph.node if node.op_type == "DequantizeLinear"}
+    count = 0
+    for node in graph.node:
+        if node.op_type not in ("Conv", "Gemm"):
+            continue
+        weight = constants.get(dequantized.get(node.input[1], node.input[1]))
+        if weight is not None and weight.dims[1] % 4 == 0:
+            fours = np.moveaxis(numpy_helper.to_array(weight), 1, -1).reshape(-1, 4)
+            count += int(np.all(np.count_nonzero(fours, axis=1) <= 2))
+    return count

@@ -11,12 +11,15 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from torch import nn
+
 from kdpipe.stages.compress.artifacts.write import Candidate
 from kdpipe.stages.compress.fine_tune import FineTuneContext
 from kdpipe.stages.compress.targets import GRIDS, Grid, Target
+from kdpipe.stages.errors import ModelError
 from kdpipe.stages.evaluation.evaluate import Evaluation
 from kdpipe.stages.export.openvino_ir import export_openvino
-from kdpipe.stages.export.tensorrt_check import require_tensorrt
+from kdpipe.stages.export.tensorrt_check import num_2_4_weights, require_tensorrt
 from kdpipe.stages.models.bundle import ModelBundle
 from kdpipe.stages.training.finalize import require_agreement
 from kdpipe.stages.training.job_dir import read_json_file, write_json_file
@@ -43,9 +46,26 @@ class RuntimeFile:
 
 
 def check_targets(targets: Sequence[Target], candidate: Candidate) -> None:
-    """Check a network's ONNX file against the rules of the targets that cannot run here. Raises ModelError."""
+    """Check a network's ONNX file against the rules of the targets that cannot run here. Raises ModelError.
+
+    A layer whose weights have 2 zeros in every 4 must have them in the file.
+    """
     if "tensorrt" in targets and grid_of(candidate.network) in (None, GRIDS["tensorrt"]):
         require_tensorrt(candidate.folder.onnx)
+        wanted, found = _num_2_4_layers(candidate.network.model), num_2_4_weights(candidate.folder.onnx)
+        if found < wanted:
+            raise ModelError(
+                f"{candidate.folder.onnx} has {found} weights with 2 zeros in every 4, and its network {wanted}: "
+                "TensorRT would run the others without its sparse kernels."
+            )
+
+
+def _num_2_4_layers(model: nn.Module) -> int:
+    """Count the layers with at least 2 zeros in every 4 consecutive input channels."""
+    layers = [layer for layer in model.modules() if isinstance(layer, nn.Conv2d | nn.Linear)]
+    weights = [layer.weight for layer in layers if layer.weight.shape[1] % 4 == 0]
+    fours = [weight.movedim(1, -1).reshape(-1, 4) for weight in weights]
+    return sum(bool(((each != 0).sum(dim=1) <= 2).all()) for each in fours)
 
 
 def grid_of(network: ModelBundle) -> Grid | None:

@@ -129,6 +129,14 @@ def test_latency_of_undistilled_student_with_projector(tmp_path):
         assert ("1.000 (2.000)" in shown) == ("alone" in measured)
 
 
+def test_cost_table_has_rows_for_other_runtimes(tmp_path):
+    run = run_folder(tmp_path, {"students/distilled-seed0": ...})
+    latency_of({"student": 2.0, "student in openvino": 3.0}, run / "compressed")
+    shown = kdpipe_here("report", run, "--full", "--no-html").stdout
+    (line,) = [line for line in shown.splitlines() if "student distilled in OpenVINO" in line]
+    assert "3.000 (6.000)" in line
+
+
 def compressed_run(folder, accuracies, seeds=(0, 1)):
     """Make a run with these accuracies in percent by kind of network, the same for all seeds."""
     recipe = {

@@ -5,11 +5,12 @@ import pytest
 import torch
 from support.tiny_nets import EXAMPLE, build, images
 
+from kdpipe.stages.compress.pruning.sparsity import prune_2_4
 from kdpipe.stages.compress.quantization.qat import calibrate, prepare_qat
 from kdpipe.stages.errors import ModelError
 from kdpipe.stages.export.onnx_check import check_onnx
 from kdpipe.stages.export.onnx_export import export_onnx
-from kdpipe.stages.export.tensorrt_check import require_tensorrt, tensorrt_violations
+from kdpipe.stages.export.tensorrt_check import num_2_4_weights, require_tensorrt, tensorrt_violations
 
 
 def exported(folder, name, grid):
@@ -39,6 +40,20 @@ def test_onnxruntimes_grid_is_refused_with_reasons(tmp_path):
     assert "its zero point has the type UINT8" in found and "its zero point has the type INT32" in found
     with pytest.raises(ModelError, match=r"TensorRT would not take .*int8.onnx: QuantizeLinear .* more\. Compress"):
         require_tensorrt(path)
+
+
+def test_weights_with_two_zeros_in_four_are_counted(tmp_path):
+    model = build("residual").eval()
+    layers = {path: layer for path, layer in model.named_modules() if path.startswith("layer1") and "conv" in path}
+    for network, count in ((model, 0), (model, len(layers))):
+        if count:
+            prune_2_4(layers)
+        for grid in (None, "symmetric"):
+            made = network if grid is None else prepare_qat(network, EXAMPLE, grid=grid)
+            if grid is not None:
+                calibrate(made, [images(60)[0]])
+            export_onnx(made, EXAMPLE, tmp_path / "model.onnx", metadata={})
+            assert num_2_4_weights(tmp_path / "model.onnx") == count
 
 
 def test_each_rule_is_checked(tmp_path):

@@ -18,6 +18,7 @@ from kdpipe.stages.data.load import load_dataset
 from kdpipe.stages.data.loader.image_loader import ImageLoader
 from kdpipe.stages.evaluation.evaluate import Evaluation
 from kdpipe.stages.export.onnx_export import export_onnx
+from kdpipe.stages.export.openvino_ir import export_openvino
 from kdpipe.stages.models.build import ModelConfig, build_model
 from kdpipe.stages.models.bundle import ModelBundle
 from kdpipe.stages.models.normalization import Normalization
@@ -84,3 +85,28 @@ def test_predict_gives_the_networks_answers(tmp_path, bare, channels, crop, firs
     Image.fromarray(np.full((12, 12), 40_000, dtype=np.uint16)).save(tmp_path / "deep.png")
     with pytest.raises(ValueError, match="more than 8 bits"):  # converted, it would be white
         predict.load_image(tmp_path / "deep.png")
+
+
+def test_predict_runs_the_ir_in_openvino(tmp_path):
+    pytest.importorskip("openvino", reason="OpenVINO is an extra: pip install 'kdpipe[openvino]'")
+    config = ModelConfig(name="cnn", args={"width": 8})
+    model = build_model(config, num_classes=2, in_channels=3, image_size=(12, 12), seed=0).eval()
+    metadata = {
+        "normalization": '{"mean":[0.4,0.4,0.4],"std":[0.1,0.1,0.1]}',
+        "image_shape": "[3,12,12]",
+        "test_crop": "1.0",
+        "class_names": '["ant","bee"]',
+    }
+    export_onnx(model, torch.zeros(2, 3, 12, 12), tmp_path / "model.onnx", metadata=metadata)
+    export_openvino(tmp_path / "model.onnx", tmp_path / "model.xml")
+    (tmp_path / "model.onnx").unlink()
+    script = Path(write.__file__).with_name("predict.py").read_text()
+    (tmp_path / "predict.py").write_text(script.replace('"onnxruntime"', '"openvino"', 1))
+    spec = importlib.util.spec_from_file_location("handed_over_ir", tmp_path / "predict.py")
+    predict = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(predict)
+    images = np.random.default_rng(0).integers(0, 256, (5, 3, 12, 12), dtype=np.uint8)
+    with torch.no_grad():
+        expected = model(Normalization((0.4,) * 3, (0.1,) * 3)(torch.from_numpy(images)))
+    np.testing.assert_allclose(predict.predict(images), expected.numpy(), rtol=1e-4, atol=1e-4)
+    assert predict.FACTS["class_names"] == ["ant", "bee"]
