@@ -35,7 +35,8 @@ import torch
 import torchvision
 from torch import Tensor, nn
 
-from kdpipe.stages.compress.pruning.prune import PruneConfig, prune
+from kdpipe.stages.compress.pruning.config import PruneConfig
+from kdpipe.stages.compress.pruning.prune import prune
 from kdpipe.stages.compress.quantization.qat import calibrate, prepare_qat
 from kdpipe.stages.evaluation.latency import Latency, measure_latency
 from kdpipe.stages.export.onnx_export import export_onnx

@@ -18,7 +18,7 @@ from kdpipe.results import CompressedResult, Result, StudentResult
 from kdpipe.runs import CallbackLike, RunOptions, isolated
 from kdpipe.stages.compress.artifacts.load import rebuild
 from kdpipe.stages.compress.compress import CompressConfig, dry_run
-from kdpipe.stages.compress.pruning.prune import PruneConfig
+from kdpipe.stages.compress.pruning.config import PruneConfig
 from kdpipe.stages.compress.quantize_student import QuantizeConfig
 from kdpipe.stages.distillation.student_config import DISTILLED, student_folder
 from kdpipe.stages.errors import RecipeError
@@ -122,7 +122,7 @@ def prune(
         num_workers: Processes that decode images that are not in memory.
         progress: Whether to print progress to stderr.
         callbacks: What observes the trainings: `Callback` objects, or names such as "csv" and "wandb".
-        **settings: Further keys of a recipe's `compress.prune` section: `budget`, `importance`, `exclude`, ...
+        **settings: Further keys of a recipe's `compress.prune` section: `kind`, `budget`, `importance`, `exclude`, ...
     """
     config = _config({"ratio": ratio, **settings}, False, as_settings("train", train), None, {"baselines": False})
     run_options = as_run_options(None, device, num_workers, progress, callbacks)

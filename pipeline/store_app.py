@@ -155,6 +155,9 @@ def store_transcode(
         int | None, typer.Option("--sampled-labels", metavar="K", help="Sample K classes of each row, for T = 1.")
     ] = None,
     dtype: Annotated[str | None, typer.Option(help="float16: convert float32 arrays.")] = None,
+    feature_dtype: Annotated[
+        str | None, typer.Option("--feature-dtype", metavar="NAME", help="int8: 8-bit feature maps; float16: decode.")
+    ] = None,
     views: Annotated[int | None, typer.Option("--views", metavar="N", help="Keep the first N views.")] = None,
     arrays: Annotated[
         list[str] | None, typer.Option("--array", metavar="NAME", help="Keep this array with the logits; repeatable.")
@@ -188,6 +191,7 @@ def store_transcode(
             temperatures=parse_temperatures(temperatures),
             sampled_labels=sampled_labels,
             dtype=dtype,
+            feature_dtype=feature_dtype,
             num_views=views,
             arrays=() if logits_only else tuple(arrays) if arrays else None,
             codec=parse_codec(archive, level),

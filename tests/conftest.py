@@ -16,6 +16,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Generator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from support.empty_charts import save_empty
@@ -84,7 +85,7 @@ def without_onnx(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(preflight, "try_export", lambda model, image_shape: None)
     monkeypatch.setattr(finalize, "export_onnx", lambda model, example, path, metadata: path.write_bytes(b"no file"))
-    monkeypatch.setattr(finalize, "require_agreement", lambda path, network, test: 1.0)
+    monkeypatch.setattr(finalize, "require_agreement", lambda path, network, test: SimpleNamespace(agreement=1.0))
 
 
 @pytest.fixture

@@ -1,20 +1,21 @@
-"""Measure the latency of ONNX files on this machine's CPU, relative to the first."""
+"""Measure the latency of exported files on this machine's CPU, relative to the first."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import onnx
-import onnxruntime
 from onnx.external_data_helper import ExternalDataInfo, uses_external_data
 
 from kdpipe.pipeline.terminal.output import console
 from kdpipe.pipeline.terminal.progress import reporter
 from kdpipe.pipeline.terminal.tables import Table, print_table
 from kdpipe.stages.evaluation.latency import WARM_UP_ROUNDS, Latency, measure_latency
+from kdpipe.stages.export.runtimes import library_of
 from kdpipe.stages.runtime.cpu import cpu_features, cpu_name, num_cores
 from kdpipe.stages.runtime.events import ProgressEvent
 
@@ -24,13 +25,13 @@ DEFAULT_BATCH_SIZES = (1, 64)
 def run_bench(
     paths: Sequence[Path], batch_sizes: Sequence[int], *, num_threads: int | None, num_rounds: int, as_json: bool
 ) -> dict[str, Any]:
-    """Measure ONNX files in turn, and return the results as JSON.
+    """Measure files in turn, each in the runtime that it is for, and return the results as JSON.
 
     Without batch sizes 1 and 64 are measured, without `num_threads` on all cores of this process. `as_json` makes the
     progress JSON lines.
 
     Raises:
-        ModelError: If a file is missing, not an ONNX network, or does not take images.
+        ModelError: If a file is missing, no network, or does not take images; or if its runtime is not installed.
     """
     sizes = list(dict.fromkeys(batch_sizes or DEFAULT_BATCH_SIZES))
     num_threads = num_threads or num_cores()
@@ -49,7 +50,7 @@ def run_bench(
         "cpu_features": cpu_features(),
         "num_threads": num_threads,
         "num_rounds": num_rounds,
-        "onnxruntime": onnxruntime.__version__,
+        "runtimes": {name: version(name) for name in dict.fromkeys(map(library_of, paths))},
         "files": [_file(path, latencies[str(number)], latencies["0"]) for number, path in enumerate(paths)],
     }
 
@@ -59,6 +60,7 @@ def _file(path: Path, latency: Mapping[int, Latency], first: Mapping[int, Latenc
     largest = max(latency)
     return {
         "path": str(path),
+        "runtime": library_of(path),
         "bytes": file_bytes(path),
         "latency": [{"batch_size": size, **found.to_json()} for size, found in latency.items()],
         "images_per_s": 1000 * largest / latency[largest].p50_ms,
@@ -82,7 +84,9 @@ def _progress(total: int, as_json: bool) -> Iterator[Callable[[], None]]:
 
 
 def file_bytes(path: Path) -> int:
-    """Return the size of an ONNX file and of its external data files."""
+    """Return the size of an ONNX file with its external data files, or of an IR with its weights."""
+    if library_of(path) == "openvino":
+        return path.stat().st_size + path.with_suffix(".bin").stat().st_size
     graph = onnx.load(path, load_external_data=False).graph
     external = {ExternalDataInfo(tensor).location for tensor in graph.initializer if uses_external_data(tensor)}
     return path.stat().st_size + sum((path.parent / name).stat().st_size for name in external)
@@ -100,7 +104,7 @@ def print_bench(bench: Mapping[str, Any]) -> None:
     out = console()
     out.print(
         f"CPU: {bench['cpu']} ({', '.join(bench['cpu_features']) or 'none known'}), threads: {bench['num_threads']}, "
-        f"onnxruntime {bench['onnxruntime']}"
+        f"{', '.join(f'{name} {found}' for name, found in bench['runtimes'].items())}"
     )
     print_table(out, Table("", headers, cells))
     out.print(

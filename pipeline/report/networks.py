@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from kdpipe.stages.compress.names import compressed_name, network_name
+from kdpipe.stages.compress.targets import quantized_grids, targets_of
 from kdpipe.store.format.schema import ATTRIBUTE
 from kdpipe.store.fs.checksums import read_intact_json
 
@@ -143,7 +144,7 @@ def _compressed(config: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     if baselines and prunes:
         unpruned = f"{scheme}-unpruned"
         yield from ((unpruned, unpruned), (f"{scheme}-ptq", unpruned), (f"{unpruned}-alone", unpruned))
-    yield scheme, scheme
+    yield from ((kind, kind) for kind in quantized_grids(scheme, targets_of(config.get("target", "onnxruntime"))))
     if baselines and not prunes:
         yield f"{scheme}-ptq", scheme
     if baselines:

@@ -17,9 +17,10 @@ from kdpipe.stages.errors import NotFiniteError
 from kdpipe.stages.models.hooks import ModelOutput
 from kdpipe.stages.runtime.gpu.transfers import Download, download, empty_on_host
 from kdpipe.stages.targets.feature_spec import FeatureSpec, compute_statistic
-from kdpipe.store import Manifest, Unit, all_finite, measure_dense, measure_features
+from kdpipe.store import ArraySpec, Manifest, Unit, all_finite, measure_dense, measure_features
 from kdpipe.store.format.encodings.head import head_logits
 from kdpipe.store.format.encodings.logit_encoding import measure_encoded
+from kdpipe.store.format.encodings.quantized_maps import decode_features, is_quantized, quantize, range_array
 from kdpipe.store.format.manifest import EMBEDDINGS
 
 MEASURED_ROWS = 64
@@ -80,9 +81,11 @@ class UnitOutputs:
         """
         while self.waiting:
             self.check_next(manifest)
-        rows = {name: self.features[name].numpy() for name in names if name in self.features}
-        fidelity = {name: self._measure(name) for name in rows}
-        logits_arrays = [name for name in names if name not in self.features]
+        rows: dict[str, NDArray[Any]] = {}
+        for name, values in self.features.items():
+            rows |= _encoded(manifest.spec(name), values.numpy())
+        fidelity = {name: self._measure(rows, name) for name in self.features}
+        logits_arrays = [name for name in names if name not in rows]
         exact = self.logits.numpy()
         measure = measure_dense if manifest.task == CLASSIFICATION else measure_features
         if head is not None and EMBEDDINGS in rows:
@@ -107,10 +110,10 @@ class UnitOutputs:
             if not all_finite(values.numpy()):
                 raise _not_finite(name, values, batch.exact[name], batch.ids, self.unit)
 
-    def _measure(self, name: str) -> dict[str, Any]:
-        sample = self.samples[name]
-        stored = self.features[name][: len(sample)].float()  # numpy's conversion takes several times as long
-        return measure_features(sample.numpy(), stored.numpy())
+    def _measure(self, rows: Mapping[str, NDArray[Any]], name: str) -> dict[str, Any]:
+        sample = self.samples[name].numpy()
+        stored = decode_features({key: values[: len(sample)] for key, values in rows.items()}, name)
+        return measure_features(sample, torch.from_numpy(stored).float().numpy())  # numpy's conversion takes longer
 
 
 def collect_unit(
@@ -148,9 +151,18 @@ def _send(outputs: UnitOutputs, rows: slice, ids: Tensor, exact: dict[str, Tenso
     return _Batch(rows, ids, exact, download(copies, exact["logits"].device))
 
 
+def _encoded(spec: ArraySpec, values: NDArray[Any]) -> dict[str, NDArray[Any]]:
+    """Return the arrays of features in the store's type, or of maps that it has in 8 bits."""
+    if not is_quantized(spec):
+        return {spec.name: values}
+    return dict(zip((spec.name, range_array(spec.name)), quantize(values), strict=True))
+
+
 def _dtype(manifest: Manifest, name: str) -> torch.dtype:
     if name == "logits" and (manifest.logits_from_head or not manifest.has_logits):
         return torch.float32
+    if name != "logits" and is_quantized(manifest.spec(name)):
+        return torch.float32  # quantized by `encode`
     dtype: torch.dtype = getattr(torch, manifest.logits_dtype if name == "logits" else manifest.spec(name).dtype)
     return dtype
 

@@ -45,6 +45,7 @@ from kdpipe.store import (
 from kdpipe.store.format.encodings.head import head_record, read_head
 from kdpipe.store.format.encodings.logit_encoding import LogitEncoding
 from kdpipe.store.format.encodings.quantized import Quantized
+from kdpipe.store.format.encodings.quantized_maps import quantized_specs
 from kdpipe.store.format.encodings.sampled import Sampled
 from kdpipe.store.write.acceptance import require_readable
 
@@ -68,6 +69,7 @@ class CacheConfig:
         layers: Modules of the teacher to store beside the features that the losses require: `layer3` stores its map,
             `layer3:pooled`, `layer3:attention` and `layer3:gram` a statistic of it.
         dtype: The type of logits and features.
+        feature_dtype: The type of feature maps, if it is another: "int8" has a range for each row and channel.
         encoding: Store logits with 8 bits a class ("int8") or 4 ("int4"), at any temperature; or the teacher's last
             linear layer once, and of each row the vector that goes into it ("head").
         top_k: Store only the largest logits of a row, and the mass of the rest at any temperature in `temperatures`.
@@ -89,6 +91,7 @@ class CacheConfig:
 
     layers: tuple[str, ...] = ()
     dtype: Literal["float16", "float32"] = "float16"
+    feature_dtype: Literal["int8"] | None = None
     encoding: Literal["int8", "int4", "head"] | None = None
     top_k: Annotated[int, Field(ge=1, lt=2**31)] | None = None
     temperatures: Annotated[tuple[Temperature, Temperature], AfterValidator(_ascending)] = (1.0, 20.0)
@@ -151,7 +154,10 @@ def plan_store(
         )
     shapes = statistic_shapes(teacher.model, layers, context.image_shape)
     own = overwritten_layers(teacher.model, hooked_layers(layers), context.image_shape)
-    specs = (*logits, *[ArraySpec(one.array, shapes[one], config.dtype, one.source in own) for one in layers])
+    features = [ArraySpec(one.array, shapes[one], config.dtype, one.source in own) for one in layers]
+    if config.feature_dtype == "int8":
+        features = [pair for spec in features for pair in quantized_specs(spec)]
+    specs = (*logits, *features)
     num_samples = len(samples.ids)
     data = {**context.data_identity(), "classes": list(context.train_set.class_names)}
     planned = Manifest(

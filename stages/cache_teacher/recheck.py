@@ -25,6 +25,7 @@ from kdpipe.stages.targets.feature_spec import compute_statistic
 from kdpipe.store import StoreError, TargetStore, open_store
 from kdpipe.store.format.encodings.head import head_logits
 from kdpipe.store.format.encodings.quantized import PACKED, Quantized
+from kdpipe.store.format.encodings.quantized_maps import decode_features, range_array
 from kdpipe.store.format.encodings.sampled import Sampled, probabilities, threshold
 from kdpipe.store.format.encodings.topk import INDICES, TAIL, VALUES, TopK, encode_topk
 from kdpipe.store.format.manifest import EMBEDDINGS, require, version_note
@@ -127,7 +128,7 @@ def _errors(
         for feature in features
     }
     stored = {name: store.gather(name, view, ids) for name in names}
-    errors = {name: _row_errors(values, stored[name], _tolerance(store, name)) for name, values in exact.items()}
+    errors = {name: _feature_errors(store, values, stored, name) for name, values in exact.items()}
     return errors | _logit_errors(store, outputs.logits.float().cpu().numpy(), stored)
 
 
@@ -155,6 +156,19 @@ def _row_errors(exact: NDArray[Any], stored: NDArray[Any], tolerance: float) -> 
     found = stored.reshape(len(stored), -1).astype(np.float64)
     allowed = tolerance * np.abs(expected).max(axis=1) + SMALLEST
     return np.asarray(np.abs(found - expected).max(axis=1) / allowed)
+
+
+def _feature_errors(
+    store: TargetStore, exact: NDArray[Any], stored: Mapping[str, NDArray[Any]], name: str
+) -> NDArray[np.float64]:
+    """Return the errors of features [n, ...]; of maps in 8 bits a step is tolerated beside."""
+    decoded, tolerance = decode_features(stored, name), _tolerance(store, name)
+    if decoded is stored[name]:
+        return _row_errors(exact, decoded, tolerance)
+    largest = np.abs(exact).reshape(len(exact), -1).max(axis=1).astype(np.float64)
+    step = stored[range_array(name)][:, 1].max(axis=1).astype(np.float64)
+    errors = np.abs(decoded.astype(np.float64) - exact).reshape(len(exact), -1).max(axis=1)
+    return np.asarray(np.nan_to_num(errors / (tolerance * largest + step + SMALLEST), nan=np.inf))
 
 
 def _logit_errors(

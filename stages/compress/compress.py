@@ -16,12 +16,14 @@ from kdpipe.stages.compress.external_student import load_external, measure_exter
 from kdpipe.stages.compress.fine_tune import FineTuneContext
 from kdpipe.stages.compress.names import compressed_name, network_name
 from kdpipe.stages.compress.prune_student import prune_fingerprint, prune_student
+from kdpipe.stages.compress.pruning.config import PruneConfig
 from kdpipe.stages.compress.pruning.depth import Ranker
-from kdpipe.stages.compress.pruning.prune import PruneConfig, prune
+from kdpipe.stages.compress.pruning.prune import prune
 from kdpipe.stages.compress.quantization.qat import calibrate
 from kdpipe.stages.compress.quantization.sensitivity import LayerSensitivity, sensitivity
 from kdpipe.stages.compress.quantize_student import QuantizeConfig, prepare, quantize_student
 from kdpipe.stages.compress.resume import TrainedModel, finished_source
+from kdpipe.stages.compress.targets import GRIDS, TARGETS, Grid, Target, quantized_grids, targets_of
 from kdpipe.stages.config import PathStr, section, unique
 from kdpipe.stages.context import StageContext
 from kdpipe.stages.distillation.classifier_reuse import projector_output_path
@@ -29,7 +31,9 @@ from kdpipe.stages.distillation.student_config import StudentConfig
 from kdpipe.stages.distillation.task_builder import build_student
 from kdpipe.stages.errors import ANOTHER_RUN
 from kdpipe.stages.export.trial import try_export
+from kdpipe.stages.faults import with_message
 from kdpipe.stages.losses.features.simkd import SimKD
+from kdpipe.stages.runtime.versions import require_library
 from kdpipe.stages.training.job_dir import JobDir
 from kdpipe.stages.training.optim import TrainConfig
 from kdpipe.stages.training.preflight import try_batches
@@ -52,6 +56,8 @@ class CompressConfig:
         baselines: whether to make the baselines too: the student quantized without pruning, only calibrated, and every
             fine-tuning repeated with hard labels alone.
         student: a file with the weights of a student trained elsewhere, used in place of the distilled ones.
+        target: the runtimes that the files are for, one or several: "onnxruntime", "openvino", "tensorrt". The first
+            one decides how INT8 rounds; one that rounds otherwise gets a network of its own.
         opset: of the exported ONNX files; by default the exporter's own.
         latency_batch_sizes: batch sizes whose latency is reported.
         niceness: how much this stage, long CPU work, lowers its scheduling priority.
@@ -60,6 +66,9 @@ class CompressConfig:
     steps: tuple[Literal["prune", "quantize"], ...] = ("prune", "quantize")
     baselines: bool = True
     student: PathStr | None = None
+    target: Annotated[
+        Target | Annotated[tuple[Target, ...], Field(min_length=1), AfterValidator(unique)], with_message(TARGETS)
+    ] = "onnxruntime"
     prune: PruneConfig = Field(default_factory=PruneConfig)
     prune_train: TrainConfig = Field(default_factory=lambda: TrainConfig(epochs=10, lr=0.01))
     quantize: QuantizeConfig = Field(default_factory=QuantizeConfig)
@@ -79,6 +88,24 @@ class CompressConfig:
     def quantizes(self) -> bool:
         return "quantize" in self.steps
 
+    def __post_init__(self) -> None:
+        if self.quantizes and self.quantize.scheme == "int4" and self.targets != ("onnxruntime",):
+            raise ValueError("quantize.scheme = 'int4' is for target = 'onnxruntime' alone: no other takes its file")
+
+    @property
+    def targets(self) -> tuple[Target, ...]:
+        return targets_of(self.target)
+
+    @property
+    def grids(self) -> dict[str, Grid]:
+        """The quantized networks at the end of the chain, one for each grid of activations, the main one first."""
+        return quantized_grids(self.quantize.scheme, self.targets) if self.quantizes else {}
+
+    @property
+    def grid(self) -> Grid:
+        """The grid of the main one, and of its baselines."""
+        return GRIDS[self.targets[0]]
+
     @property
     def kinds(self) -> list[str]:
         """The networks of the chain, the student first."""
@@ -95,9 +122,10 @@ def compress(
 ) -> dict[str, dict[str, Any]]:
     """Prune and quantize a student and return the figures of each network made.
 
-    `pruned` and `int8` (or `int4`) are the chain itself; of its baselines, "-unpruned" is the student quantized without
-    pruning, "-ptq" the same only calibrated, and "-alone" anything fine-tuned with hard labels alone. Each step resumes
-    where it was stopped; finished ones are left untouched.
+    `pruned` and `int8` (or `int4`) are the chain itself, `int8-TARGET` its end for a target with another grid; of its
+    baselines, "-unpruned" is the student quantized without pruning, "-ptq" the same only calibrated, and "-alone"
+    anything fine-tuned with hard labels alone. Each step resumes where it was stopped; finished ones are left
+    untouched.
 
     Raises:
         RunError: If the network it starts from does not exist yet.
@@ -118,7 +146,7 @@ def fine_tunings(config: CompressConfig) -> dict[str, tuple[TrainConfig, bool]]:
     both = {"": True, **({"-alone": False} if config.baselines else {})}
     made = {f"pruned{ending}": (gradual, distilled) for ending, distilled in both.items() if config.prunes}
     if config.quantizes:
-        made[scheme] = train, True
+        made |= dict.fromkeys(config.grids, (train, True))
     if config.quantizes and config.baselines:
         made[f"{scheme}-ptq"] = replace(train, epochs=0), False
         if config.prunes:
@@ -185,7 +213,11 @@ def float_job_dir(config: CompressConfig, fine_tuning: FineTuneContext) -> JobDi
 def is_done(config: CompressConfig, student: StudentConfig, run: Path) -> bool:
     """Return whether the chains of all seeds are finished, so that no dry run is needed."""
     root = compressed_root(run, config)
-    jobs = [root / f"{kind}-seed{seed}" for kind in config.kinds[1:] for seed in student.seeds]
+    jobs = [
+        root / f"{kind}-seed{seed}"
+        for kind in {**dict.fromkeys(config.kinds[1:]), **config.grids}
+        for seed in student.seeds
+    ]
     return all(JobDir(job).result() is not None for job in jobs)
 
 
@@ -210,8 +242,10 @@ def dry_run(config: CompressConfig, student: StudentConfig, context: StageContex
         for part in pruning.parts:
             model = prune(model, example, part, full=network.model, gradients=gradients, ranker=untrained).model
         try_batches(replace(network, model=model), config.prune_train, role="pruned student", device=example.device)
+    if "openvino" in config.targets:
+        require_library("openvino", "compress.target = 'openvino'")
     if config.quantizes:
-        model = prepare(model, context.image_shape, config.quantize)
+        model = prepare(model, context.image_shape, config.quantize, config.grid)
         if config.quantize.scheme == "int8":
             calibrate(model, [example + 1])
         try_batches(
@@ -244,11 +278,12 @@ def _quantize(config: CompressConfig, fine_tuning: FineTuneContext) -> dict[str,
     alone = fine_tuning.baseline
 
     def quantized(kind: str, of: FineTuneContext, source: TrainedModel, train: TrainConfig = train) -> dict[str, Any]:
-        sparse = config.prunes and config.prune.zeroes_weights and kind in (scheme, f"{scheme}-alone")
-        name = network_name(kind, prunes=config.prunes)
-        return quantize_student(config.quantize, train, of, source, kind, name=name, sparse=sparse)
+        sparse = config.prunes and config.prune.zeroes_weights and kind in (*config.grids, f"{scheme}-alone")
+        name, grid = network_name(kind, prunes=config.prunes), config.grids.get(kind, config.grid)
+        return quantize_student(config.quantize, train, of, source, kind, name=name, sparse=sparse, grid=grid)
 
-    figures: dict[str, dict[str, Any]] = {scheme: quantized(scheme, fine_tuning, float_source(config, fine_tuning))}
+    last = float_source(config, fine_tuning)
+    figures: dict[str, dict[str, Any]] = {kind: quantized(kind, fine_tuning, last) for kind in config.grids}
     if config.baselines:
         unpruned = student_source(config, fine_tuning)
         figures[f"{scheme}-ptq"] = quantized(f"{scheme}-ptq", alone, unpruned, replace(train, epochs=0))
@@ -280,6 +315,7 @@ def student_sensitivity(
         example,
         images,
         exclude=config.quantize.exclude,
+        grid=config.grid,
         task=fine_tuning.evaluation(network.normalize).task,
         on_progress=counter,
     )

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from kdpipe.stages.compress.targets import TITLES
+
 
 def network_name(kind: str, *, prunes: bool) -> str:
     """Return the name of a kind of compressed network, such as "pruned + INT8"; `prunes` if the chain does."""
@@ -12,6 +14,8 @@ def network_name(kind: str, *, prunes: bool) -> str:
     name = first.upper() if is_integer else first
     if variant.endswith("alone"):
         return f"{network_name(kind.removesuffix('-alone'), prunes=prunes)}, hard labels"
+    if variant in TITLES:
+        return f"{network_name(first, prunes=prunes)} for {TITLES[variant]}"
     if variant == "ptq":
         return f"{name}, calibrated"
     return f"pruned + {name}" if is_integer and prunes and not dash else name

@@ -14,9 +14,10 @@ from torch import Tensor, nn
 
 from kdpipe.stages.compress.fine_tune import FineTuneContext, FineTuneJob, fine_tune
 from kdpipe.stages.compress.names import network_name
+from kdpipe.stages.compress.pruning.config import PruneConfig
 from kdpipe.stages.compress.pruning.depth import Ranker
 from kdpipe.stages.compress.pruning.kept_channels import kept_channels
-from kdpipe.stages.compress.pruning.prune import PruneConfig, Pruned, prune
+from kdpipe.stages.compress.pruning.prune import Pruned, prune
 from kdpipe.stages.compress.pruning.sparsity import masks_of
 from kdpipe.stages.compress.resume import (
     PrunedCheckpoint,

@@ -16,6 +16,7 @@ from kdpipe.stages.compress.pruning.sparsity import masks_of
 from kdpipe.stages.compress.quantization.int4 import prepare_int4
 from kdpipe.stages.compress.quantization.qat import calibrate, freeze_observers, prepare_qat
 from kdpipe.stages.compress.resume import TrainedModel
+from kdpipe.stages.compress.targets import Grid
 from kdpipe.stages.config import Count, section
 from kdpipe.stages.models.bundle import ModelBundle
 from kdpipe.stages.models.tokens import HEADLESS, is_headless
@@ -51,26 +52,28 @@ def quantize_json(config: QuantizeConfig) -> dict[str, Any]:
     return record
 
 
-def prepare(model: nn.Module, image_shape: tuple[int, int, int], config: QuantizeConfig) -> nn.Module:
+def prepare(
+    model: nn.Module, image_shape: tuple[int, int, int], config: QuantizeConfig, grid: Grid = "affine"
+) -> nn.Module:
     """Return a copy of a float network that rounds as configured. Raises ModelError if it cannot be quantized."""
     prepared: nn.Module
     example = torch.zeros(2, *image_shape)
     if config.scheme == "int4":
         prepared = prepare_int4(model, example, block_size=config.block_size, exclude=config.exclude)
     else:
-        prepared = prepare_qat(model, example, exclude=config.exclude)
+        prepared = prepare_qat(model, example, exclude=config.exclude, grid=grid)
     setattr(prepared, HEADLESS, is_headless(model))  # a traced network loses it
     return prepared
 
 
-def quantized_record(config: QuantizeConfig) -> dict[str, Any]:
-    """Return the quantization's entries in an architecture record, from which `config_of` restores it."""
+def quantized_record(config: QuantizeConfig, grid: Grid = "affine") -> dict[str, Any]:
+    """Return the quantization's entries in an architecture record; `config_of` restores it, but for the grid."""
     record: dict[str, Any] = {"quantized": config.scheme}
     if config.exclude:
         record["exclude"] = list(config.exclude)
     if config.scheme == "int4":
         record["block_size"] = config.block_size
-    return record
+    return record | ({} if grid == "affine" else {"grid": grid})
 
 
 def config_of(architecture: Mapping[str, Any]) -> QuantizeConfig | None:
@@ -93,23 +96,24 @@ def quantize_student(
     *,
     name: str,
     sparse: bool = False,
+    grid: Grid = "affine",
 ) -> dict[str, Any]:
     """Quantize a finished network, fine-tune it, and return its figures; without epochs it is only calibrated.
 
     A stopped job resumes; a finished one is left untouched. `kind` names its folder, `name` its progress. With
-    `sparse`, zero weights stay zero.
+    `sparse`, zero weights stay zero; `grid` is that of the activations in INT8.
 
     Raises:
         ModelError: If it cannot be quantized.
     """
     folder = fine_tuning.job_dir(kind)
-    folder.begin(quantize_fingerprint(config, train, fine_tuning, source))
+    folder.begin(quantize_fingerprint(config, train, fine_tuning, source, grid))
     if (done := folder.result()) is not None:
         return done
     network = source.load()
     test = fine_tuning.evaluation(network.normalize)
-    prepared = prepare(network.model, test.image_shape, config)
-    quantized = ModelBundle(prepared, {**network.architecture, **quantized_record(config)}, network.normalize)
+    prepared = prepare(network.model, test.image_shape, config, grid)
+    quantized = ModelBundle(prepared, {**network.architecture, **quantized_record(config, grid)}, network.normalize)
     freeze_at = round(config.freeze_observers_after_epoch * train.epochs)
 
     def before_epoch(model: nn.Module, epoch: int) -> None:
@@ -140,7 +144,8 @@ def quantize_student(
 
 
 def quantize_fingerprint(
-    config: QuantizeConfig, train: TrainConfig, fine_tuning: FineTuneContext, source: TrainedModel
+    config: QuantizeConfig, train: TrainConfig, fine_tuning: FineTuneContext, source: TrainedModel, grid: Grid
 ) -> dict[str, Any]:
     """Return everything that determines the result."""
-    return fine_tuning.fingerprint({"quantize": quantize_json(config)}, source, train)
+    settings = quantize_json(config) | ({} if grid == "affine" else {"grid": grid})
+    return fine_tuning.fingerprint({"quantize": settings}, source, train)

@@ -1,4 +1,4 @@
-"""Measure onnxruntime's latency on this machine's CPU, several files in turn in one process."""
+"""Measure the latency of exported files on this machine's CPU, several in turn in one process."""
 
 from __future__ import annotations
 
@@ -6,15 +6,11 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 
 from kdpipe.stages.errors import ModelError, cause
-from kdpipe.stages.export.onnx_session import open_session, session_options
-
-if TYPE_CHECKING:
-    import onnxruntime
+from kdpipe.stages.export.runtimes import Session, library_of, open_file
 
 WARM_UP_ROUNDS = 3
 
@@ -53,18 +49,18 @@ def measure_latency(
     rounds are not counted.
 
     Args:
-        paths: ONNX files by name.
+        paths: Files by name: ONNX, or OpenVINO's IR (.xml).
         image_shape: (C, H, W); None takes the shape that each file's input states.
         batch_sizes: Images per batch.
         num_rounds: Counted rounds.
-        num_threads: Threads of onnxruntime.
+        num_threads: Threads of the runtimes.
         between_rounds: Called before every round; may raise to stop.
 
     Raises:
-        ModelError: Before any file is run, if one is missing, is not an ONNX network, or has an input other than
+        ModelError: Before any file is run, if one is missing, is no network, or has an input other than
             float32 [batch, C, H, W]; later, if one does not run on these images or batch sizes.
     """
-    sessions = {name: _open(path, num_threads) for name, path in paths.items()}
+    sessions = {name: open_file(path, num_threads) for name, path in paths.items()}
     shapes = {
         name: image_shape or _image_shape(paths[name], session, batch_sizes) for name, session in sessions.items()
     }
@@ -80,20 +76,7 @@ def measure_latency(
     return {name: {size: Latency(rounds) for size, rounds in sizes.items()} for name, sizes in times.items()}
 
 
-def _open(path: Path, num_threads: int) -> onnxruntime.InferenceSession:
-    """Open a CPU session whose threads sleep while waiting, in a run and after it.
-
-    By default they spin: within a run for the next operation, and after it into the turn of the next file. On shared
-    cores that distorts the measurement: on two busy ones, ResNet-18 at batch 16 took 90 ms and 35 ms in INT8 spinning,
-    49 ms and 12 ms sleeping. A single thread measures the same either way.
-    """
-    options = session_options(num_threads)
-    options.inter_op_num_threads = 1
-    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-    return open_session(path, options)
-
-
-def _image_shape(path: Path, session: onnxruntime.InferenceSession, batch_sizes: Sequence[int]) -> tuple[int, int, int]:
+def _image_shape(path: Path, session: Session, batch_sizes: Sequence[int]) -> tuple[int, int, int]:
     """Return the (C, H, W) of a file's input. Raises ModelError if there is no such single input."""
     inputs = session.get_inputs()
     if len(inputs) == 1 and inputs[0].type == "tensor(float)" and len(inputs[0].shape) == 4:
@@ -109,17 +92,17 @@ def _image_shape(path: Path, session: onnxruntime.InferenceSession, batch_sizes:
     )
 
 
-def _feed(session: onnxruntime.InferenceSession, shape: tuple[int, ...]) -> dict[str, np.ndarray]:
+def _feed(session: Session, shape: tuple[int, ...]) -> dict[str, np.ndarray]:
     images = np.random.default_rng(0).standard_normal(shape, dtype=np.float32)
     return {session.get_inputs()[0].name: images}
 
 
-def _run_ms(path: Path, session: onnxruntime.InferenceSession, feed: dict[str, np.ndarray]) -> float:
+def _run_ms(path: Path, session: Session, feed: dict[str, np.ndarray]) -> float:
     try:
         session.run(None, feed)
         started = time.perf_counter()
         session.run(None, feed)
     except Exception as error:
         shape = list(next(iter(feed.values())).shape)
-        raise ModelError(f"onnxruntime cannot run {path} on images {shape}: {cause(error)}") from error
+        raise ModelError(f"{library_of(path)} cannot run {path} on images {shape}: {cause(error)}") from error
     return 1000 * (time.perf_counter() - started)

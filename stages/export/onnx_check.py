@@ -1,4 +1,4 @@
-"""Compare an ONNX file's predictions with its network's, on any number of images."""
+"""Compare an exported file's predictions with its network's, on any number of images."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from kdpipe.stages.compute.tf32 import tf32
 from kdpipe.stages.data.measures import agreement
 from kdpipe.stages.data.tasks import CLASSIFICATION, Task
-from kdpipe.stages.export.onnx_session import INPUT, OUTPUT, open_session
+from kdpipe.stages.export.onnx_session import INPUT, OUTPUT
+from kdpipe.stages.export.runtimes import open_file
 from kdpipe.stages.models.clone import clone_without_hooks
 from kdpipe.stages.runtime.memory import run_in_chunks
 
@@ -47,7 +48,7 @@ def check_onnx(
     The model stays unchanged. An INT8 file may differ from the prepared model by a few quantization steps at near-ties.
 
     Args:
-        path: The ONNX file.
+        path: The ONNX file, or OpenVINO's IR (.xml).
         model: The network it was exported from.
         batches: Normalized images [B, C, H, W] with labels [B], on any device, consumed one batch at a time. One that
             does not fit into memory is halved until it does.
@@ -55,9 +56,9 @@ def check_onnx(
         task: What the outputs are.
 
     Raises:
-        ModelError: If there is no ONNX network at `path`.
+        ModelError: If there is no such network at `path`, or its runtime is not installed.
     """
-    session = open_session(path)
+    session = open_file(path)
     reference = clone_without_hooks(model).eval()
     device = next((tensor.device for tensor in (*model.parameters(), *model.buffers())), torch.device("cpu"))
     rows, differences = [], []  # the file's class, the network's and the label of each image

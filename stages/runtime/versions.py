@@ -7,7 +7,10 @@ import re
 import subprocess
 from functools import cache
 from importlib.metadata import PackageNotFoundError, requires, version
+from importlib.util import find_spec
 from pathlib import Path
+
+from kdpipe.stages.errors import ModelError
 
 NAME = "kdpipe"
 GIT_S = 5.0
@@ -27,6 +30,12 @@ def library_versions() -> dict[str, str]:
     """Return the versions of the libraries that can change a store's numbers without a change to the recipe."""
     names = ("kdpipe", "numpy", "pillow", "torch", "torchvision", "zarr")
     return {name: version(name) for name in names}
+
+
+def require_library(name: str, needed_by: str) -> None:
+    """Raise ModelError with the extra to install unless the library of a runtime is installed."""
+    if find_spec(name) is None:
+        raise ModelError(f"{needed_by} needs {name}, which is not installed: pip install 'kdpipe[{name}]'.")
 
 
 def _version(name: str) -> str | None:

@@ -16,6 +16,7 @@ from kdpipe.stages.targets.feature_spec import FeatureSpec
 from kdpipe.store import TopK, interpolation
 from kdpipe.store.format.encodings.logit_encoding import LogitEncoding
 from kdpipe.store.format.encodings.quantized import HEADER_BYTES, PACKED, Quantized
+from kdpipe.store.format.encodings.quantized_maps import range_array
 from kdpipe.store.format.encodings.sampled import ABSENT, Sampled
 from kdpipe.store.format.encodings.topk import INDICES, TAIL, VALUES
 
@@ -178,6 +179,17 @@ def teacher_targets(
     if isinstance(encoding, Quantized):
         return DenseTargets(dequantize(encoding, arrays[PACKED]), features)
     return DenseTargets(arrays["logits"].float() if "logits" in arrays else None, features)
+
+
+def decode_features(arrays: Mapping[str, Tensor], name: str) -> Tensor:
+    """Return the features of an array, float32 [B, ...]; of maps in 8 bits with the ranges of their channels."""
+    rows, ranges = arrays[name].float(), arrays.get(range_array(name))
+    if ranges is None:
+        return rows
+    low, step = ranges.float().unbind(1)
+    return (
+        low[..., None, None] + step[..., None, None] * rows if rows.dim() == 4 else low[:, None] + step[:, None] * rows
+    )
 
 
 def unpack_sampled(encoding: Sampled, packed: Tensor) -> tuple[Tensor, Tensor]:

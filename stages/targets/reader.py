@@ -19,9 +19,11 @@ from kdpipe.stages.targets.outputs import (
     DenseTargets,
     TeacherTargets,
     TransformedTargets,
+    decode_features,
     head_logits,
     teacher_targets,
 )
+from kdpipe.stages.targets.resolve import stored_parts
 from kdpipe.store import TargetStore
 from kdpipe.store.format.manifest import EMBEDDINGS
 from kdpipe.store.read.mapped_views import Verify
@@ -112,14 +114,17 @@ class Targets:
     ) -> dict[FeatureSpec, Tensor]:
         """Return some features of store `number`, without logits, float32 on the device."""
         sources = [source for source in self._sources[number].features if source.feature in features]
-        read = self._read(number, {source.array for source in sources}, view, indices)
-        return {source.feature: source(read[source.array].float()) for source in sources}
+        names = stored_parts(self._sources[number].store, {source.array for source in sources})
+        read = self._read(number, names, view, indices)
+        return {source.feature: source(decode_features(read, source.array)) for source in sources}
 
     def _outputs(self, number: int, view: int, indices: Tensor) -> TeacherTargets:
         joined = self._sources[number]
         read = self._read(number, joined.names, view, indices)
         features = {
-            source.feature: self._head(number) if source.feature.is_head else source(read[source.array].float())
+            source.feature: self._head(number)
+            if source.feature.is_head
+            else source(decode_features(read, source.array))
             for source in joined.features
         }
         outputs: TeacherTargets

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
 from torch import Tensor
@@ -21,6 +21,7 @@ from kdpipe.stages.targets.feature_spec import (
 )
 from kdpipe.store import StoreError, TargetStore
 from kdpipe.store.format.encodings.head import HEAD as HEAD_ARRAY
+from kdpipe.store.format.encodings.quantized_maps import is_quantized, quantized_specs
 from kdpipe.store.format.manifest import EMBEDDINGS
 
 LOGITS = "logits"
@@ -79,7 +80,13 @@ def arrays_needed(store: TargetStore, features: Sequence[FeatureSpec]) -> list[s
     logits = [spec.name for spec in store.arrays if spec.name.startswith(LOGITS)]
     logits = logits or [EMBEDDINGS] * store.manifest.logits_from_head
     found = [resolve_feature(store, feature).array for feature in features]
-    return list(dict.fromkeys([*logits, *[array for array in found if array != HEAD_ARRAY]]))
+    return list(dict.fromkeys([*logits, *stored_parts(store, [array for array in found if array != HEAD_ARRAY])]))
+
+
+def stored_parts(store: TargetStore, arrays: Iterable[str]) -> list[str]:
+    """Return the arrays of features with the ranges of those that are feature maps of 8 bits."""
+    specs = [store.spec(array) for array in arrays]
+    return [part.name for spec in specs for part in (quantized_specs(spec) if is_quantized(spec) else (spec,))]
 
 
 def smallest_feature(feature: FeatureSpec, shape: Shape) -> FeatureSpec:

@@ -15,9 +15,10 @@ from kdpipe.stages.evaluation.evaluate import Evaluation, evaluate
 from kdpipe.stages.evaluation.macs import count_macs
 from kdpipe.stages.evaluation.main_metric import deciding, main_value, metric_of
 from kdpipe.stages.evaluation.metrics import EvalReport, evaluate_in_depth
-from kdpipe.stages.export.onnx_check import check_onnx
+from kdpipe.stages.export.onnx_check import OnnxAgreement, check_onnx
 from kdpipe.stages.export.onnx_debug import first_divergence
 from kdpipe.stages.export.onnx_export import export_onnx
+from kdpipe.stages.export.runtimes import library_of
 from kdpipe.stages.models.bundle import ModelBundle
 from kdpipe.stages.models.safetensors_io import load_tensors
 from kdpipe.stages.models.weights.state_dict import count_parameters
@@ -190,7 +191,7 @@ def _write_onnx(job_dir: JobDir, network: ModelBundle, test: Evaluation) -> floa
     """Write the ONNX file, and return its agreement with the network on the first test images."""
     example = torch.zeros(2, *test.image_shape, device=test.device)
     export_onnx(network.model, example, job_dir.onnx, metadata=onnx_metadata(network, test))
-    return require_agreement(job_dir.onnx, network, test)
+    return require_agreement(job_dir.onnx, network, test).agreement
 
 
 def onnx_metadata(network: ModelBundle, test: Evaluation) -> dict[str, str]:
@@ -214,10 +215,8 @@ def min_agreement(num_images: int) -> float:
     return min(MIN_AGREEMENT, 1 - min(FEW_IMAGES / num_images, MAX_FEW_SHARE))
 
 
-def require_agreement(path: Path, network: ModelBundle, test: Evaluation, *, whole_test: bool = False) -> float:
-    """Return the share of test images on which the ONNX file at `path` gives the network's top-1 class.
-
-    Of other tasks than classification it is their agreement in `kdpipe.stages.data.measures`.
+def require_agreement(path: Path, network: ModelBundle, test: Evaluation, *, whole_test: bool = False) -> OnnxAgreement:
+    """Compare the ONNX file or IR at `path` with its network on the test images.
 
     Without `whole_test` only the first images are used. Raises ModelError, naming the first layer that diverges, if the
     share is below `min_agreement`, or the accuracies differ by more than MAX_ACCURACY_GAP.
@@ -227,10 +226,12 @@ def require_agreement(path: Path, network: ModelBundle, test: Evaluation, *, who
     max_gap = max(MAX_ACCURACY_GAP, 2 / found.num_samples)  # on a small test set two images are more
     wanted = min_agreement(found.num_samples) if test.task == CLASSIFICATION else MIN_AGREEMENT
     if found.agreement >= wanted - ROUNDING and abs(accuracies[0] - accuracies[1]) <= max_gap:
-        return found.agreement
+        return found
     against = " % against ".join(f"{100 * accuracy:.2f}" for accuracy in accuracies)
     of_labels = "" if found.accuracy is None else f", with an accuracy of {against} %"
-    where = first_divergence(path, network.model, test.images(DEBUG_IMAGES).cpu())
+    where = f"{library_of(path)} computes something else"
+    if library_of(path) == "onnxruntime":
+        where = first_divergence(path, network.model, test.images(DEBUG_IMAGES).cpu())
     raise ModelError(
         f"{path} agrees with torch on {100 * found.agreement:.2f} % of {found.num_samples} test images, wanted "
         f"{100 * wanted:.3g} %{of_labels} (logits differ by up to {found.max_logit_difference:.3g}): {where}. "

@@ -162,6 +162,9 @@ def build_optimizer(config: TrainConfig, modules: nn.ModuleDict) -> torch.optim.
     Raises:
         RecipeError: There is no such optimizer, it has no such argument, or it cannot be used.
     """
+    for key, value in {"clip_grad": config.clip_grad, "compile": config.compile}.items():
+        if config.optimizer == "dot" and value:
+            raise RecipeError(f"train.{key} is for one gradient a step, and optimizer 'dot' has two: leave it out.")
     groups = parameter_groups(modules, decay_norm_and_bias=config.decay_norm_and_bias, layer_decay=config.layer_decay)
     offered = _offered(config)
     on_cuda = all(parameter.is_cuda for parameter in modules.parameters())

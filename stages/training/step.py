@@ -31,8 +31,9 @@ from kdpipe.stages.targets.outputs import TopKTargets
 from kdpipe.stages.training.checkpoint import Progress, TrainState
 from kdpipe.stages.training.job import TrainJob, num_steps_of
 from kdpipe.stages.training.optimization.clipping import clip_gradients
+from kdpipe.stages.training.optimization.dot import DOT
 from kdpipe.stages.training.optimization.gradients import GradientAverage
-from kdpipe.stages.training.task import Batch, TrainingTask
+from kdpipe.stages.training.task import HARD_LABELS, Batch, TrainingTask
 
 UNREADABLE: Any = None
 """In place of the progress where losses are compiled: one that reads it would be compiled again in each epoch."""
@@ -61,6 +62,8 @@ class TrainStep:
         losses = self._losses_in_memory(batch)
         if self._job.process_group.count > 1:
             losses = self._gradients.finish(losses)
+            if isinstance(self.state.optimizer, DOT):
+                self.state.optimizer.average(self._job.process_group.count)
             # Each process had its own dropout; the random numbers of an optimizer must be the same in all.
             own = derive_seed(self._job.seed, "optimizer", self.progress.epoch, self.progress.step)
             _seed(own, batch.images.device)
@@ -169,7 +172,11 @@ class TrainStep:
         values = torch.stack(list(losses.values()))
         if share != 1:
             values = share * values
-        self.state.scaler.scale(values.sum()).backward()  # type: ignore[no-untyped-call]
+        scaler, optimizer = self.state.scaler, self.state.optimizer
+        if isinstance(optimizer, DOT) and len(losses) > 1 and next(iter(losses)) == HARD_LABELS:
+            scale = scaler.scale(torch.ones((), device=values.device))
+            optimizer.hold(scaler.scale(values[0]), scaler.scale(values[1:].sum()), scale)
+        scaler.scale(values.sum()).backward()  # type: ignore[no-untyped-call]
         return dict(zip(losses, values.detach().unbind(), strict=True))
 
     def _losses(self, batch: Batch) -> dict[str, Tensor]:

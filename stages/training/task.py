@@ -29,6 +29,9 @@ from kdpipe.stages.runtime.distributed import SINGLE, ProcessGroup
 from kdpipe.stages.targets.outputs import TeacherTargets
 from kdpipe.stages.targets.reader import Targets
 
+HARD_LABELS = "hard_labels"
+"""The name of the loss with the labels."""
+
 
 @dataclass(frozen=True)
 class StepPosition:
@@ -214,7 +217,7 @@ class TrainingTask:
         """
         global_batch_size = all_reduce_sum(len(batch.hard.labels))
         outputs, count = self._by_kind(student), len(self.kinds)
-        hard = {} if self.hints_only else {"hard_labels": self._hard_loss_of_kinds(outputs, batch, global_batch_size)}
+        hard = {} if self.hints_only else {HARD_LABELS: self._hard_loss_of_kinds(outputs, batch, global_batch_size)}
         if self.distillation is None:
             return hard
         gradients: Sequence[Tensor | None] = [None] * count

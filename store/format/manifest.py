@@ -12,6 +12,7 @@ from kdpipe.store.errors import FingerprintMismatch, StoreError, differences
 from kdpipe.store.format.codec import Codec, codec_from_json
 from kdpipe.store.format.encodings.head import HeadRecord
 from kdpipe.store.format.encodings.logit_encoding import LogitEncoding, encoding_json, parse_encoding
+from kdpipe.store.format.encodings.quantized_maps import RANGE, unpaired
 from kdpipe.store.format.encodings.topk import VALUES, TopK
 from kdpipe.store.format.identity import PLAIN, Identity, sha256_of
 from kdpipe.store.format.layout import DTYPES, ArraySpec, StoreLayout
@@ -26,7 +27,7 @@ STATISTICS = ("features", "pooled", "mean_std", "attention", "gram", "spatial_gr
 
 ARRAY_NAME = re.compile(
     rf"logits|logits/(values|indices|tail|packed)"
-    rf"|({'|'.join(STATISTICS)})(-[1-9][0-9]{{0,4}}x[1-9][0-9]{{0,4}})?/[A-Za-z0-9_][A-Za-z0-9_.-]{{0,199}}"
+    rf"|({'|'.join([*STATISTICS, RANGE])})(-[1-9][0-9]{{0,4}}x[1-9][0-9]{{0,4}})?/[A-Za-z0-9_][A-Za-z0-9_.-]{{0,199}}"
 )
 """Valid array names: they become paths, and must not leave the store."""
 
@@ -237,6 +238,8 @@ def _parse(record: Mapping[str, Any]) -> Manifest:
         head=HeadRecord.from_json(record["head"]) if "head" in record else None,
     )
     _check_logits(manifest)
+    if name := unpaired(arrays):
+        raise ValueError(f"{name} is not the codes or the ranges of feature maps that it lists")
     if not manifest.identity.compute.keys() <= PLAIN.keys():
         raise ValueError(f"compute has {list(manifest.identity.compute)}, not {list(PLAIN)}")
     classes = manifest.identity.data.get("classes", [])

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from kdpipe.store.errors import StoreError
 from kdpipe.store.format.encodings.head import head_logits, read_head
+from kdpipe.store.format.encodings.quantized_maps import decode_features, is_quantized, quantized_specs
 from kdpipe.store.format.layout import ArraySpec, StoreLayout, Unit
 from kdpipe.store.format.manifest import EMBEDDINGS, Finished, Manifest
 from kdpipe.store.format.markers import Marker
@@ -178,6 +179,11 @@ class TargetStore:
             return self.gather("logits", view, sample_ids).astype(np.float32)
         names = [spec.name for spec in self.arrays if spec.name.startswith("logits/")]
         return encoding.decode({name: self.gather(name, view, sample_ids) for name in names}, temperature)
+
+    def features(self, name: str, view: int, sample_ids: NDArray[np.int64]) -> NDArray[Any]:
+        """Return the features of samples by id in one view, [B, ...], like `gather`, but decoded from 8 bits."""
+        names = [one.name for one in (quantized_specs(self.spec(name)) if is_quantized(self.spec(name)) else ())]
+        return decode_features({one: self.gather(one, view, sample_ids) for one in names or [name]}, name)
 
     def take(self, name: str, view: int, rows: NDArray[np.int64]) -> NDArray[Any]:
         """Return rows of one view of an array, as numbered by `rows_of`: [B, *row_shape]."""

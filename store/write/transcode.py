@@ -26,6 +26,7 @@ from kdpipe.store.format.encodings.encoding_error import all_finite, measure_den
 from kdpipe.store.format.encodings.head import head_logits
 from kdpipe.store.format.encodings.logit_encoding import measure_encoded
 from kdpipe.store.format.encodings.quantized import PACKED
+from kdpipe.store.format.encodings.quantized_maps import decode_features, is_quantized, quantize, range_array
 from kdpipe.store.format.encodings.topk import VALUES, TopK, encode_topk
 from kdpipe.store.format.layout import Unit
 from kdpipe.store.format.manifest import EMBEDDINGS, Manifest
@@ -157,9 +158,15 @@ def _convert(
     for spec in manifest.arrays:
         if spec.name in converted:
             continue
-        stored = source.gather(spec.name, unit.view, sample_ids)
-        converted[spec.name] = _cast(stored, manifest, spec.name, unit, sample_ids)
         before = source.manifest
+        if is_quantized(spec) and spec not in before.arrays:
+            exact = source.features(spec.name, unit.view, sample_ids).astype(np.float32)
+            converted[spec.name], converted[range_array(spec.name)] = quantize(exact)
+            errors[spec.name] = measure_features(exact, decode_features(converted, spec.name))
+            continue
+        decodes = spec.dtype != "uint8" and spec not in before.arrays
+        stored = (source.features if decodes else source.gather)(spec.name, unit.view, sample_ids)
+        converted[spec.name] = _cast(stored, manifest, spec.name, unit, sample_ids)
         if spec not in before.arrays or before.rounded.get(spec.name) != manifest.rounded.get(spec.name):
             measure = scores if spec.name == "logits" and stored.ndim == 2 else measure_features
             errors[logical_array(spec.name)] = measure(stored.astype(np.float32), converted[spec.name])

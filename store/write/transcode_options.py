@@ -10,6 +10,7 @@ from kdpipe.store.errors import StoreError, did_you_mean
 from kdpipe.store.format.codec import Codec
 from kdpipe.store.format.encodings.logit_encoding import LogitEncoding
 from kdpipe.store.format.encodings.quantized import BITS, PACKED, Quantized
+from kdpipe.store.format.encodings.quantized_maps import is_quantized, logical_map, quantized_specs
 from kdpipe.store.format.encodings.sampled import Sampled
 from kdpipe.store.format.encodings.topk import TAIL, VALUES, TopK, default_temperatures
 from kdpipe.store.format.layout import PAGE_BYTES, ArraySpec, StoreLayout
@@ -37,6 +38,7 @@ class TranscodeOptions:
         temperatures: Grid of the top-k tail; default_temperatures() if None.
         sampled_labels: Keep so many classes, drawn by the seed of the views.
         dtype: "float16" narrows float32 arrays.
+        feature_dtype: "int8" quantizes feature maps with a range for each row and channel, "float16" decodes these.
         num_views: Keep only the first so many.
         arrays: Keep only these, by name, and the logits.
         codec: Compress chunks (the archive profile), or decompress them ("zero-copy"), or leave them as they are
@@ -50,6 +52,7 @@ class TranscodeOptions:
     temperatures: tuple[float, ...] | None = None
     sampled_labels: int | None = None
     dtype: str | None = None
+    feature_dtype: str | None = None
     num_views: int | None = None
     arrays: tuple[str, ...] | None = None
     codec: Codec | Literal["zero-copy", "keep"] = "keep"
@@ -140,6 +143,7 @@ def _specs(source: TargetStore, options: TranscodeOptions, encoding: LogitEncodi
             "cache again as float32."
         )
     specs = [spec if spec.dtype != "float32" else replace(spec, dtype=options.dtype or spec.dtype) for spec in kept]
+    specs = _feature_specs(source, specs, options.feature_dtype)
     if options.encoding == HEAD or (encoding == source.manifest.encoding and not decodes_head(source, options)):
         return tuple(specs)
     dense = next((spec for spec in specs if spec.name == "logits"), None)
@@ -150,6 +154,23 @@ def _specs(source: TargetStore, options: TranscodeOptions, encoding: LogitEncodi
     return (*logits, *[spec for spec in specs if logical_array(spec.name) != "logits"])
 
 
+def _feature_specs(source: TargetStore, specs: list[ArraySpec], dtype: str | None) -> list[ArraySpec]:
+    """Return the arrays with feature maps in another type."""
+    if dtype is None:
+        return specs
+    if dtype not in ("int8", "float16"):
+        raise StoreError(f"feature maps cannot be converted to {dtype!r}, only to int8, and from it to float16.")
+    whole = [spec for spec in specs if logical_array(spec.name) == spec.name]
+    if dtype == "int8":
+        changed = [pair for spec in whole for pair in quantized_specs(spec)]
+    else:
+        changed = [replace(spec, dtype=dtype) if is_quantized(spec) else spec for spec in whole]
+    if [spec for spec in changed if spec not in specs]:
+        return [*changed, *[spec for spec in specs if spec.name.startswith("logits/")]]
+    kind = "feature maps in float that would be smaller in int8" if dtype == "int8" else "feature maps in int8"
+    raise StoreError(f"{source.path} has no {kind}: omit feature_dtype.")
+
+
 def _logits_dtype(source: TargetStore, options: TranscodeOptions) -> str:
     """Return the type of logits that are made of a store's, whose own it is by default."""
     from_vectors = decodes_head(source, options)
@@ -158,7 +179,8 @@ def _logits_dtype(source: TargetStore, options: TranscodeOptions) -> str:
 
 def _float_types(specs: tuple[ArraySpec, ...], top_k: TopK | None) -> dict[str, str]:
     """Return the type of floating-point numbers, by array, the logits in packed rows included, but no tails."""
-    types = {spec.name: spec.dtype for spec in specs if spec.dtype in MANTISSA_BITS and spec.name != TAIL}
+    whole = [spec for spec in specs if spec.name != TAIL and logical_map(spec.name) == spec.name]
+    types = {spec.name: spec.dtype for spec in whole if spec.dtype in MANTISSA_BITS}
     return types | ({PACKED: top_k.dtype} if top_k and top_k.dtype else {})
 
 
@@ -182,8 +204,8 @@ def decodes_head(source: TargetStore, options: TranscodeOptions) -> bool:
 
 
 def logical_array(name: str) -> str:
-    """Return the logical array that `name` belongs to: encoded logits are one to three arrays."""
-    return "logits" if name.startswith("logits/") else name
+    """Return the logical array that `name` belongs to: encoded logits are one to three arrays, 8-bit maps two."""
+    return "logits" if name.startswith("logits/") else logical_map(name)
 
 
 def _unit_rows(source: TargetStore, specs: tuple[ArraySpec, ...]) -> int:

@@ -85,6 +85,7 @@ BAD = {
     "--sampled-labels": [*TOO_MANY, "11"],
     "--encoding": ["", "int2", "float16"],
     "--temperatures": ["", "1", "x 1", "0 1", "1 0", "-1 2", "nan nan", "1 inf", "1e309 1", "2 1", "1 1e30", "0 0"],
+    "--feature-dtype": ["", "x", "float32", ESCAPE, LONG],
     "--dtype": ["", "x", "int8", "object", ESCAPE, LONG],
     "--array": ["", "x", "../x", ESCAPE, LONG],
     "--archive": ["", "x", "ZSTD", ESCAPE, LONG],

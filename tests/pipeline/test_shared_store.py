@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from support.made_store import folder_bytes
@@ -69,7 +70,7 @@ def first(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
         patch.setattr(preflight, "try_export", lambda model, image_shape: None)
         patch.setattr(finalize, "export_onnx", lambda model, example, path, metadata: path.write_bytes(b"no file"))
-        patch.setattr(finalize, "require_agreement", lambda path, network, test: 1.0)
+        patch.setattr(finalize, "require_agreement", lambda path, network, test: SimpleNamespace(agreement=1.0))
         folder = tmp_path_factory.mktemp("first") / "a"
         run_here(folder)
         yield folder

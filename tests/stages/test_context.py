@@ -13,7 +13,7 @@ from torch import Tensor
 from kdpipe.pipeline.steps import compress_student, train_student
 from kdpipe.stages.compress.artifacts.load import rebuild
 from kdpipe.stages.compress.compress import CompressConfig
-from kdpipe.stages.compress.pruning.prune import PruneConfig
+from kdpipe.stages.compress.pruning.config import PruneConfig
 from kdpipe.stages.context import StageContext, require_fitting_test_images
 from kdpipe.stages.data.decode import with_size
 from kdpipe.stages.data.loader.image_loader import ViewRequest

@@ -38,6 +38,7 @@ from kdpipe.store import (
 from kdpipe.store.format.encodings.head import head_record
 from kdpipe.store.format.encodings.logit_encoding import LogitEncoding
 from kdpipe.store.format.encodings.quantized import Quantized
+from kdpipe.store.format.encodings.quantized_maps import quantized_specs
 from kdpipe.store.format.encodings.sampled import Sampled
 
 UNIT_ROWS = 512
@@ -48,6 +49,7 @@ TOP_K = TopK(num_classes=20, k=8, temperatures=(1.0, 2.0, 4.0, 8.0), dtype=None)
 """Of an older store, with three arrays; packed rows are as those of `SAMPLED`."""
 
 INT4, SAMPLED = Quantized("int4", num_classes=8), Sampled(num_classes=20, k=8, seed=3)
+EIGHT_BITS = quantized_specs(ArraySpec("features/layer1", (2, 4, 4), "float16"))
 HEAD = np.random.default_rng(5).standard_normal((8, 13)).astype(np.float32)
 LAYERS = (ArraySpec("features/layer2.0", (2, 3, 3), "float32"), ArraySpec("pooled/layer3", (8,), "float16"))
 
@@ -68,7 +70,7 @@ LOGITS = {
     "float16": Form((ArraySpec("logits", (8,), "float16"),)),
     "float32": Form((ArraySpec("logits", (8,), "float32"),), id_step=1),
     "head": Form((ArraySpec("features/pre_logits", (12,), "float16"),), head=HEAD),
-    "int4": Form(INT4.arrays("float16"), INT4),
+    "int4": Form((*INT4.arrays("float16"), *EIGHT_BITS), INT4),
     "sampled": Form(SAMPLED.arrays("float16"), SAMPLED),
     "top-k": Form(TOP_K.arrays("float16"), TOP_K, id_step=10**12 + 39),
 }

@@ -7,7 +7,7 @@ from kdpipe.stages.compress.artifacts.export_student import export_student
 from kdpipe.stages.compress.artifacts.write import artifact_folder
 from kdpipe.stages.compress.compress import CompressConfig, compress, compressed_root
 from kdpipe.stages.compress.fine_tune import build_fine_tuning
-from kdpipe.stages.compress.pruning.prune import PruneConfig
+from kdpipe.stages.compress.pruning.config import PruneConfig
 from kdpipe.stages.compress.quantize_student import QuantizeConfig
 from kdpipe.stages.models.safetensors_io import load_tensors
 from support.tiny_run import STUDENT, TRAIN, open_tiny_spec, tiny_context

@@ -216,7 +216,9 @@ class Probe:
         shared = build_fine_tuning(config, config.seeds[0], spec, self._context(spec), Path())
         network = shared.build_student()
         if quantized:
-            model = prepare(network.model, shared.evaluation(network.normalize).image_shape, compress.quantize)
+            model = prepare(
+                network.model, shared.evaluation(network.normalize).image_shape, compress.quantize, compress.grid
+            )
             network = replace(network, model=model)
             if compress.quantize.scheme == "int8":
                 batches = shared.task(network).stream(0, 2, epoch=0, step=0, epochs=1)

@@ -70,7 +70,8 @@ class Training:
         fine_tuning = build_fine_tuning(
             self.student, self.seed, self.spec, context, self.compressed, student_dir=own.job_dir
         )
-        return compress(replace(self.compress, baselines=False), fine_tuning)[self.compress.kinds[-1]]
+        config = replace(self.compress, baselines=False, target=self.compress.targets[0])
+        return compress(config, fine_tuning)[self.compress.kinds[-1]]
 
 
 def run_of(run: Path, command: str, name: str, seed: int) -> StudentRun:

@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from kdpipe.stages.compress.artifacts.latency_record import Latencies, latency_path, read_latencies
+from kdpipe.stages.compress.artifacts.latency_record import Latencies, latency_path, read_latencies, timed_in
+from kdpipe.stages.compress.artifacts.runtime_files import RuntimeFile, write_runtime_files
 from kdpipe.stages.compress.artifacts.write import Candidate, artifact_folder, write_artifacts
 from kdpipe.stages.compress.compress import CompressConfig, float_source, student_job_dir, student_source
 from kdpipe.stages.compress.external_student import low_precision_dtypes
 from kdpipe.stages.compress.fine_tune import FineTuneContext
 from kdpipe.stages.compress.quantize_student import prepare, quantize_fingerprint, quantized_record
 from kdpipe.stages.compress.resume import TrainedModel, finished_source
+from kdpipe.stages.compress.targets import Target
 from kdpipe.stages.compute.threads import max_threads
 from kdpipe.stages.distillation.student_config import ALONE, student_folder
 from kdpipe.stages.evaluation.correct_images import outcome_of
@@ -42,6 +44,9 @@ def export_student(config: CompressConfig, fine_tuning: FineTuneContext, *, name
     candidates = _candidates(config, fine_tuning)
     test = fine_tuning.evaluation(candidates[0].network.normalize)
     num_rounds = (WARM_UP_ROUNDS + config.latency_rounds) * len(config.latency_batch_sizes)
+    written = {
+        candidate.kind: write_runtime_files(config.targets, fine_tuning, candidate, test) for candidate in candidates
+    }
     steps, job = itertools.count(), export_name(fine_tuning.seed)
 
     def advance() -> None:
@@ -49,13 +54,24 @@ def export_student(config: CompressConfig, fine_tuning: FineTuneContext, *, name
         event = ProgressEvent("compress", job, next(steps), num_rounds + len(candidates), "step")
         fine_tuning.monitor.report(event)
 
-    latency = measure_files(config, fine_tuning, advance)
+    latency = measure_files(config, fine_tuning, written, advance)
     steps = itertools.count(num_rounds)
     facts = {"name": name, **_facts(fine_tuning, candidates, test, latency)}
+    for kind, files in written.items():
+        facts["networks"][kind] |= (
+            {"runtimes": {target: file.figures for target, file in files.items()}} if files else {}
+        )
+    candidates = [_with_files(one, config.targets, written[one.kind]) for one in candidates]
     folder = artifact_folder(fine_tuning.root, fine_tuning.seed)
     card = write_artifacts(folder, candidates, facts, test, opset=config.opset, before_each=advance)
     advance()
     return card
+
+
+def _with_files(candidate: Candidate, targets: Sequence[Target], files: Mapping[str, RuntimeFile]) -> Candidate:
+    """Return a network with its files for other runtimes; its predict.py uses the first target that it can."""
+    runtime = next((target for target in targets if target in (*files, "onnxruntime")), "onnxruntime")
+    return replace(candidate, files=[part for file in files.values() for part in file.parts], runtime=runtime)
 
 
 def export_name(seed: int) -> str:
@@ -78,14 +94,20 @@ def _candidates(config: CompressConfig, fine_tuning: FineTuneContext) -> list[Ca
         if config.quantizes and config.baselines:
             found.append(_quantized(config, fine_tuning, student, f"{scheme}-unpruned"))
     if config.quantizes:
-        found.append(_quantized(config, fine_tuning, float_source(config, fine_tuning), scheme))
+        last = float_source(config, fine_tuning)
+        found += [_quantized(config, fine_tuning, last, kind) for kind in config.grids]
     return found
 
 
 def measure_files(
-    config: CompressConfig, fine_tuning: FineTuneContext, between_rounds: Callable[[], None]
+    config: CompressConfig,
+    fine_tuning: FineTuneContext,
+    written: Mapping[str, Mapping[str, RuntimeFile]],
+    between_rounds: Callable[[], None],
 ) -> Latencies:
-    """Measure onnxruntime's time per batch, teacher to INT8 student, each on its own size of images, in one process.
+    """Measure the time per batch, teacher to INT8 student, each on its own size of images, in turn in one process.
+
+    That is onnxruntime's, and that of the files `written` for other runtimes, named "KIND in TARGET".
 
     The result is recorded and reused for the same files and number of threads. Raises RunError if the record is
     damaged.
@@ -94,6 +116,7 @@ def measure_files(
     present = {
         name: folder.onnx for name, folder in _measured_folders(config, fine_tuning).items() if folder.onnx.is_file()
     }
+    present |= {timed_in(kind, target): file.path for kind, files in written.items() for target, file in files.items()}
     for path in present.values():
         require_intact(path)
     measured_on: dict[str, Any] = {
@@ -132,23 +155,27 @@ def _measured_folders(config: CompressConfig, fine_tuning: FineTuneContext) -> d
     if config.prunes:
         folders["pruned"] = fine_tuning.job_dir("pruned")
     if config.quantizes:
-        folders |= {kind: fine_tuning.job_dir(kind) for kind in (scheme, f"{scheme}-unpruned")}
+        kinds = {**config.grids, f"{scheme}-unpruned": config.grid}
+        # onnxruntime computes the symmetric grid of TensorRT slowly: its time would say nothing about that.
+        folders |= {kind: fine_tuning.job_dir(kind) for kind, grid in kinds.items() if grid == "affine"}
     return folders
 
 
 def _quantized(config: CompressConfig, fine_tuning: FineTuneContext, source: TrainedModel, kind: str) -> Candidate:
     """Load a finished quantized network."""
+    grid = config.grids.get(kind, config.grid)
 
     def fresh() -> ModelBundle:
         network = source.load()
-        prepared = prepare(network.model, fine_tuning.evaluation(network.normalize).image_shape, config.quantize)
-        architecture = {**network.architecture, **quantized_record(config.quantize)}
+        prepared = prepare(network.model, fine_tuning.evaluation(network.normalize).image_shape, config.quantize, grid)
+        architecture = {**network.architecture, **quantized_record(config.quantize, grid)}
         return ModelBundle(prepared, architecture, network.normalize)
 
     folder = fine_tuning.job_dir(kind)
     if folder.result() is not None:  # was it made from this network?
-        folder.begin(quantize_fingerprint(config.quantize, config.quantize_train, fine_tuning, source))
-    return Candidate(kind, folder, finished_source(folder, fresh, "kdpipe compress --only quantize").load())
+        folder.begin(quantize_fingerprint(config.quantize, config.quantize_train, fine_tuning, source, grid))
+    network = finished_source(folder, fresh, "kdpipe compress --only quantize").load()
+    return Candidate(kind, folder, network, is_ranked=kind not in list(config.grids)[1:])
 
 
 def _facts(

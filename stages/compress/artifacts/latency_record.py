@@ -1,4 +1,4 @@
-"""Read the recorded latencies of a seed's files in onnxruntime."""
+"""Read the recorded latencies of a seed's files."""
 
 from __future__ import annotations
 
@@ -28,6 +28,11 @@ class Latencies:
     def of(self, kind: str, timed_as: str) -> LatencyByBatch | None:
         """Return a network's own latencies, or else those of the equivalent kind."""
         return self.files.get(kind, self.files.get(timed_as))
+
+
+def timed_in(kind: str, target: str) -> str:
+    """Return the name under which a network's time in another runtime than onnxruntime is recorded."""
+    return f"{kind} in {target}"
 
 
 def latency_path(root: Path, seed: int) -> Path:

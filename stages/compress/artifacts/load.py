@@ -60,7 +60,7 @@ def rebuild(path: Path, *, trust_python: bool = False, given: nn.Module | None =
         fresh = ModelBundle(model, plain, Normalization.from_json(record))
         network = as_pruned(fresh, architecture)
         if (config := config_of(architecture)) is not None:
-            rounding = prepare(network.model, image_shape_of(architecture), config)
+            rounding = prepare(network.model, image_shape_of(architecture), config, architecture.get("grid", "affine"))
             network = ModelBundle(rounding, architecture, network.normalize)
     except (KeyError, TypeError, ValueError, AttributeError, RuntimeError, MemoryError, OverflowError) as error:
         raise ModelError(f"the record in {path} is damaged: it describes no valid network ({cause(error)}).") from error

@@ -6,9 +6,11 @@ import re
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
+from kdpipe.stages.compress.artifacts.latency_record import timed_in
+from kdpipe.stages.compress.targets import TITLES
 from kdpipe.stages.evaluation.main_metric import main_percent, metric_of
 
-SNIPPET = """from predict import load_image, predict  # predict.py, beside model.onnx: onnxruntime, numpy, pillow
+SNIPPET = """from predict import load_image, predict  # predict.py, beside {file}: {runtime}, numpy, pillow
 {outputs} = predict([load_image("image.png")])  # uint8 {shape} to [batch, {width}]"""
 
 TEXT = """# {name}: {model}, {network}
@@ -19,7 +21,7 @@ Made by kdpipe {kdpipe}. From images of {size} (channels, height, width) it {out
 
 {table}
 
-onnxruntime on {num_threads} thread(s) of {cpu}; medians, the files in turn.
+{num_threads} thread(s) of {cpu}; in onnxruntime where the row says nothing else; medians, the files in turn.
 
 ## How to run it
 
@@ -50,8 +52,9 @@ Recommended: [{best}]({best}/README.md): {reason}. Each folder holds one network
 
 {table}
 
-Ranked: first those that reach 99 % of the best {metric}, the smallest file ahead. onnxruntime on {num_threads} \
-thread(s) of {cpu}; medians, the files in turn.
+Ranked: first those that reach 99 % of the best {metric}, the smallest file ahead; last one made for another target \
+than the others. {num_threads} thread(s) of {cpu}; in onnxruntime where the row says nothing else; medians, the files \
+in turn.
 """
 
 
@@ -72,7 +75,13 @@ def card_text(card: Mapping[str, Any]) -> str:
         table="\n".join(_table(card, card["networks"])),
         num_threads=card["latency"]["num_threads"],
         cpu=card["latency"]["cpu"],
-        snippet=SNIPPET.format(outputs=outputs, shape=f"[{', '.join(map(str, shape))}]", width=width),
+        snippet=SNIPPET.format(
+            outputs=outputs,
+            shape=f"[{', '.join(map(str, shape))}]",
+            width=width,
+            file="model.xml" if card.get("runtime") == "openvino" else "model.onnx",
+            runtime=card.get("runtime", "onnxruntime"),
+        ),
         pixels=_pixels(card["input"]),
         files="\n".join(
             f"- `{name}`: {file['bytes']:,} bytes. {_purpose(name, card['architecture'])}"
@@ -142,19 +151,29 @@ def _table(card: Mapping[str, Any], names: Iterable[str]) -> Iterator[str]:
         row = card["networks"].get(name)
         if row is None:  # a teacher that was not measured
             continue
-        times = card["latency"]["files"].get(name, {})
         agreement = "-" if row["agreement"] is None else f"{100 * row['agreement']:.2f}"
         macs = "-" if row["num_macs"] is None else f"{row['num_macs']:,}"
         interval = row.get(f"{metric.name}_interval")
         sure = "" if interval is None else f" ({100 * interval[0]:.2f} to {100 * interval[1]:.2f})"
         cells = [name, f"{main_percent(row):.2f}{sure}", agreement, f"{row['num_parameters']:,}", macs]
         size = "-" if row["onnx_bytes"] is None else f"{row['onnx_bytes']:,}"
-        cells += [size, *(_time(times.get(str(size))) for size in sizes)]
-        yield f"| {' | '.join(cells)} |"
+        yield f"| {' | '.join([*cells, size, *_times(card['latency'], name)])} |"
+        for target, found in row.get("runtimes", {}).items():
+            accuracy = "-" if found["accuracy"] is None else f"{100 * found['accuracy']:.2f}"
+            cells = [f"{name} in {TITLES[target]}", accuracy, "-", *cells[3:5], f"{found['bytes']:,}"]
+            yield f"| {' | '.join([*cells, *_times(card['latency'], timed_in(name, target))])} |"
+
+
+def _times(latency: Mapping[str, Any], name: str) -> list[str]:
+    """Return a file's latency at each batch size."""
+    times = latency["files"].get(name, {})
+    return [_time(times.get(str(size))) for size in latency["batch_sizes"]]
 
 
 def _purpose(name: str, architecture: Mapping[str, Any]) -> str:
     integers = "quantized" in architecture
+    if name.endswith((".xml", ".bin")):
+        return "OpenVINO's IR, one file of two; " + ("integers where it has them." if integers else "float32.")
     if name.endswith(".safetensors"):
         return "The weights; `kdpipe.load_student(path)` builds the network from its header."
     if name.endswith(".pt2"):
@@ -162,6 +181,8 @@ def _purpose(name: str, architecture: Mapping[str, Any]) -> str:
         return f"`torch.export.load(path).module()`{needs}."
     if name.endswith(".py"):
         return "Prints what it predicts for image files."
+    if architecture.get("grid") == "symmetric":
+        return "For TensorRT: signed INT8 with zero points of 0. It runs in onnxruntime too, slowly."
     return "For onnxruntime; " + ("integers where they are faster." if integers else "float32.")
 
 

@@ -1,19 +1,38 @@
-"""Predict images with the model.onnx beside this file: python predict.py IMAGE ...
+"""Predict images with the model.onnx beside this file, or with model.xml in OpenVINO: python predict.py IMAGE ...
 
-It needs onnxruntime, numpy and pillow. In Python: `from predict import load_image, predict`.
+It needs numpy, pillow and the library that RUNTIME names. In Python: `from predict import load_image, predict`.
 """
 
 import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
-import onnxruntime
 from numpy.typing import ArrayLike, NDArray
 from PIL import Image, ImageOps
 
-SESSION = onnxruntime.InferenceSession(Path(__file__).with_name("model.onnx"), providers=["CPUExecutionProvider"])
-FACTS = {key: json.loads(value) for key, value in SESSION.get_modelmeta().custom_metadata_map.items()}
+RUNTIME = "onnxruntime"  # or "openvino", where model.xml is
+
+
+def open_model(folder: Path) -> tuple[Callable[[ArrayLike], ArrayLike], dict[str, str]]:
+    """Return the network as a function of normalized images, and the metadata of its file."""
+    if RUNTIME == "openvino":
+        import openvino
+
+        model = openvino.Core().read_model(folder / "model.xml")
+        compiled = openvino.compile_model(model, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+        facts = {key: model.get_rt_info(["kdpipe", key]).astype(str) for key in model.get_rt_info(["kdpipe"]).value}
+        return lambda images: compiled(images)["logits"], facts
+    import onnxruntime
+
+    session = onnxruntime.InferenceSession(folder / "model.onnx", providers=["CPUExecutionProvider"])
+    facts = session.get_modelmeta().custom_metadata_map
+    return lambda images: session.run(["logits"], {"images": images})[0], facts
+
+
+RUN, METADATA = open_model(Path(__file__).parent)
+FACTS = {key: json.loads(value) for key, value in METADATA.items()}
 CHANNELS, HEIGHT, WIDTH = FACTS["image_shape"]
 FIRST_HEIGHT, FIRST_WIDTH = FACTS.get("view_size", (HEIGHT, WIDTH))  # images were resized twice, if these differ
 MEAN, STD = (np.float32(FACTS["normalization"][key]).reshape(-1, 1, 1) for key in ("mean", "std"))
@@ -36,8 +55,7 @@ def load_image(path: str | Path) -> NDArray[np.uint8]:
 
 def predict(images: ArrayLike) -> NDArray[np.float32]:
     """Return logits [N, num_classes], or embeddings [N, D], of images, uint8 [N, C, H, W]."""
-    inputs = {"images": (np.asarray(images) / np.float32(255) - MEAN) / STD}
-    return np.asarray(SESSION.run(["logits"], inputs)[0])
+    return np.asarray(RUN((np.asarray(images) / np.float32(255) - MEAN) / STD))
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 KIND/model.onnx            for onnxruntime, in float or integers
 KIND/model.safetensors     the weights; the header records what to build
 KIND/model.pt2             torch.export's program
+KIND/model.xml, model.bin  OpenVINO's IR, if compress.target names OpenVINO
 KIND/predict.py            classifies image files with model.onnx
 KIND/card.json, README.md  what it is, its teacher and stores, accuracy, size, latency; how to run it
 card.json, README.md       all networks, ranked, and which one is recommended
@@ -46,12 +47,18 @@ class Candidate:
         folder: The folder of its figures and ONNX file.
         network: The network.
         dtypes: The original dtypes of its tensors, by name, where its file keeps others than the network has.
+        files: Further files of the network, for other runtimes.
+        runtime: The library that its predict.py uses.
+        is_ranked: Whether it is compared with the others; one made for another target than theirs is not.
     """
 
     kind: str
     folder: JobDir
     network: ModelBundle
     dtypes: Mapping[str, torch.dtype] = field(default_factory=dict)
+    files: Sequence[Path] = ()
+    runtime: str = "onnxruntime"
+    is_ranked: bool = True
 
 
 def artifact_folder(root: Path, seed: int) -> Path:
@@ -87,8 +94,9 @@ def write_artifacts(
     kinds = {candidate.kind for candidate in candidates}
     for stale in [path.parent for path in folder.glob("*/card.json") if path.parent.name not in kinds]:
         shutil.rmtree(stale)
-    networks = {candidate.kind: facts["networks"][candidate.kind] for candidate in candidates}
-    card = _as_json({**facts, "ranking": ranked(networks), "reason": reason(networks)})
+    networks = {one.kind: facts["networks"][one.kind] for one in candidates if one.is_ranked}
+    others = [one.kind for one in candidates if not one.is_ranked]
+    card = _as_json({**facts, "ranking": [*ranked(networks), *others], "reason": reason(networks)})
     if _intact_card(folder) != card:
         write_with_sum(folder / "README.md", ranking_text(card).encode())
         write_json_file(folder / "card.json", card)
@@ -100,7 +108,8 @@ def _write_candidate(
 ) -> None:
     """Write the files of one network, unless they are there and whole."""
     network = candidate.network
-    made_from = sha256_of(_as_json({"facts": facts, "opset": opset, "network": network.identity}))
+    runtime = {} if candidate.runtime == "onnxruntime" else {"runtime": candidate.runtime}
+    made_from = sha256_of(_as_json({"facts": facts, "opset": opset, "network": network.identity, **runtime}))
     previous = _intact_card(folder)
     if previous.get("made_from") == made_from and {key: previous.get(key) for key in facts} == _as_json(facts):
         return
@@ -116,10 +125,12 @@ def _write_candidate(
             "class_names": list(test.class_names),
         }
         save_tensors(new / "model.safetensors", state, record)
-        write_atomically(new / "predict.py", Path(__file__).with_name("predict.py").read_bytes())
+        predict = Path(__file__).with_name("predict.py").read_text()
+        write_atomically(new / "predict.py", predict.replace('"onnxruntime"', f'"{candidate.runtime}"', 1).encode())
         card = {
             **facts,
             "network": candidate.kind,
+            **runtime,
             "architecture": dict(network.architecture),
             "input": {
                 "name": "images",
@@ -148,6 +159,8 @@ def _staged(folder: Path) -> Iterator[Path]:
         yield new
         record_sums(new)
         (folder / "card.json").unlink(missing_ok=True)
+        for stale in [path for path in folder.iterdir() if path.is_file() and not (new / path.name).exists()]:
+            stale.unlink()
         for path in sorted(new.iterdir(), key=lambda path: path.name == "card.json"):
             path.replace(folder / path.name)
         fsync_path(folder)
@@ -170,6 +183,9 @@ def _write_network(folder: Path, candidate: Candidate, test: Evaluation, opset: 
     # The exported copy itself must agree with the network.
     require_agreement(onnx, network, test, whole_test=True)
     export_program(network.model, example, folder / "model.pt2", metadata=metadata)
+    for file in candidate.files:
+        require_intact(file)
+        write_atomically(folder / file.name, file.read_bytes())
 
 
 def _intact_card(folder: Path) -> dict[str, Any]:

@@ -98,7 +98,7 @@ def follow_channels() -> Iterator[None]:
         except Exception as error:
             raise ModelError(
                 f"this model cannot be pruned: torch-pruning cannot follow its channels ({cause(error)}), which are "
-                "shuffled or reshaped; set compress.steps = ['quantize'], or prune.kind = 'weights'."
+                "shuffled or reshaped; set prune.kind = 'blocks' or 'weights', or compress.steps = ['quantize']."
             ) from error
 
 

@@ -1,9 +1,10 @@
 """Fake-quantized layers: they simulate INT8 in float and let the gradient through.
 
-Activations are unsigned 8-bit with one scale and zero point per tensor; weights are signed 8-bit, symmetric, with one
-scale per output channel; biases are signed 32-bit, in steps of input scale times weight scale: what onnxruntime's CPU
-kernels run fast (the method: Jacob et al. 2018, arXiv:1712.05877). Everything computes in float32, also inside an
-autocast region: a grid of 256 values does not survive bfloat16.
+Activations have 256 values with one scale per tensor, on one of two grids: "affine", from the lowest value to the
+highest with a zero point (the integers of onnxruntime, OpenVINO and XNNPACK), or "symmetric", signed with zero point 0
+(those of TensorRT). Weights are signed 8-bit, symmetric, with one scale per output channel; biases are signed 32-bit,
+in steps of input scale times weight scale (the method: Jacob et al. 2018, arXiv:1712.05877). Everything computes in
+float32, also inside an autocast region: a grid of 256 values does not survive bfloat16.
 """
 
 from __future__ import annotations
@@ -12,9 +13,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from kdpipe.stages.compress.targets import Grid
 from kdpipe.stages.errors import ModelError
 
-ACTIVATION_MAX = 255
+ACTIVATION_RANGES: dict[Grid, tuple[int, int]] = {"affine": (0, 255), "symmetric": (-128, 127)}
+"""The lowest and the highest integer of an activation."""
 WEIGHT_MAX = 127
 # Half of int32's range: the bias and the sum of the products must fit together.
 BIAS_MAX = 2**30
@@ -38,8 +41,11 @@ class ActivationQuantizer(nn.Module):
     num_batches: Tensor
     frozen: Tensor
 
-    def __init__(self) -> None:
+    def __init__(self, grid: Grid = "affine") -> None:
         super().__init__()
+        if grid not in ACTIVATION_RANGES:
+            raise ValueError(f"no grid of activations is called {grid!r}")
+        self.grid = grid
         self.rounding = True  # off while calibrating; not part of the state
         self.register_buffer("low", torch.tensor(torch.nan))
         self.register_buffer("high", torch.tensor(torch.nan))
@@ -53,7 +59,7 @@ class ActivationQuantizer(nn.Module):
         if not self.rounding:
             return x
         scale, zero_point = self.scale_and_zero_point()
-        return torch.fake_quantize_per_tensor_affine(x, scale, zero_point, 0, ACTIVATION_MAX)
+        return torch.fake_quantize_per_tensor_affine(x, scale, zero_point, *ACTIVATION_RANGES[self.grid])
 
     def _observe(self, x: Tensor) -> None:
         """Move the range towards that of `x`, entirely on the device so that no step waits for the GPU."""
@@ -65,14 +71,19 @@ class ActivationQuantizer(nn.Module):
         self.num_batches += ~self.frozen
 
     def scale_and_zero_point(self) -> tuple[Tensor, Tensor]:
-        """Return the step between two values (float32, []) and the integer of zero (int32, [], 0 to 255)."""
+        """Return the step between two values (float32, []) and the integer of zero (int32, [])."""
         scale = self.scale()
-        zero_point = torch.round(-self.low / scale).nan_to_num().clamp(0, ACTIVATION_MAX)
+        if self.grid == "symmetric":
+            return scale, torch.zeros_like(scale, dtype=torch.int32)
+        zero_point = torch.round(-self.low / scale).nan_to_num().clamp(*ACTIVATION_RANGES[self.grid])
         return scale, zero_point.to(torch.int32)
 
     def scale(self) -> Tensor:
         """Return the step between two values, float32, []; NaN before the first batch."""
-        return torch.clamp((self.high - self.low) / ACTIVATION_MAX, min=SCALE_FLOOR)
+        lowest, highest = ACTIVATION_RANGES[self.grid]
+        if self.grid == "symmetric":
+            return torch.clamp(torch.maximum(self.high, -self.low) / highest, min=SCALE_FLOOR)
+        return torch.clamp((self.high - self.low) / (highest - lowest), min=SCALE_FLOOR)
 
     def freeze(self) -> None:
         """Keep the current range from now on, in training too."""

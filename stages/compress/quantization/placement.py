@@ -18,6 +18,7 @@ from kdpipe.stages.compress.quantization.op_types import (
     origin,
     unmarked_kind_of,
 )
+from kdpipe.stages.compress.targets import Grid
 from kdpipe.stages.errors import ModelError
 from kdpipe.stages.models.hooks import get_module
 
@@ -43,14 +44,14 @@ def quantizer_path(node: fx.Node) -> str:
     return f"{QUANTIZERS}.{node.name}{'_' if hasattr(nn.Module, node.name) else ''}"  # a node of x.float() is "float"
 
 
-def place_quantizers(traced: fx.GraphModule, nodes: Sequence[fx.Node], device: torch.device) -> None:
+def place_quantizers(traced: fx.GraphModule, nodes: Sequence[fx.Node], device: torch.device, grid: Grid) -> None:
     """Insert an activation quantizer after each of `nodes`, or after the max pools that alone read its float values.
 
     It is named after the node in either case. A maximum is the same before and after rounding.
     """
     traced.add_submodule(QUANTIZERS, nn.Module())
     for node in nodes:
-        traced.add_submodule(quantizer_path(node), ActivationQuantizer().to(device))
+        traced.add_submodule(quantizer_path(node), ActivationQuantizer(grid).to(device))
         insert_after(traced, _after_max_pools(traced, node), quantizer_path(node))
 
 

@@ -32,6 +32,7 @@ from kdpipe.stages.compress.quantization.fx_trace import Traced, fold_batchnorms
 from kdpipe.stages.compress.quantization.op_types import is_float_tensor, kind_of
 from kdpipe.stages.compress.quantization.placement import QUANTIZERS, place_quantizers, rounded_nodes, set_input_grids
 from kdpipe.stages.compress.quantization.qdq_graph import int8_graph
+from kdpipe.stages.compress.targets import Grid
 from kdpipe.stages.compute.tf32 import tf32
 from kdpipe.stages.errors import ModelError
 from kdpipe.stages.models.clone import clone_without_hooks, preserve_modes
@@ -45,7 +46,7 @@ class QatModel(fx.GraphModule):
         return int8_graph(self)
 
 
-def prepare_qat(model: nn.Module, example: Tensor, exclude: Sequence[str] = ()) -> QatModel:
+def prepare_qat(model: nn.Module, example: Tensor, exclude: Sequence[str] = (), grid: Grid = "affine") -> QatModel:
     """Return a copy of `model` for INT8 fine-tuning, in its training mode and on its device.
 
     Rounded are the images, the weights and biases of every Conv2d and Linear, and the outputs of convolutions, linears,
@@ -59,6 +60,7 @@ def prepare_qat(model: nn.Module, example: Tensor, exclude: Sequence[str] = ()) 
         example: Normalized images [B, C, H, W], of which only the shape counts.
         exclude: Paths of modules that compute in float: their weights are not rounded (batch norms are still folded),
             their outputs only where INT8 operations read them. Rebuilding the model needs the same paths.
+        grid: Of the activations: "affine", or "symmetric" for TensorRT.
 
     Raises:
         ModelError: If the model cannot be traced, does not run on `example`, or returns anything but one tensor; if
@@ -72,7 +74,7 @@ def prepare_qat(model: nn.Module, example: Tensor, exclude: Sequence[str] = ()) 
         reason = "every layer is in quantize.exclude" if exclude else "no layer of it has an INT8 form"
         raise ModelError(f"the model has nothing left to quantize: {reason}. Take 'quantize' out of compress.steps.")
     _round_weights(prepared)
-    place_quantizers(prepared, nodes, next(model.parameters(), example).device)
+    place_quantizers(prepared, nodes, next(model.parameters(), example).device, grid)
     set_input_grids(prepared)
     prepared.recompile()
     prepared.train(model.training)

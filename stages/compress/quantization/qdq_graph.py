@@ -1,7 +1,8 @@
 """Convert a prepared model to the graph of its ONNX file: quantize and dequantize around every operation (QDQ).
 
 onnxruntime's CPU kernels fuse an operation only with Q and DQ around it: an addition or a pool without them runs in
-float and makes the file slower than the float one.
+float and makes the file slower than the float one. On the symmetric grid, that of TensorRT, biases are float numbers of
+the same values: its parser takes no 32-bit integers.
 """
 
 from __future__ import annotations
@@ -16,12 +17,11 @@ from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
 from kdpipe.stages.compress.quantization.fake_quant import (
-    ACTIVATION_MAX,
+    ACTIVATION_RANGES,
     WEIGHT_MAX,
     ActivationQuantizer,
     QuantConv2d,
     QuantLinear,
-    input_scale_of,
     integer_bias,
     quantizers_of,
     require_observed,
@@ -130,16 +130,21 @@ def _sole_quantizer_after(copy: fx.GraphModule, node: fx.Node) -> fx.Node | None
     return reader if len(node.users) == 1 and _rounds(copy, reader) else None
 
 
+DTYPES = {"affine": torch.uint8, "symmetric": torch.int8}
+"""The integers of an activation, by grid."""
+
+
 class QuantizeDequantize(nn.Module):
-    """A conversion to unsigned 8-bit and back, for a tensor of any shape."""
+    """A conversion to 8-bit integers and back, for a tensor of any shape."""
 
     def __init__(self, quantizer: ActivationQuantizer) -> None:
         super().__init__()
         scale, zero_point = quantizer.scale_and_zero_point()
         self.scale, self.zero_point = float(scale), int(zero_point)
+        self.range, self.dtype = ACTIVATION_RANGES[quantizer.grid], DTYPES[quantizer.grid]
 
     def forward(self, x: Tensor) -> Tensor:
-        ops, grid = torch.ops.quantized_decomposed, (self.scale, self.zero_point, 0, ACTIVATION_MAX, torch.uint8)
+        ops, grid = torch.ops.quantized_decomposed, (self.scale, self.zero_point, *self.range, self.dtype)
         dequantized: Tensor = ops.dequantize_per_tensor(ops.quantize_per_tensor(x, *grid), *grid)
         return dequantized
 
@@ -147,7 +152,8 @@ class QuantizeDequantize(nn.Module):
 class Int8Weights(nn.Module):
     """The int8 weight [O, ...] and the int32 bias [O] of a layer, stored as integers and dequantized on each call.
 
-    `input_scale` [] is the quantization step of the layer's inputs; without one, the bias stays float.
+    `input_grid` is the quantizer of the layer's inputs; without one, the bias stays float. On a symmetric grid the bias
+    is stored as the float numbers that the integers stand for.
     """
 
     weight: Tensor
@@ -156,11 +162,15 @@ class Int8Weights(nn.Module):
     bias: Tensor | None
     bias_scale: Tensor | None
 
-    def __init__(self, weight: Tensor, bias: Tensor | None, input_scale: Tensor | None) -> None:
+    def __init__(self, weight: Tensor, bias: Tensor | None, input_grid: ActivationQuantizer | None) -> None:
         super().__init__()
-        scale, bias_scale = weight_and_bias_scales(weight, bias, input_scale)
+        scale, bias_scale = weight_and_bias_scales(weight, bias, None if input_grid is None else input_grid.scale())
         if bias is not None and bias_scale is not None:
-            bias = integer_bias(bias, bias_scale).to(torch.int32)
+            bias = integer_bias(bias, bias_scale)
+            if input_grid is not None and input_grid.grid == "symmetric":
+                bias, bias_scale = (bias * bias_scale).float(), None
+            else:
+                bias = bias.to(torch.int32)
         steps = scale.view(-1, *[1] * (weight.dim() - 1))
         self.register_buffer("weight", torch.round(round_weight(weight, scale) / steps).to(torch.int8))
         self.register_buffer("scale", scale)
@@ -179,7 +189,7 @@ class Int8Weights(nn.Module):
 def int8_layer(layer: QuantConv2d | QuantLinear) -> nn.Module:
     """Return the integer layer that computes what a rounding `layer` computes."""
     with torch.no_grad():
-        weights = Int8Weights(layer.weight, layer.bias, input_scale_of(layer))
+        weights = Int8Weights(layer.weight, layer.bias, layer.input_grid[0] if layer.input_grid else None)
     return Int8Conv2d(layer, weights) if isinstance(layer, QuantConv2d) else Int8Linear(weights)
 
 

@@ -16,6 +16,7 @@ from kdpipe.stages.compress.quantization.fake_quant import QuantConv2d, QuantLin
 from kdpipe.stages.compress.quantization.fx_trace import module_of
 from kdpipe.stages.compress.quantization.placement import quantizer_path, quantizers_after, rounded_nodes
 from kdpipe.stages.compress.quantization.qat import calibrate, logits_of, prepare_qat, trace_folded
+from kdpipe.stages.compress.targets import Grid
 from kdpipe.stages.compute.tf32 import tf32
 from kdpipe.stages.data.measures import divergences
 from kdpipe.stages.data.tasks import CLASSIFICATION, Task
@@ -58,6 +59,7 @@ def sensitivity(
     batches: Sequence[Tensor],
     *,
     exclude: Sequence[str] = (),
+    grid: Grid = "affine",
     task: Task = CLASSIFICATION,
     on_progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> list[LayerSensitivity]:
@@ -68,7 +70,7 @@ def sensitivity(
     each layer of each batch; it may raise to stop. The model stays unchanged. Of other tasks than classification the
     divergence is that of `kdpipe.stages.data.measures.divergences`.
     """
-    prepared = prepare_qat(model, example, exclude).eval()
+    prepared = prepare_qat(model, example, exclude, grid).eval()
     calibrate(prepared, batches)
     layers = _layers(prepared, model, example, exclude)
     device = next(prepared.parameters()).device

@@ -13,6 +13,7 @@ from torch.optim import Optimizer
 from kdpipe.stages.errors import RecipeError, cause
 from kdpipe.stages.plugins.registry import Registry
 from kdpipe.stages.plugins.user_code import user_code_context
+from kdpipe.stages.training.optimization.dot import DOT
 from kdpipe.stages.training.optimization.keywords import select_keywords
 from kdpipe.stages.training.optimization.timm_glue import PREFIX, timm_optimizer
 
@@ -32,6 +33,7 @@ CLASSES: tuple[type[Optimizer], ...] = (
     torch.optim.RMSprop,
     torch.optim.Rprop,
     torch.optim.ASGD,
+    DOT,
 )
 
 OPTIMIZERS: Registry[OptimizerFactory] = Registry(

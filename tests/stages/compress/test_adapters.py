@@ -7,8 +7,9 @@ import torch
 from support.tiny_nets import EXAMPLE, IMAGE_SHAPE, build
 
 from kdpipe.stages.compress.fine_tune import FineTuneJob, _restore
+from kdpipe.stages.compress.pruning.config import PruneConfig
 from kdpipe.stages.compress.pruning.kept_channels import kept_channels
-from kdpipe.stages.compress.pruning.prune import PruneConfig, prune
+from kdpipe.stages.compress.pruning.prune import prune
 from kdpipe.stages.distillation.adapters import KeptChannels, load_adapters, restore_adapters, save_adapters
 from kdpipe.stages.errors import RunError
 from kdpipe.stages.losses.distillation import build_distillation

@@ -12,7 +12,7 @@ from support.tiny_run import TEACHER, TRAIN, StopAfter, make_tiny_store, squares
 from kdpipe.stages.compress.artifacts.load import rebuild
 from kdpipe.stages.compress.compress import CompressConfig, compress, compressed_root
 from kdpipe.stages.compress.fine_tune import FineTuneContext, build_fine_tuning
-from kdpipe.stages.compress.pruning.prune import PruneConfig
+from kdpipe.stages.compress.pruning.config import PruneConfig
 from kdpipe.stages.compress.quantize_student import QuantizeConfig
 from kdpipe.stages.distillation.stores import open_distillation
 from kdpipe.stages.distillation.student_config import StudentConfig

@@ -7,7 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from kdpipe.stages.compress.pruning.prune import PruneConfig, prune
+from kdpipe.stages.compress.pruning.config import PruneConfig
+from kdpipe.stages.compress.pruning.prune import prune
 from kdpipe.stages.compress.pruning.widths import apply_widths, record_widths
 from kdpipe.stages.distillation.classifier_reuse import add_projector, as_linear, reuse_classifier
 from kdpipe.stages.errors import ModelError, RecipeError

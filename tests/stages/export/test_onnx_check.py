@@ -72,7 +72,7 @@ def test_check_runs_batch_by_batch_with_both_accuracies(networks, files):
 
 
 def test_check_halves_batches_that_do_not_fit_into_memory(networks, files, monkeypatch):
-    batch, warnings, open_whole = images(70, seed=50), [], onnx_check.open_session
+    batch, warnings, open_whole = images(70, seed=50), [], onnx_check.open_file
 
     class SmallSession:
         def __init__(self, path):
@@ -84,7 +84,7 @@ def test_check_halves_batches_that_do_not_fit_into_memory(networks, files, monke
             return self.whole.run(outputs, inputs)
 
     whole = check_onnx(files["float"], networks["float"], [batch])
-    monkeypatch.setattr(onnx_check, "open_session", SmallSession)
+    monkeypatch.setattr(onnx_check, "open_file", SmallSession)
     found = check_onnx(files["float"], copy.deepcopy(networks["float"]), [batch], warnings.append)
     assert found.max_logit_difference == pytest.approx(whole.max_logit_difference, abs=1e-5)
     assert (found.num_samples, found.accuracy) == (70, whole.accuracy)

@@ -14,7 +14,8 @@ import torch
 from support.tiny_nets import EXAMPLE, NUM_CLASSES, build, images, sgd, step
 from torch import nn
 
-from kdpipe.stages.compress.pruning.prune import PruneConfig, prune
+from kdpipe.stages.compress.pruning.config import PruneConfig
+from kdpipe.stages.compress.pruning.prune import prune
 from kdpipe.stages.compress.quantization.qat import calibrate, freeze_observers, prepare_qat
 from kdpipe.stages.errors import ModelError
 from kdpipe.stages.export import onnx_export as onnx_file

@@ -12,7 +12,7 @@ from support.tiny_run import CACHE, STUDENT, TEACHER, StopAfter, make_tiny_store
 from kdpipe.pipeline.steps import cache_teacher, train_student
 from kdpipe.stages.compress.compress import CompressConfig, compress, compressed_root
 from kdpipe.stages.compress.fine_tune import build_fine_tuning
-from kdpipe.stages.compress.pruning.prune import PruneConfig
+from kdpipe.stages.compress.pruning.config import PruneConfig
 from kdpipe.stages.compress.quantize_student import QuantizeConfig
 from kdpipe.stages.distillation.stores import open_distillation
 from kdpipe.stages.distillation.task_builder import student_shapes

@@ -24,7 +24,7 @@ from kdpipe.pipeline.shared_store import find_teacher
 from kdpipe.stages.cohort.config import CohortConfig, CohortMember
 from kdpipe.stages.compress import compress as stage
 from kdpipe.stages.compress.compress import CompressConfig, fine_tunings
-from kdpipe.stages.compress.pruning.prune import PruneConfig
+from kdpipe.stages.compress.pruning.config import PruneConfig
 from kdpipe.stages.losses.logits.kd import KD
 from kdpipe.stages.models.build import ModelConfig
 from kdpipe.stages.runtime.events import RunMonitor

@@ -9,8 +9,9 @@ from torch import nn
 
 from kdpipe.stages.compress.pruning.budget import MAX_LATENCIES, Allocation, Unreachable, find_ratio
 from kdpipe.stages.compress.pruning.channel_groups import find_channels, remove, traceable, widths_after
+from kdpipe.stages.compress.pruning.config import PruneConfig
 from kdpipe.stages.compress.pruning.importance import measure_of
-from kdpipe.stages.compress.pruning.prune import PruneConfig, prune
+from kdpipe.stages.compress.pruning.prune import prune
 from kdpipe.stages.compress.pruning.widths import record_widths
 from kdpipe.stages.errors import ModelError
 from kdpipe.stages.evaluation.macs import count_macs

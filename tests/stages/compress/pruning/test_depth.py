@@ -11,8 +11,9 @@ from torch.nn import functional as F
 
 from kdpipe.stages.compress.pruning.blocks import skip_blocks, skipped_paths
 from kdpipe.stages.compress.pruning.budget import MAX_LATENCIES
+from kdpipe.stages.compress.pruning.config import PruneConfig
 from kdpipe.stages.compress.pruning.depth import Ranker, rank_blocks
-from kdpipe.stages.compress.pruning.prune import PruneConfig, prune
+from kdpipe.stages.compress.pruning.prune import prune
 from kdpipe.stages.compress.pruning.widths import apply_widths, record_widths
 from kdpipe.stages.errors import ModelError, RecipeError
 from kdpipe.stages.evaluation.macs import count_macs

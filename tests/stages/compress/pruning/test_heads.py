@@ -5,7 +5,8 @@ import torch
 from support.tiny_nets import NUM_CLASSES, sgd, step
 from torch import nn
 
-from kdpipe.stages.compress.pruning.prune import PruneConfig, prune
+from kdpipe.stages.compress.pruning.config import PruneConfig
+from kdpipe.stages.compress.pruning.prune import prune
 from kdpipe.stages.compress.pruning.widths import apply_widths, record_widths
 from kdpipe.stages.errors import ModelError, RecipeError
 from kdpipe.stages.models.build import ModelConfig, build_model

@@ -9,8 +9,9 @@ from torch import nn
 from torch.nn import functional as F
 
 from kdpipe.stages.compress.pruning.channel_groups import find_channels, traceable
+from kdpipe.stages.compress.pruning.config import PruneConfig
 from kdpipe.stages.compress.pruning.importance import attach_gradients, measure_of
-from kdpipe.stages.compress.pruning.prune import PruneConfig, prune
+from kdpipe.stages.compress.pruning.prune import prune
 from kdpipe.stages.compress.pruning.widths import record_widths
 from kdpipe.stages.errors import ModelError
 

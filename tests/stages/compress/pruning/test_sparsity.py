@@ -7,7 +7,8 @@ import torch
 from support.tiny_nets import EXAMPLE, IMAGE_SHAPE, NETS, UNPRUNABLE, build, sgd, step
 from torch import nn
 
-from kdpipe.stages.compress.pruning.prune import PruneConfig, prune
+from kdpipe.stages.compress.pruning.config import PruneConfig
+from kdpipe.stages.compress.pruning.prune import prune
 from kdpipe.stages.compress.pruning.sparsity import apply_masks, masks_of
 from kdpipe.stages.compress.pruning.widths import record_widths
 from kdpipe.stages.errors import ModelError

@@ -1,0 +1,31 @@
+"""The runtimes that compressed students are made for, and the grid of INT8 activations that each of them takes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal
+
+Target = Literal["onnxruntime", "openvino", "tensorrt"]
+Grid = Literal["affine", "symmetric"]
+
+GRIDS: dict[Target, Grid] = {"onnxruntime": "affine", "openvino": "affine", "tensorrt": "symmetric"}
+TARGETS = f"{', '.join(map(repr, GRIDS))}, or a list of several"
+TITLES = {"onnxruntime": "onnxruntime", "openvino": "OpenVINO", "tensorrt": "TensorRT"}
+
+
+def quantized_grids(scheme: str, targets: Sequence[Target]) -> dict[str, Grid]:
+    """Return the kinds of quantized networks at the end of the chain, each with its grid.
+
+    The first is that of the first target, and of all targets with its grid; a target with another grid adds one that is
+    named after it.
+    """
+    kinds: dict[str, Grid] = {}
+    for target in targets:
+        if GRIDS[target] not in kinds.values():
+            kinds[f"{scheme}-{target}" if kinds else scheme] = GRIDS[target]
+    return kinds
+
+
+def targets_of(target: Target | Sequence[Target]) -> tuple[Target, ...]:
+    """Return the targets that a recipe's `compress.target` names."""
+    return (target,) if isinstance(target, str) else tuple(target)
