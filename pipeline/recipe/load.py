@@ -199,7 +199,7 @@ def _contradictions(recipe: Recipe) -> Iterator[str]:
     for where, (student, _) in students_of(recipe).items():
         if where == "distill" or student.hard_label_views != recipe.student.hard_label_views:
             key = where.removesuffix("distill").rstrip(".: ") or "student"
-            fault = fault_of(check_hard_label_views, student, recipe.views, key)
+            fault = fault_of(check_hard_label_views, student.hard_label_views, recipe.views, key)
             yield from [fault] if fault else []
     if recipe.cohort is not None:
         fault = fault_of(require_one_kind, recipe.views)

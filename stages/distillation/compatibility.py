@@ -50,9 +50,9 @@ def check_losses(losses: Sequence[Loss], views: Views, teachers: TeachersConfig,
             raise RecipeError(f"{what} needs a single label per sample, and [views.mix] gives two: remove one of them.")
 
 
-def check_hard_label_views(student: StudentConfig, views: Views, where: str = "student") -> None:
+def check_hard_label_views(kinds: Sequence[str], views: Views, where: str = "student") -> None:
     """Raise RecipeError for labels in kinds of views that there are not."""
-    for kind in student.hard_label_views:
+    for kind in kinds:
         _require_kind(kind, views, f"{where}.hard_label_views")
 
 

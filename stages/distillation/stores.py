@@ -57,7 +57,7 @@ def open_distillation(
         FingerprintMismatch: A store belongs to another teacher or other views.
     """
     check_losses(losses, context.views, student.teachers)
-    check_hard_label_views(student, context.views)
+    check_hard_label_views(student.hard_label_views, context.views)
     check_teachers(student.teachers, len(places))
     check_image_size(losses, student, context)
     check_labels(losses, student.teachers, context.train_set)

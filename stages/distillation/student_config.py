@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, Field
+from pydantic import AfterValidator, BeforeValidator, Field
 
 from kdpipe.stages.config import KindName, PathStr, Seed, section, unique
 from kdpipe.stages.context import StageContext
@@ -19,6 +19,11 @@ from kdpipe.stages.training.optim import TrainConfig
 from kdpipe.stages.views.config import Views
 
 ALONE, DISTILLED = "alone", "distilled"
+
+
+def _as_tuple(given: Any) -> Any:
+    """Return a list as a tuple, so that it may stand beside objects in Python."""
+    return tuple(given) if isinstance(given, list) else given
 
 
 @section
@@ -54,7 +59,7 @@ class StudentConfig:
     export: bool = True
     hard_label_weight: Scheduled = 0.1
     label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    hard_label_views: Annotated[tuple[KindName, ...], AfterValidator(unique)] = ()
+    hard_label_views: Annotated[tuple[KindName, ...], BeforeValidator(_as_tuple), AfterValidator(unique)] = ()
     stores: tuple[PathStr, ...] = Field(default=(), repr=False)
     teachers: TeachersConfig = Field(default_factory=TeachersConfig)
     missing_targets: Missing = "error"

@@ -9,7 +9,7 @@ from typing import Any
 from kdpipe.stages.context import StageContext, model_normalization
 from kdpipe.stages.data.image_set import require_labels
 from kdpipe.stages.distillation.classifier_reuse import reuse_teacher_classifier
-from kdpipe.stages.distillation.compatibility import check_combination
+from kdpipe.stages.distillation.compatibility import check_combination, check_hard_label_views
 from kdpipe.stages.distillation.spec import DistillationSpec, shapes_of
 from kdpipe.stages.distillation.student_config import StudentConfig
 from kdpipe.stages.losses.base import Loss
@@ -52,6 +52,7 @@ def build_task(
     have ended, as in fine-tuning.
     """
     views = context.views
+    check_hard_label_views(hard_label_views, views)
     task = TrainingTask(
         context.train_loader,
         views.num_views,
