@@ -41,6 +41,9 @@ LATER_KEYS = {
     "class_weights": None,
     "sampler": "shuffle",
     "rest": "equal",
+    "view": None,
+    "target_view": None,
+    "target": "teacher",
 }
 """Keys of a student's model, training and losses that older recipes of runs lack, with their defaults."""
 

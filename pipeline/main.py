@@ -152,7 +152,7 @@ def views(
     num_rows, num_columns = shown.images.shape[:2]
     print_result(
         options.as_json,
-        {"command": "views", "image": str(save), "store": store, "samples": samples},
+        {"command": "views", "image": str(save), "store": store, "views": shown.views, "samples": samples},
         lambda: typer.echo(f"{printable(str(save))}: {num_rows} samples in {num_columns} views"),
     )
 

@@ -37,7 +37,7 @@ from kdpipe.stages.distillation.adapters import save_adapters
 from kdpipe.stages.distillation.embedding_student import evaluation_of_epochs, examine_student, labeled_for_probe
 from kdpipe.stages.distillation.spec import DistillationSpec
 from kdpipe.stages.distillation.student_config import ALONE, DISTILLED, StudentConfig, student_folder
-from kdpipe.stages.distillation.task_builder import build_student, build_task
+from kdpipe.stages.distillation.task_builder import build_student, build_task, label_settings
 from kdpipe.stages.evaluation.embeddings import with_probe
 from kdpipe.stages.evaluation.evaluate import of_teacher
 from kdpipe.stages.given_teacher import is_as_expected, require_accuracy, require_given
@@ -105,7 +105,9 @@ def _train_teacher(config: TeacherConfig, seed: int, teacher: ModelBundle, conte
     history: list[dict[str, Any]] = []
     if config.train is not None:
         # Views that no store will hold: the teacher must not be fitted to the images that it labels later.
-        task = TrainingTask(context.train_loader, context.views.num_views, teacher.normalize, fresh_views=True)
+        task = TrainingTask(
+            context.train_loader, context.views.num_views, teacher.normalize, fresh_views=True, first_kind=True
+        )
         job = TrainJob(
             stage="train-teacher",
             name="teacher",
@@ -230,7 +232,7 @@ def _train_student(
         stage="train-student",
         name=student_run.name,
         model=student.model,
-        task=build_task(student, main, seed, context, label_smoothing=config.label_smoothing),  # losses and targets
+        task=build_task(student, main, seed, context, **label_settings(config)),  # losses and targets
         test=context.deciding.evaluation(student.normalize),
         config=config.train,
         seed=seed,

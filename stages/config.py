@@ -137,6 +137,10 @@ PathStr = Annotated[str, Field(min_length=1, max_length=4096), AfterValidator(_w
 """A name, a path or a URL. NUL bytes are rejected here; open() would raise ValueError later."""
 
 
+KindName = Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_]*$", max_length=64)]
+"""The name of a kind of view."""
+
+
 Bytes = Annotated[int, Field(ge=0, lt=2**63)]
 Seed = Annotated[int, Field(ge=0, lt=2**63)]
 
@@ -168,11 +172,11 @@ def unique(values: V) -> V:
 def config_fingerprint(config: Any) -> Mapping[str, Any]:
     """Return a config section as JSON, without the keys that cannot change a result.
 
-    A section's `later_keys`, which came after the first runs were made, count where they are not at their defaults. Its
-    `source_digests` are those of the user's own code that it names.
+    A section's `later_keys`, which came after the first runs were made, count where they are not at their defaults,
+    which a mapping names. Its `source_digests` are those of the user's own code that it names.
     """
     later = getattr(config, "later_keys", ())
-    defaults = asdict(type(config)()) if later else {}
+    defaults = later if isinstance(later, Mapping) else asdict(type(config)()) if later else {}
     values = {key: value for key, value in asdict(config).items() if key != "checkpoint_every_s"}
     chosen = {key: value for key, value in values.items() if key not in later or value != defaults[key]}
     return {**chosen, **(config.source_digests() if hasattr(config, "source_digests") else {})}

@@ -36,7 +36,7 @@ def draw_grid(shown: ViewPreview, path: Path) -> None:
     canvas = Image.new("RGB", (MARGIN + num_views * (CELL + GAP), 2 * LINE + num_samples * height), "white")
     draw, font = ImageDraw.Draw(canvas), ImageFont.load_default()
     for view in range(num_views):
-        draw.text((MARGIN + view * (CELL + GAP), GAP // 2), f"view {view}", "black", font)
+        draw.text((MARGIN + view * (CELL + GAP), GAP // 2), _short(shown.views[view], MAX_LETTERS), "black", font)
     for row in range(num_samples):
         top = 2 * LINE + row * height
         draw.text((GAP, top), _short(shown.labels[row], 14), "black", font)

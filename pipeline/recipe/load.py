@@ -19,11 +19,11 @@ from kdpipe.pipeline.recipe.search.config import SearchConfig
 from kdpipe.pipeline.recipe.search.space import SearchSpace, search_space
 from kdpipe.pipeline.recipe.sweep import SweepPoint, sweep_points
 from kdpipe.stages.cache_teacher.plan import CacheConfig
-from kdpipe.stages.cohort.config import CohortConfig, check_peer_losses
+from kdpipe.stages.cohort.config import CohortConfig, check_peer_losses, require_one_kind
 from kdpipe.stages.compress.compress import CompressConfig
 from kdpipe.stages.config import Seed, section
 from kdpipe.stages.data.config import DataConfig
-from kdpipe.stages.distillation.compatibility import check_losses
+from kdpipe.stages.distillation.compatibility import check_hard_label_views, check_losses
 from kdpipe.stages.distillation.student_config import StudentConfig
 from kdpipe.stages.errors import ModelError, RecipeError, RunError
 from kdpipe.stages.losses.base import Loss
@@ -196,7 +196,14 @@ def _contradictions(recipe: Recipe) -> Iterator[str]:
             check_losses(some, recipe.views, recipe.student.teachers, where)
 
         yield from dict.fromkeys(faults_of_each(losses, where, check))
+    for where, (student, _) in students_of(recipe).items():
+        if where == "distill" or student.hard_label_views != recipe.student.hard_label_views:
+            key = where.removesuffix("distill").rstrip(".: ") or "student"
+            fault = fault_of(check_hard_label_views, student, recipe.views, key)
+            yield from [fault] if fault else []
     if recipe.cohort is not None:
+        fault = fault_of(require_one_kind, recipe.views)
+        yield from [fault] if fault else []
         check = partial(check_peer_losses, config=recipe.cohort)
         yield from faults_of_each(recipe.cohort.distill, "cohort.distill", check)
         check_all = partial(check_losses, views=recipe.views, teachers=recipe.student.teachers, where="cohort.distill")

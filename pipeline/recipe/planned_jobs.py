@@ -21,7 +21,7 @@ def planned_jobs(recipe: Recipe, stages: Sequence[str]) -> list[PlannedJob]:
     teacher, student = recipe.teacher.train, recipe.student
     jobs = [PlannedJob("train-teacher", "teacher", "teacher", teacher.epochs if teacher else 0)]
     store = Path(recipe.cache.store or "store.zarr").name
-    jobs += [PlannedJob("cache-teacher", store, "store", FORWARD_SHARE * recipe.views.num_views)]
+    jobs += [PlannedJob("cache-teacher", store, "store", FORWARD_SHARE * recipe.views.num_stored)]
     for number, seed in enumerate(student.seeds, 1):
         for kind in [ALONE] * student.baseline + [DISTILLED]:
             name = f"student {kind}, seed {seed}"

@@ -164,7 +164,7 @@ def plan_store(
         identity=Identity(teacher.identity, data, context.view_identity(), config.asked),
         arrays=specs,
         layout=StoreLayout(
-            context.views.num_views, rows_per_unit(specs, num_samples, config.shard_bytes), (num_samples,)
+            context.views.num_stored, rows_per_unit(specs, num_samples, config.shard_bytes), (num_samples,)
         ),
         versions=library_versions(),
         encoding=encoding,

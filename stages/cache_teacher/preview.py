@@ -24,6 +24,7 @@ class ViewPreview:
 
     Attributes:
         images: uint8 [S, V, C, H, W].
+        views: What each view is called, [V].
         sample_ids: [S].
         labels: [S].
         top: By sample and view, the teacher's top classes and their probabilities at T = 1; empty without a store, or
@@ -32,6 +33,7 @@ class ViewPreview:
     """
 
     images: Tensor
+    views: list[str]
     sample_ids: list[int]
     labels: list[str]
     top: list[list[list[tuple[str, float]]]]
@@ -47,14 +49,15 @@ def show_views(context: StageContext, store: TargetStore | None, num_samples: in
         known = known[stored]
     order = torch.from_numpy(row_order(train_set.sample_ids[known].numpy(), context.views.seed))
     indices = known[order[:num_samples]]
-    views = range(min(num_views, context.views.num_views if store is None else store.num_views))
+    views = range(min(num_views, context.views.num_stored if store is None else store.num_views))
     batches = [context.train_loader.get(ViewRequest(indices, view)) for view in views]
     images = torch.stack([batch.images.cpu() for batch in batches], dim=1)
     has_logits = store is not None and store.manifest.has_logits and train_set.task == CLASSIFICATION
     top = _top(context, store, indices, views) if store and has_logits else [[[] for _ in views] for _ in indices]
     partners = [list(row) for row in zip(*[_partners(context, batch) for batch in batches], strict=True)]
     labels = [train_set.label_name(index) for index in indices.tolist()]
-    return ViewPreview(images, train_set.sample_ids[indices].tolist(), labels, top, partners)
+    named = [context.views.name_of(view) for view in views]
+    return ViewPreview(images, named, train_set.sample_ids[indices].tolist(), labels, top, partners)
 
 
 def _partners(context: StageContext, batch: ImageBatch) -> list[tuple[str, float] | None]:

@@ -18,6 +18,7 @@ from kdpipe.stages.losses.registry import AnyLoss
 from kdpipe.stages.losses.schedules import Scheduled, Temperature
 from kdpipe.stages.models.build import ModelConfig
 from kdpipe.stages.models.joint_networks import MAX_MEMBERS
+from kdpipe.stages.views.config import Views
 
 TEMPERATURES = {"dml": 1.0, "kdcl": 2.0, "one": 3.0, "codistillation": 1.0}
 """The temperatures of the papers."""
@@ -110,6 +111,15 @@ class CohortConfig:
         own |= {"combine": self.combines} if self.method == "kdcl" else {}
         own |= {"branch_at": self.branch_at, "ramp_epochs": self.ramp_epochs} if self.method == "one" else {}
         return own
+
+
+def require_one_kind(views: Views) -> None:
+    """Raise RecipeError for several kinds of views, which the members of a cohort cannot be shown."""
+    if views.kinds:
+        raise RecipeError(
+            "a cohort's step shows one view of each image, and views.kinds has several kinds: set views.operations in "
+            "its place, or train the students by themselves."
+        )
 
 
 def check_peer_losses(losses: Sequence[Loss], config: CohortConfig) -> None:

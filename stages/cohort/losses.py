@@ -23,16 +23,14 @@ from torch import Tensor, nn
 from kdpipe.stages.cohort.combine import average, combine
 from kdpipe.stages.cohort.config import RAMP_SHARE, CohortConfig
 from kdpipe.stages.losses.base import Loss
-from kdpipe.stages.losses.distillation import Distillation
+from kdpipe.stages.losses.distillation import Distillation, own_features
 from kdpipe.stages.losses.inputs import DatasetInfo, Shapes
 from kdpipe.stages.losses.logits.kd import KD
 from kdpipe.stages.losses.schedules import TrainProgress, value_at
 from kdpipe.stages.losses.weighted import WeightedLoss
 from kdpipe.stages.models.clone import clone_without_hooks
-from kdpipe.stages.models.hooks import ModelOutput
 from kdpipe.stages.targets.ensemble import TeacherEnsemble, TeachersConfig
-from kdpipe.stages.targets.feature_spec import FeatureSpec, compute_statistic, statistic_shape
-from kdpipe.stages.targets.outputs import DenseTargets
+from kdpipe.stages.targets.feature_spec import FeatureSpec
 
 PEERS = "peers"
 
@@ -154,15 +152,6 @@ def ramp(epoch: float, length: float) -> float:
     return 1.0 if epoch >= length else math.exp(-5 * (1 - epoch / length) ** 2)
 
 
-def peer_targets(loss: PeerLoss, peer: ModelOutput) -> DenseTargets:
-    """Return another member's outputs as a teacher's, without gradient."""
-    features = {
-        wanted: compute_statistic(computed, peer.features[computed.layer].detach())
-        for wanted, computed in loss.features.items()
-    }
-    return DenseTargets(peer.logits.detach(), features)
-
-
 def build_peer_losses(
     configs: Sequence[Loss], shapes: Sequence[Shapes], dataset: DatasetInfo, seed: int
 ) -> list[tuple[PeerLoss, WeightedLoss]]:
@@ -185,9 +174,7 @@ def build_peer_losses(
             config.require_classes(dataset.num_classes)
             name = f"{config.loss.rpartition(':')[2].replace('.', '_')}_{number}"
             for member, peer in ((i, j) for i in members for j in members if i != j):
-                wanted = config.required_features(shapes[member])
-                computed = {one: one.for_shape(shapes[peer][one.layer]) for one in wanted}
-                teacher = {one: statistic_shape(found, shapes[peer][one.layer]) for one, found in computed.items()}
+                computed, teacher = own_features(config, shapes[member], shapes[peer])
                 module = config.build(shapes[member], teacher, dataset)
                 own = PeerLoss(name, member, peer, computed)
                 losses.append((own, WeightedLoss(own.key, config, module)))

@@ -8,16 +8,16 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-from kdpipe.stages.cohort.losses import PEERS, CohortLosses, peer_targets, stored_name
+from kdpipe.stages.cohort.losses import PEERS, CohortLosses, stored_name
 from kdpipe.stages.data.loader.image_loader import ImageBatch
-from kdpipe.stages.errors import DataError
+from kdpipe.stages.losses.distillation import student_targets
 from kdpipe.stages.losses.user_loss import failure_of
 from kdpipe.stages.losses.weighted import DistillationBatch
 from kdpipe.stages.models.hooks import MEMBERS, ModelOutput
 from kdpipe.stages.numerics import to_float32
 from kdpipe.stages.runtime.collectives import all_reduce_sum
 from kdpipe.stages.targets.outputs import DenseTargets, TeacherTargets
-from kdpipe.stages.training.task import Batch, StepPosition, TrainingTask
+from kdpipe.stages.training.task import Batch, StepPosition, TrainingTask, require_same_images
 
 
 @dataclass(frozen=True)
@@ -58,11 +58,10 @@ class CohortTask(TrainingTask):
 
     def batch_of(self, position: StepPosition, views: Sequence[ImageBatch]) -> Batch:
         """Return the batch at a position, with the images of the members one behind the other along the channels."""
-        batch = super().batch_of(position, views)
+        batch = super().batch_of(position, views[:1])
         if len(views) == 1:
             return batch
-        if any(not torch.equal(one.indices, views[0].indices) for one in views):
-            raise DataError("some images could be read in one view and not in another: set data.unreadable = 'stop'.")
+        require_same_images(views)
         teachers: list[TeacherTargets] = []
         for number in range(len(views) if self.targets else 0):
             assert self.targets is not None
@@ -115,7 +114,7 @@ class CohortTask(TrainingTask):
         found: dict[str, list[Tensor]] = {}
         for one in self.exchange.between:
             with failure_of(self.exchange.configs[one.key]):
-                target = peer_targets(one, outputs[one.peer])
+                target = student_targets(one.features, outputs[one.peer])
                 loss = self._learned(one.key, outputs[one.member], target, batch, size)
             found.setdefault(f"{one.name}_{one.member}", []).append(loss)
         return {name: torch.stack(losses).mean() for name, losses in found.items()}

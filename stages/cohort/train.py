@@ -11,7 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from kdpipe.stages.cohort.config import CohortConfig, check_peer_losses, check_teacher_losses
+from kdpipe.stages.cohort.config import CohortConfig, check_peer_losses, check_teacher_losses, require_one_kind
 from kdpipe.stages.cohort.exchange import CohortPlan, build_task
 from kdpipe.stages.cohort.network import Cohort, build_cohort, evaluation_of, renewal
 from kdpipe.stages.config import config_fingerprint
@@ -45,6 +45,7 @@ def check_cohort(config: CohortConfig, student: StudentConfig, context: StageCon
     check_peer_losses(config.distill, config)
     require_classes(context.train_set, "[cohort]")
     views, count = context.views, config.num_members
+    require_one_kind(views)
     if not config.with_teacher:
         require_labels(context.train_set)
     if student.train.compile:

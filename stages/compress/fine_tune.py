@@ -18,7 +18,7 @@ from kdpipe.stages.distillation.adapters import KeptChannels, restore_adapters
 from kdpipe.stages.distillation.embedding_student import examine_student
 from kdpipe.stages.distillation.spec import DistillationSpec
 from kdpipe.stages.distillation.student_config import DISTILLED, StudentConfig, student_folder
-from kdpipe.stages.distillation.task_builder import build_student, build_task
+from kdpipe.stages.distillation.task_builder import build_student, build_task, label_settings
 from kdpipe.stages.evaluation.evaluate import Evaluation
 from kdpipe.stages.losses.distillation import Distillation, student_layers
 from kdpipe.stages.models.bundle import ModelBundle
@@ -126,15 +126,13 @@ def build_fine_tuning(
 
     The student is that of `kdpipe train-student`, or the one in the folder `student_dir`.
     """
-    context, smoothing = student.context(context), student.label_smoothing
+    context, labels = student.context(context), label_settings(student)
     return FineTuneContext(
         seed=seed,
         spec=spec,
-        label_smoothing=smoothing,
+        label_smoothing=student.label_smoothing,
         build_student=lambda: build_student(student, seed, context, spec),
-        build_task=lambda network, losses: build_task(
-            network, losses, seed, context, label_smoothing=smoothing, is_fine_tuning=True
-        ),
+        build_task=lambda network, losses: build_task(network, losses, seed, context, **labels, is_fine_tuning=True),
         evaluation=context.evaluation,
         validation=context.validation,
         examine=lambda network: examine_student(network, spec, context),
@@ -142,6 +140,7 @@ def build_fine_tuning(
             "data": context.training_identity(),
             "test": context.test_identity(),
             "views": context.student_views(),
+            **student.hard_labels,
         },
         run_dir=context.run_dir,
         student_dir=student_dir or student_folder(context.run_dir, DISTILLED, seed),

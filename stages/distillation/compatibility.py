@@ -11,6 +11,8 @@ from kdpipe.stages.distillation.spec import DistillationSpec
 from kdpipe.stages.distillation.student_config import StudentConfig
 from kdpipe.stages.errors import RecipeError
 from kdpipe.stages.losses.base import LogitLoss, Loss
+from kdpipe.stages.losses.features.fitnet import InitialLoss
+from kdpipe.stages.losses.features.ft import FT
 from kdpipe.stages.losses.schedules import Temperature, bounds
 from kdpipe.stages.targets.ensemble import TeachersConfig
 from kdpipe.stages.targets.join import JoinedStore
@@ -18,6 +20,7 @@ from kdpipe.stages.targets.outputs import NO_LOGITS
 from kdpipe.stages.targets.reader import Targets
 from kdpipe.stages.views.config import Views
 from kdpipe.store import StoreError, TargetStore, TopK
+from kdpipe.store.errors import did_you_mean
 from kdpipe.store.format.encodings.logit_encoding import LogitEncoding
 from kdpipe.store.format.encodings.sampled import Sampled
 
@@ -31,6 +34,7 @@ def check_losses(losses: Sequence[Loss], views: Views, teachers: TeachersConfig,
         )
     for number, loss in enumerate(losses):
         entry = f"{where}.{number} ({loss.loss})"
+        _check_kinds(loss, views, entry)
         if loss.samples.weighting != "equal" and not loss.per_sample:
             raise RecipeError(
                 f"{entry}: samples.weighting = {loss.samples.weighting!r} needs a per-sample loss, and this one "
@@ -44,6 +48,53 @@ def check_losses(losses: Sequence[Loss], views: Views, teachers: TeachersConfig,
         if views.mix is not None and (loss.one_label or loss.samples.needs_single_label):
             what = entry if loss.one_label else f"{entry} with samples selected or weighted by their label"
             raise RecipeError(f"{what} needs a single label per sample, and [views.mix] gives two: remove one of them.")
+
+
+def check_hard_label_views(student: StudentConfig, views: Views, where: str = "student") -> None:
+    """Raise RecipeError for labels in kinds of views that there are not."""
+    for kind in student.hard_label_views:
+        _require_kind(kind, views, f"{where}.hard_label_views")
+
+
+def _require_kind(kind: str, views: Views, key: str) -> None:
+    if not views.kinds:
+        raise RecipeError(f"{key} names the kind of view {kind!r}, and there are no kinds: set views.kinds.")
+    if kind not in views.kinds:
+        raise RecipeError(f"{key}: views.kinds has no kind {kind!r}; {did_you_mean(kind, views.kinds)}")
+
+
+def _check_kinds(loss: Loss, views: Views, entry: str) -> None:
+    """Raise RecipeError for a loss in kinds of views that there are not, or from which it cannot learn."""
+    for key in ("view", "target_view"):
+        if (kind := getattr(loss, key)) is not None:
+            _require_kind(kind, views, f"{entry}: {key}")
+    if views.kinds and loss.num_negatives and loss.view is None:
+        raise RecipeError(
+            f"{entry} contrasts samples in one kind of view: name it, as in view = {next(iter(views.kinds))!r}."
+        )
+    if loss.target == "student":
+        _check_own_target(loss, entry)
+
+
+def _check_own_target(loss: Loss, entry: str) -> None:
+    """Raise RecipeError for a loss that cannot learn from the student's own outputs in another kind of view."""
+    if loss.target_view is None:
+        raise RecipeError(
+            f"{entry}: target = 'student' needs target_view, the kind of view (views.kinds) in which its own outputs "
+            "are the target."
+        )
+    if loss.view == loss.target_view:
+        raise RecipeError(
+            f"{entry}: target = 'student' compares the view {loss.view!r} with itself: name two different kinds."
+        )
+    if loss.store is not None:
+        raise RecipeError(f"{entry}: target = 'student' learns from no store: leave out store = {loss.store}.")
+    stages = isinstance(loss, InitialLoss | FT)
+    if stages or loss.needs_head or loss.num_negatives or loss.input_gradient:
+        needed = "stages of its own" if stages else "more of a teacher than logits and features"
+        raise RecipeError(
+            f"{entry} needs {needed}, and cannot have target = 'student': use a loss such as kd, logit_mse or hint."
+        )
 
 
 def class_warnings(losses: Sequence[Loss], num_classes: int) -> Iterator[str]:
@@ -116,7 +167,7 @@ def temperatures_of(
     """Return the names and temperatures of the losses on the logits of a store; of schedules, the highest."""
     found = []
     for number, loss in enumerate(losses):
-        if loss.on_logits and loss.store in (None, store):
+        if loss.reads_logits and loss.store in (None, store):
             own = teachers.temperatures[store : store + 1] if loss.store is None else ()
             highest = {bounds(temperature)[1] for temperature in own or loss.temperatures()}
             name = f"{where}.{number} ({loss.loss})"
@@ -134,13 +185,15 @@ def check_combination(spec: DistillationSpec, sources: Sequence[JoinedStore], ta
     """
     maps = [source.class_map for source in sources]
     partial = [number for number, class_map in enumerate(maps) if class_map and not class_map.has_all_classes]
-    together = [loss for loss in spec.losses if loss.on_logits and loss.store is None]
+    together = [loss for loss in spec.losses if loss.reads_logits and loss.store is None]
     if partial and together and len(sources) > 1 and spec.teachers.ensemble == "logits":
         raise RecipeError(
             f"the teacher of {sources[partial[0]].store.path} lacks some of the student's classes, and logits of "
             "different classes cannot be averaged: set student.teachers.ensemble = 'probabilities'."
         )
     for number, loss in enumerate(spec.losses):
+        if loss.target == "student":
+            continue
         whole = loss.whole_logits or (isinstance(loss, LogitLoss) and loss.standardize)
         if whole and loss.on_logits and (partial if loss.store is None else loss.store in partial):
             raise RecipeError(
@@ -182,10 +235,11 @@ def _require_same_classes(spec: DistillationSpec, sources: Sequence[JoinedStore]
         raise RecipeError(f"{entry} its classes are not the student's: use another loss, or another teacher.")
 
 
-def require_views(store: TargetStore, num_views: int) -> None:
-    if store.num_views < num_views:
+def require_views(store: TargetStore, views: Views) -> None:
+    if store.num_views < views.num_stored:
+        needed = f"{views.num_stored}" + f", {views.num_views} of each kind" * bool(views.kinds)
         raise RecipeError(
-            f"{store.path} has {store.num_views} views, the recipe needs {num_views}: run `kdpipe cache-teacher` with "
+            f"{store.path} has {store.num_views} views, the recipe needs {needed}: run `kdpipe cache-teacher` with "
             "this recipe to add them, or lower views.num_views."
         )
 
@@ -208,7 +262,8 @@ def require_no_logits(losses: Sequence[Loss], store: int, where: str = "distill"
     """Raise RecipeError if a loss needs the logits of this store, which has the embeddings of its teacher."""
     for number, loss in enumerate(losses):
         is_own = (loss.store or 0) == store or (loss.store is None and loss.on_logits)
-        if is_own and (loss.on_logits or loss.input_gradient or loss.samples.needs_probabilities):
+        reads_logits = loss.on_logits or loss.input_gradient or loss.samples.needs_probabilities
+        if is_own and reads_logits and loss.target == "teacher":
             what = "selects samples by" if not loss.on_logits and not loss.input_gradient else "needs"
             raise RecipeError(f"{where}.{number} ({loss.loss}) {what} the teacher's logits: {NO_LOGITS}")
 
@@ -226,7 +281,7 @@ def require_logits(stores: Sequence[TargetStore], losses: Sequence[Loss], teache
     for number, loss in enumerate(losses):
         entry = f"distill.{number} ({loss.loss})"
         for index, store in enumerate(stores):
-            if loss.on_logits and loss.store in (None, index):
+            if loss.reads_logits and loss.store in (None, index):
                 own = teachers.temperatures[index : index + 1] if loss.store is None else ()
                 encoding = store.manifest.encoding
                 require_encoding(encoding, str(store.path), loss, own or loss.temperatures(), entry)
@@ -239,7 +294,8 @@ def require_logits(stores: Sequence[TargetStore], losses: Sequence[Loss], teache
         own_teacher = loss.store is not None or not loss.on_logits
         used = [stores[loss.store or 0]] if own_teacher else list(stores)
         by_label = teachers.weights in ("confidence", "learnable") and len(stores) > 1 and not own_teacher
-        for store in used if loss.samples.needs_probabilities or by_label else ():
+        reads_stores = loss.target == "teacher" and (loss.samples.needs_probabilities or by_label)
+        for store in used if reads_stores else ():
             _require_probabilities(store, entry)
 
 
@@ -248,7 +304,7 @@ def require_fitting_encoding(
 ) -> None:
     """Raise RecipeError, before a store is made, unless its encoding will serve the losses on logits."""
     for number, loss in enumerate(losses):
-        if loss.on_logits:
+        if loss.reads_logits:
             own = teachers.temperatures[:1] if loss.store is None else ()
             entry = f"{where}.{number} ({loss.loss})"
             try:

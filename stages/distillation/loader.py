@@ -29,7 +29,7 @@ from kdpipe.stages.runtime.gpu.device import check_device, torch_device
 from kdpipe.stages.targets.feature_spec import TEACHER_HEAD, FeatureSpec, parse_feature, parse_statistic
 from kdpipe.stages.targets.join import join
 from kdpipe.stages.targets.open import open_store_anywhere, open_with_views
-from kdpipe.stages.targets.outputs import TeacherTargets
+from kdpipe.stages.targets.outputs import TeacherTargets, concatenated
 from kdpipe.stages.targets.reader import TargetLoadingConfig, Targets
 from kdpipe.stages.targets.resolve import LOGITS
 from kdpipe.stages.training.task import Batch, TrainingTask
@@ -40,7 +40,8 @@ from kdpipe.store import TargetStore
 class StudentBatch(dict[str, Any]):
     """A batch as a dict of tensors, so that Lightning, Accelerate and the HF Trainer can move it.
 
-    Its entries are attributes too: `batch.images` is `batch["images"]`.
+    Its entries are attributes too: `batch.images` is `batch["images"]`. Of a store with K kinds of views it has each
+    sample K times, all samples in the first kind and then all in the next: `logits.chunk(K)` are those of each kind.
 
     Attributes:
         images: Normalized images in the very view that the teacher saw, float32 [B, C, H, W].
@@ -78,8 +79,9 @@ class StudentBatch(dict[str, Any]):
 class DistillationLoader:
     """Images in the views that the teacher saw, with labels and its outputs, in the batches of kdpipe's own training.
 
-    Each iteration is one epoch: epoch e has view e mod V, in an order that depends on (seed, epoch) alone. All batches
-    are full; the rest of the samples differs from epoch to epoch. One iteration at a time: a new one ends the last.
+    Each iteration is one epoch: epoch e has view e mod V, of all kinds, in an order that depends on (seed, epoch)
+    alone. All batches are full; the rest of the samples differs from epoch to epoch. One iteration at a time: a new one
+    ends the last.
 
     Example:
         >>> import kdpipe as kd
@@ -232,13 +234,13 @@ class DistillationLoader:
         self._next = self._position = (epoch, step) if step < len(self) else (epoch + 1, 0)
 
     def _student_batch(self, batch: Batch) -> StudentBatch:
-        (teacher,) = batch.teachers
+        teacher, count = concatenated(batch.teachers), len(batch.teachers)
         made = StudentBatch(
             images=batch.images,
-            labels=_labels(batch.hard, self.dataset.num_classes),
+            labels=torch.cat([_labels(batch.hard, self.dataset.num_classes)] * count),
             **({"teacher_logits": teacher.logits_at(self._temperature)} if self.store.manifest.has_logits else {}),
             features={name: teacher.features[spec] for name, spec in self._features.items()},
-            sample_ids=self._ids[batch.ranks],
+            sample_ids=self._ids[batch.ranks].repeat(count),
         )
         made.teacher = teacher
         return made

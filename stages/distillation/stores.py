@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from kdpipe.stages.context import StageContext
 from kdpipe.stages.distillation.compatibility import (
+    check_hard_label_views,
     check_image_size,
     check_labels,
     check_losses,
@@ -56,6 +57,7 @@ def open_distillation(
         FingerprintMismatch: A store belongs to another teacher or other views.
     """
     check_losses(losses, context.views, student.teachers)
+    check_hard_label_views(student, context.views)
     check_teachers(student.teachers, len(places))
     check_image_size(losses, student, context)
     check_labels(losses, student.teachers, context.train_set)
@@ -78,7 +80,7 @@ def open_distillation(
     of_embeddings = any(not store.manifest.has_logits for store in stores)
     check_output(student, losses, context, of_embeddings=of_embeddings)
     for store in stores:
-        require_views(store, context.views.num_views)
+        require_views(store, context.views)
     require_logits(stores, losses, student.teachers)
     for number, store in enumerate(stores):
         if store.manifest.top_k is not None:

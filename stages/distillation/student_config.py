@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, Field
 
-from kdpipe.stages.config import PathStr, Seed, section, unique
+from kdpipe.stages.config import KindName, PathStr, Seed, section, unique
 from kdpipe.stages.context import StageContext
 from kdpipe.stages.losses.schedules import Scheduled
 from kdpipe.stages.models.build import ModelConfig
@@ -33,6 +33,8 @@ class StudentConfig:
         export: Whether to write an ONNX file, which `kdpipe compress` needs; that is tried before training.
         hard_label_weight: The weight of the cross entropy with the labels beside the distillation losses.
         label_smoothing: The share of each label that is spread over all classes; also for the student alone.
+        hard_label_views: The kinds of views (`views.kinds`) with that cross entropy, which is the mean over them; by
+            default all; also for the student alone.
         stores: The target stores; by default the one that this recipe's `cache-teacher` fills. Several stores are
             several teachers, combined by `teachers`; a loss on features names its store.
         teachers: How several teachers are combined.
@@ -52,6 +54,7 @@ class StudentConfig:
     export: bool = True
     hard_label_weight: Scheduled = 0.1
     label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    hard_label_views: Annotated[tuple[KindName, ...], AfterValidator(unique)] = ()
     stores: tuple[PathStr, ...] = Field(default=(), repr=False)
     teachers: TeachersConfig = Field(default_factory=TeachersConfig)
     missing_targets: Missing = "error"
@@ -60,6 +63,11 @@ class StudentConfig:
     std: tuple[float, ...] | None = None
     image_size: Annotated[int, Field(ge=1, le=2**14)] | None = None
     output: Literal["logits", "embeddings"] = "logits"
+
+    @property
+    def hard_labels(self) -> dict[str, Any]:
+        """What decides which views have labels, for fingerprints; empty by default."""
+        return {"hard_label_views": list(self.hard_label_views)} if self.hard_label_views else {}
 
     @property
     def is_headless(self) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 from kdpipe.stages.context import StageContext, model_normalization
 from kdpipe.stages.data.image_set import require_labels
@@ -29,6 +30,11 @@ def student_shapes(config: StudentConfig, losses: Sequence[Loss], context: Stage
     return feature_shapes(model, student_layers(losses), context.resized(config.image_size).image_shape)
 
 
+def label_settings(student: StudentConfig) -> dict[str, Any]:
+    """Return the arguments of `build_task` that say how a student learns from labels."""
+    return {"label_smoothing": student.label_smoothing, "hard_label_views": student.hard_label_views}
+
+
 def build_task(
     network: ModelBundle,
     spec: DistillationSpec | None,
@@ -36,15 +42,23 @@ def build_task(
     context: StageContext,
     *,
     label_smoothing: float = 0.0,
+    hard_label_views: Sequence[str] = (),
     is_fine_tuning: bool = False,
 ) -> TrainingTask:
     """Build the training task of `network`.
 
-    Without `spec` it has hard labels only, smoothed by `label_smoothing`. `seed` initializes the losses' adapters;
-    `is_fine_tuning` means that all schedules have ended, as in fine-tuning.
+    Without `spec` it has hard labels only, smoothed by `label_smoothing`. `hard_label_views` are the kinds of views
+    that have them, by default all. `seed` initializes the losses' adapters; `is_fine_tuning` means that all schedules
+    have ended, as in fine-tuning.
     """
     views = context.views
-    task = TrainingTask(context.train_loader, views.num_views, network.normalize, fresh_views=not views.replay)
+    task = TrainingTask(
+        context.train_loader,
+        views.num_views,
+        network.normalize,
+        fresh_views=not views.replay,
+        hard_label_views=hard_label_views,
+    )
     if spec is None:
         require_labels(context.train_set)
         return replace(task, label_smoothing=label_smoothing)
@@ -56,6 +70,7 @@ def build_task(
         ensemble=TeacherEnsemble(spec.teachers, len(sources), spec.accuracies),
         dataset=DatasetInfo(context.train_set.num_samples, context.train_set.num_classes),
         seed=derive_seed(seed, "adapters"),
+        kinds=tuple(views.kinds),
     )
     targets = Targets(sources, context.device, spec.target_loading)
     check_combination(spec, sources, targets)

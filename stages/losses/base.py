@@ -45,14 +45,14 @@ Example:
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, ClassVar, Literal
 
 import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from kdpipe.stages.config import max_value, section
+from kdpipe.stages.config import KindName, max_value, section
 from kdpipe.stages.data.tasks import CLASSIFICATION, MULTILABEL, REGRESSION, Task
 from kdpipe.stages.errors import RecipeError
 from kdpipe.stages.losses.alone import LossModule, StudentOutput, TeacherOutput
@@ -75,6 +75,9 @@ class Loss:
         store: index into `student.stores` of the teacher to learn from, counted from 0; by default logits come from all
             stores combined, and features from the first.
         samples: which samples the loss is computed on, and their weights.
+        view: the kind of view (`views.kinds`) in which the student learns; by default all, and the loss is their mean.
+        target_view: the kind of view whose targets it learns, of the same image; by default those of its own view.
+        target: "teacher", or "student" for the student's own outputs in `target_view`, without gradient.
     """
 
     paper: ClassVar[str] = ""
@@ -91,11 +94,15 @@ class Loss:
     compares_classes: ClassVar[bool] = False  # by what only a teacher of the same classes has, beside its logits
     input_gradient: ClassVar[bool] = False  # uses the gradient of the student's cross entropy by the images
     tasks: ClassVar[tuple[Task, ...]] = (CLASSIFICATION, MULTILABEL, REGRESSION)  # what the outputs may be
+    later_keys: ClassVar[Mapping[str, Any]] = {"view": None, "target_view": None, "target": "teacher"}
 
     loss: str = ""  # its name, which registration sets
     weight: Scheduled = 1.0
     store: Annotated[int, Field(ge=0), max_value(1000)] | None = None
     samples: SampleSelection = Field(default_factory=SampleSelection, kw_only=True)
+    view: KindName | None = None
+    target_view: KindName | None = None
+    target: Literal["teacher", "student"] = "teacher"
 
     def __post_init__(self) -> None:
         if not self.loss:
@@ -121,6 +128,11 @@ class Loss:
     def negative_features(self) -> tuple[FeatureSpec, ...]:
         """Return the teacher features required of the negatives."""
         return ()
+
+    @property
+    def reads_logits(self) -> bool:
+        """Return whether the loss is on a teacher's logits."""
+        return self.on_logits and self.target == "teacher"
 
     def require_classes(self, num_classes: int) -> None:
         """Raise RecipeError if the loss has nothing to learn from the logits of so few classes."""

@@ -31,8 +31,20 @@ def open_with_views(path: Path, views: Mapping[str, Any], identity: Mapping[str,
         StoreError: The store cannot be opened.
     """
     advice = f"Choose {ANOTHER_RUN} or another store, or return to the recipe that made this one."
-    advice += version_note(read_store_manifest(path).versions, library_versions())
+    manifest = read_store_manifest(path)
+    stored, wanted = kinds_of(manifest.identity.views), kinds_of(views)
+    if stored != wanted:
+        advice = f"The store has {stored}, the recipe {wanted} (views.kinds). {advice}"
+    advice += version_note(manifest.versions, library_versions())
     return open_store(path, {**identity, "views": dict(views)}, advice)
+
+
+def kinds_of(views: Mapping[str, Any]) -> str:
+    """Return the kinds of views of a store's identity in words."""
+    kinds = views.get("kinds")
+    if not isinstance(kinds, list):
+        return "views of one kind"
+    return f"views of the kinds {', '.join(str(kind.get('name')) for kind in kinds if isinstance(kind, dict))}"
 
 
 def open_store_anywhere(

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
-from typing import Protocol
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, fields, replace
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -49,6 +49,19 @@ def head_logits(vectors: Tensor, head: Tensor) -> Tensor:
     """Compute the logits [B, C] of pooled vectors [B, D] with a teacher's head [C, D + 1], in float32 on any device."""
     with torch.autocast(vectors.device.type, enabled=False), tf32(enabled=False):
         return torch.addmm(head[:, -1], vectors, head[:, :-1].T)
+
+
+def concatenated(outputs: Sequence[Any]) -> Any:
+    """Return outputs of one teacher for several batches, or parts of them, as those of one batch."""
+    first = outputs[0]
+    if isinstance(first, Tensor):
+        return torch.cat(tuple(outputs))
+    if isinstance(first, Mapping):
+        return {key: first[key] if key.is_head else torch.cat([one[key] for one in outputs]) for key in first}
+    if not hasattr(first, "logits_at") or len(outputs) == 1:
+        return first
+    parts = {field.name: [getattr(one, field.name) for one in outputs] for field in fields(first)}
+    return replace(first, **{name: concatenated(values) for name, values in parts.items()})
 
 
 @dataclass(frozen=True)

@@ -11,11 +11,11 @@ from typing import Annotated, Any
 import torch
 from pydantic import AfterValidator, Field
 
-from kdpipe.stages.config import section
+from kdpipe.stages.config import KindName, section
 from kdpipe.stages.context import StageContext
 from kdpipe.stages.distillation.spec import DistillationSpec
 from kdpipe.stages.distillation.student_config import ALONE, StudentConfig
-from kdpipe.stages.distillation.task_builder import build_student, build_task
+from kdpipe.stages.distillation.task_builder import build_student, build_task, label_settings
 from kdpipe.stages.losses.distillation import student_layers
 from kdpipe.stages.losses.registry import AnyLoss
 from kdpipe.stages.losses.schedules import Scheduled
@@ -51,6 +51,7 @@ class CompareEntry:
     distill: tuple[AnyLoss, ...] = ()
     hard_label_weight: Scheduled | None = None
     label_smoothing: Annotated[float, Field(ge=0, lt=1)] | None = None
+    hard_label_views: tuple[KindName, ...] | None = None
 
     def __post_init__(self) -> None:
         if self.hard_label_weight is not None and not self.distill:
@@ -70,8 +71,9 @@ class Variant:
         """The digest of everything that can change the cost of a step."""
         spec = self.spec.to_json() if self.spec else None
         student = {key: value for key, value in asdict(self.student).items() if key not in ("baseline", "export")}
-        if student["image_size"] is None:  # costs that were measured before there was this key
-            del student["image_size"]
+        for key in ("image_size", "hard_label_views"):  # costs that were measured before there were these keys
+            if not student[key]:
+                del student[key]
         return sha256_of({"student": student, "distillation": spec})
 
     @property
@@ -81,9 +83,9 @@ class Variant:
 
 def with_overrides(entry: CompareEntry, student: StudentConfig) -> StudentConfig:
     """Return the student's configuration with the overrides of an entry."""
-    if entry.hard_label_weight is not None:
-        student = replace(student, hard_label_weight=entry.hard_label_weight)
-    return student if entry.label_smoothing is None else replace(student, label_smoothing=entry.label_smoothing)
+    keys = ("hard_label_weight", "label_smoothing", "hard_label_views")
+    changes: dict[str, Any] = {key: getattr(entry, key) for key in keys if getattr(entry, key) is not None}
+    return replace(student, **changes)
 
 
 def measure_costs(
@@ -140,7 +142,7 @@ def build_step_job(variant: Variant, context: StageContext) -> TrainJob:
     seed, context = variant.student.seeds[0], variant.student.context(context)
     network = build_student(variant.student, seed, context, variant.spec)
     spec = variant.spec.without_hint_losses if variant.spec else None
-    task = build_task(network, spec, seed, context, label_smoothing=variant.student.label_smoothing)
+    task = build_task(network, spec, seed, context, **label_settings(variant.student))
     layers = student_layers(spec.losses) if spec else ()
     config: TrainConfig = variant.student.train
     name, folder, process_group = variant.name, JobDir(Path()), context.process_group

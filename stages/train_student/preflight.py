@@ -14,6 +14,7 @@ from kdpipe.stages.distillation.student_config import StudentConfig
 from kdpipe.stages.distillation.task_builder import build_student
 from kdpipe.stages.errors import ModelError, RecipeError
 from kdpipe.stages.losses.base import Loss
+from kdpipe.stages.losses.distillation import student_layers
 from kdpipe.stages.losses.features.simkd import SimKD
 from kdpipe.stages.losses.inputs import DatasetInfo, Shapes
 from kdpipe.stages.losses.user_loss import try_loss
@@ -59,12 +60,14 @@ def dry_run_losses(
             raise RecipeError(f"{entry} uses store {loss.store}, but there are {num_stores}, counted from 0.")
         try:
             model = model or _student(losses, student, teacher, context)
-            shapes = feature_shapes(model, loss.student_layers(), context.resized(student.image_size).image_shape)
+            shapes = feature_shapes(model, student_layers([loss]), context.resized(student.image_size).image_shape)
         except ModelError as error:
             raise RecipeError(f"{entry}, the student: {error}") from error
         except RecipeError as error:  # the projector does not fit
             raise RecipeError(f"{entry}: {error}") from error
-        if (loss.store or 0) == 0:  # the teachers of other stores are not available
+        if loss.target == "student":
+            _build(loss, shapes, model, context.resized(student.image_size), entry=entry)
+        elif (loss.store or 0) == 0:  # the teachers of other stores are not available
             _build(loss, shapes, teacher, context, entry=entry)
 
 

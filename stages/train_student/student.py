@@ -57,6 +57,7 @@ def student_fingerprint(
         "test": context.test_identity(),
         "views": context.student_views(),
         "label_smoothing": config.label_smoothing,
+        **config.hard_labels,
         "distillation": spec.to_json() if spec else None,
         **({"own_outputs": own_outputs} if own_outputs else {}),  # earlier versions learned from what was left of them
     }

@@ -191,7 +191,7 @@ def _is_long(job: TrainJob, batch: Batch, device: torch.device) -> bool:
     Counting takes seconds, and is left out where each weight could meet each pixel without reaching the limit.
     """
     _, channels, height, width = batch.images.shape
-    num_passes = 3 * job.task.num_samples * job.config.epochs
+    num_passes = 3 * job.task.num_samples * job.config.epochs * len(batch.images) // max(1, batch.num_samples)
     if not is_worth_a_trial(num_passes * count_parameters(job.model) * height * width, device):
         return False
     return is_worth_a_trial(num_passes * count_macs(job.model, (channels, height, width)), device)

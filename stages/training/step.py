@@ -93,7 +93,7 @@ class TrainStep:
                 expected = self._gradients_without_compiler(batch) if self._must_check(batch) else None
                 losses = self._forward_backward(batch)
             except (MemoryError, RuntimeError) as error:
-                if not (retries and is_out_of_memory(error) and progress.micro_batches < len(batch.images)):
+                if not (retries and is_out_of_memory(error) and progress.micro_batches < batch.num_samples):
                     raise
             else:
                 break
@@ -102,7 +102,7 @@ class TrainStep:
             self._buffers.restore()
             self.state.optimizer.zero_grad(set_to_none=True)
             self._student.stop_compiling()  # what a CUDA graph has allocated would be lost to the micro-batches
-            progress.micro_batches = min(2 * progress.micro_batches, len(batch.images))
+            progress.micro_batches = min(2 * progress.micro_batches, batch.num_samples)
             gc.collect()
             if batch.images.is_cuda:
                 torch.cuda.empty_cache()
@@ -120,7 +120,7 @@ class TrainStep:
         return is_exact and not self._is_checked and self._student.compiles and self._is_whole(batch)
 
     def _is_whole(self, batch: Batch) -> bool:
-        return len(batch.images) == min(self._job.config.batch_size, self._job.task.num_samples)
+        return batch.num_samples == min(self._job.config.batch_size, self._job.task.num_samples)
 
     def _gradients_without_compiler(self, batch: Batch) -> dict[str, Tensor]:
         """Return the gradients of a batch, computed without torch.compile, and leave no trace of that."""
@@ -144,9 +144,9 @@ class TrainStep:
                 return self._backward(batch, eager=eager)
         # After one process's job is continued by several, there may be more micro-batches than rows.
         count = min(progress.micro_batches, job.config.batch_size // job.process_group.count)
-        whole, sums = all_reduce_sum(len(batch.images)), dict[str, Tensor]()
+        whole, sums = all_reduce_sum(batch.num_samples), dict[str, Tensor]()
         for micro_batch in batch.split(count):
-            num_samples = all_reduce_sum(len(micro_batch.images))
+            num_samples = all_reduce_sum(micro_batch.num_samples)
             if num_samples == 0:  # of a batch that lacks unreadable images
                 continue
             for name, loss in self._backward(micro_batch, num_samples / whole).items():
@@ -209,7 +209,7 @@ def _seed(seed: int, device: torch.device) -> None:
 
 def micro_batch_warning(model: nn.Module, task: TrainingTask, batch: Batch, micro_batches: int) -> str:
     """Return the warning for batches that are divided, naming what now depends on the micro-batch."""
-    batch_size = len(batch.images)
+    batch_size = batch.num_samples
     memory = "GPU memory" if batch.images.is_cuda else "memory"
     warning = (
         f"out of {memory} with batches of {batch_size}: continuing with micro-batches of "

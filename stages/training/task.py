@@ -15,8 +15,9 @@ from kdpipe.stages.data.image_set import UNLABELED
 from kdpipe.stages.data.loader.image_loader import ImageBatch, ImageLoader, ViewRequest
 from kdpipe.stages.data.loader.labels import HardLabels, hard_labels_of
 from kdpipe.stages.data.loader.sampling import balanced_order, batch_indices, epoch_order, num_steps, shard_order
+from kdpipe.stages.errors import DataError
 from kdpipe.stages.losses.base import Loss
-from kdpipe.stages.losses.distillation import Distillation
+from kdpipe.stages.losses.distillation import Distillation, mean_of
 from kdpipe.stages.losses.inputs import Negatives
 from kdpipe.stages.losses.schedules import FINISHED, Scheduled, TrainProgress, value_at
 from kdpipe.stages.losses.weighted import DistillationBatch
@@ -44,14 +45,14 @@ class StepPosition:
 
 @dataclass(frozen=True)
 class Batch:
-    """A batch of images with labels and targets.
+    """A batch of B samples, in one view or in one of each kind, with labels and targets.
 
     Attributes:
-        images: Normalized images, float32 [B, C, H, W].
+        images: Normalized images, float32 [B, C, H, W]; of K kinds of views [K B, C, H, W], one kind after the other.
         hard: The labels of the images, mixed ones included.
         ranks: Each sample's rank among all ids, int64 [B].
         progress: The epoch, for scheduled weights.
-        teachers: For each store, the teacher's outputs.
+        teachers: For each store, the teacher's outputs; of several kinds of views those of one after the other.
         target_masks: For each store, a mask of samples with targets, bool [B] on the CPU; None where it has all.
         negatives: By loss, the negatives of a contrastive loss.
     """
@@ -70,16 +71,29 @@ class Batch:
         masks = [mask for mask in self.target_masks if mask is not None]
         return torch.stack(masks).any(0) if masks and len(masks) == len(self.target_masks) else None
 
+    @property
+    def num_samples(self) -> int:
+        return len(self.ranks)
+
+    def in_kind(self, number: int, count: int) -> Batch:
+        """Return the batch in one of `count` kinds of views, without the images."""
+        if count == 1:
+            return self
+        num_stores = len(self.target_masks)
+        return replace(self, teachers=self.teachers[number * num_stores :][:num_stores])
+
     def split(self, count: int) -> Iterator[Batch]:
-        """Yield `count` micro-batches of nearly equal size, in order."""
+        """Yield `count` micro-batches of nearly equal size, in order; each sample with all its views."""
         if count == 1:
             yield self
             return
-        for indices in torch.tensor_split(torch.arange(len(self.images)), count):
+        starts = torch.arange(0, len(self.images), max(1, self.num_samples))[:, None]
+        for indices in torch.tensor_split(torch.arange(self.num_samples), count):
             here = indices.to(self.images.device, non_blocking=True)
+            rows = (starts + indices).flatten().to(self.images.device, non_blocking=True)
             yield replace(
                 self,
-                images=self.images.detach()[here],
+                images=self.images.detach()[rows],
                 hard=self.hard.rows(here),
                 ranks=self.ranks[here],
                 teachers=[teacher.rows(here) for teacher in self.teachers],
@@ -93,7 +107,7 @@ class TrainingTask:
 
     Attributes:
         loader: The images in their views.
-        num_views: The number of views; epoch e, or pass e over fewer samples, has view e mod num_views.
+        num_views: The number of views; epoch e, or pass e over fewer samples, has view e mod num_views, of all kinds.
         normalize: The student's input normalization.
         targets: The teachers' outputs; None without a teacher.
         distillation: The weighted sum of the distillation losses; None without a teacher.
@@ -105,6 +119,8 @@ class TrainingTask:
         hints_only: Whether the student runs only up to its hint layers, with no loss but those on its features.
         balanced: Whether each epoch has all classes equally often, in place of each sample once.
         class_weights: Factors of the cross entropy with the labels, float32 [num_classes] on the loader's device.
+        first_kind: Whether the images are shown in the first kind of view alone, as those that a teacher learns from.
+        hard_label_views: The kinds of views with a cross entropy with the labels; none for all.
     """
 
     loader: ImageLoader
@@ -119,6 +135,15 @@ class TrainingTask:
     hints_only: bool = False
     balanced: bool = False
     class_weights: Tensor | None = None
+    first_kind: bool = False
+    hard_label_views: Sequence[str] = ()
+
+    @cached_property
+    def kinds(self) -> tuple[str, ...]:
+        """The kinds of views that a step shows; ("",) if there is one."""
+        renderer = self.loader.renderer
+        kinds = tuple(renderer.config.kinds) if renderer is not None else ()
+        return kinds[: 1 if self.first_kind else None] or ("",)
 
     @property
     def num_samples(self) -> int:
@@ -191,17 +216,39 @@ class TrainingTask:
         labels only, at full weight. If a loss uses the input's gradient, batch.images must require one.
         """
         global_batch_size = all_reduce_sum(len(batch.hard.labels))
-        if self.hints_only and self.distillation is not None:
-            only: dict[str, Tensor] = self.distillation(self.distillation_batch(student, batch, global_batch_size))
-            return only
-        hard = self.hard_loss(student.logits, batch, global_batch_size)
+        outputs, count = self._by_kind(student), len(self.kinds)
+        hard = {} if self.hints_only else {HARD_LABELS: self._hard_loss_of_kinds(outputs, batch, global_batch_size)}
         if self.distillation is None:
-            return {HARD_LABELS: hard}
-        gradient = self._input_gradient(student, batch) if self.needs_input_gradient else None
+            return hard
+        gradients: Sequence[Tensor | None] = [None] * count
+        if self.needs_input_gradient and not self.hints_only:
+            gradients = self._input_gradient(outputs, batch).tensor_split(count)
         losses: dict[str, Tensor] = self.distillation(
-            self.distillation_batch(student, batch, global_batch_size, gradient)
+            *(
+                self.distillation_batch(output, batch.in_kind(number, count), global_batch_size, gradient)
+                for number, (output, gradient) in enumerate(zip(outputs, gradients, strict=True))
+            )
         )
-        return {HARD_LABELS: hard} | losses
+        return hard | losses
+
+    def _by_kind(self, student: ModelOutput) -> list[ModelOutput]:
+        """Return the outputs for the images of each kind of view."""
+        if (count := len(self.kinds)) == 1:
+            return [student]
+        features = {layer: feature.tensor_split(count) for layer, feature in student.features.items()}
+        return [
+            ModelOutput(logits, {layer: parts[number] for layer, parts in features.items()})
+            for number, logits in enumerate(student.logits.tensor_split(count))
+        ]
+
+    def _hard_loss_of_kinds(self, outputs: Sequence[ModelOutput], batch: Batch, global_batch_size: int) -> Tensor:
+        """Return the mean of the loss with the labels over the kinds of views that have it."""
+        chosen = [
+            output
+            for kind, output in zip(self.kinds, outputs, strict=True)
+            if not self.hard_label_views or kind in self.hard_label_views
+        ]
+        return mean_of([self.hard_loss(output.logits, batch, global_batch_size) for output in chosen])
 
     def hard_loss(self, logits: Tensor, batch: Batch, global_batch_size: int) -> Tensor:
         """Return this process's share of the weighted loss of logits [B, num_classes] with the labels."""
@@ -230,39 +277,57 @@ class TrainingTask:
             batch.hard,
         )
 
-    def _input_gradient(self, student: ModelOutput, batch: Batch) -> Tensor:
-        """Return the gradient of the unsmoothed loss with the labels by the pixels, [B, C, H, W], part of the graph."""
-        loss = batch.hard.losses(student.logits).sum()
+    def _input_gradient(self, outputs: Sequence[ModelOutput], batch: Batch) -> Tensor:
+        """Return the gradient of the unsmoothed loss with the labels by the pixels of all images, part of the graph."""
+        loss = torch.stack([batch.hard.losses(output.logits).sum() for output in outputs]).sum()
         (gradient,) = torch.autograd.grad(loss, batch.images, create_graph=True)
         return self.normalize.to_pixel_gradient(gradient)
 
     def views_at(self, passes: int) -> list[int]:
-        """Return the views of the images of a batch after so many passes over them; a student sees one."""
-        return [-1 - passes if self.fresh_views else passes % self.num_views]
+        """Return the views of the images of a batch after so many passes over them, one of each kind that is shown."""
+        number, kinds = -1 - passes if self.fresh_views else passes % self.num_views, self._num_kinds
+        return [number * kinds + kind for kind in range(len(self.kinds))]
+
+    @cached_property
+    def _num_kinds(self) -> int:
+        """The number of kinds of views, shown or not."""
+        return max(1, len(self.loader.renderer.config.kinds)) if self.loader.renderer is not None else 1
 
     def batch_of(self, position: StepPosition, views: Sequence[ImageBatch]) -> Batch:
         """Return the batch at a position from its images in the views of `views_at`."""
         image_batch = views[0]
-        indices, view = image_batch.indices, position.epoch % self.num_views
+        indices, first = image_batch.indices, position.epoch % self.num_views * self._num_kinds
+        images = self.normalize(image_batch.images)
+        if len(views) > 1:
+            require_same_images(views)
+            images = torch.cat([images, *(self.normalize(one.images) for one in views[1:])])
+        numbers = range(first, first + len(self.kinds))
         return Batch(
-            images=self.normalize(image_batch.images),
+            images=images,
             hard=hard_labels_of(self.loader, image_batch),
             ranks=self.ranks[indices].to(image_batch.images.device, non_blocking=True),
             progress=FINISHED if self.is_fine_tuning else TrainProgress(position.epoch, position.epochs),
-            teachers=self.targets.batch(view, indices) if self.targets else (),
+            teachers=[one for view in numbers for one in self.targets.batch(view, indices)] if self.targets else (),
             target_masks=self.targets.target_masks(indices) if self.targets else (),
-            negatives=self._negatives(position, view),
+            negatives=self._negatives(position, first),
         )
 
-    def _negatives(self, position: StepPosition, view: int) -> dict[str, Negatives]:
-        """Return the negatives of each contrastive loss, a function of (seed, epoch, step)."""
+    def _negatives(self, position: StepPosition, first: int) -> dict[str, Negatives]:
+        """Return the negatives of each contrastive loss, a function of (seed, epoch, step).
+
+        `first` is the view of the first kind.
+        """
         if self.targets is None or self.distillation is None:
             return {}
         return {
-            name: self._sample_negatives(name, config, position, view)
+            name: self._sample_negatives(name, config, position, first + self._kind_of_targets(config))
             for name, config in self.distillation.configs.items()
             if config.num_negatives
         }
+
+    def _kind_of_targets(self, config: Loss) -> int:
+        kind = config.target_view or config.view
+        return 0 if kind is None else self.kinds.index(kind)
 
     def _sample_negatives(self, name: str, config: Loss, position: StepPosition, view: int) -> Negatives:
         assert self.targets is not None
@@ -278,3 +343,9 @@ class TrainingTask:
             self.loader.dataset.labels[chosen].to(device, non_blocking=True),
             self.ranks[chosen].to(device, non_blocking=True),
         )
+
+
+def require_same_images(views: Sequence[ImageBatch]) -> None:
+    """Raise DataError if a batch has other samples in one view than in another."""
+    if any(not torch.equal(one.indices, views[0].indices) for one in views):
+        raise DataError("some images could be read in one view and not in another: set data.unreadable = 'stop'.")

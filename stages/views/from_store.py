@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import fields
 from typing import Any
 
@@ -10,7 +11,7 @@ from pydantic import TypeAdapter, ValidationError
 from kdpipe.stages.faults import fault_sentence
 from kdpipe.stages.views.config import Views
 from kdpipe.stages.views.mix import MixConfig
-from kdpipe.store import StoreError, TargetStore, canonical_json
+from kdpipe.store import StoreError, TargetStore
 
 
 def views_of_store(store: TargetStore) -> Views:
@@ -24,10 +25,15 @@ def views_of_store(store: TargetStore) -> Views:
     """
     stored = store.manifest.identity.views
     views: dict[str, Any] = {key: stored[key] for key in ("engine", "operations", "seed", "transform") if key in stored}
+    num_views = store.num_views
+    if isinstance(kinds := stored.get("kinds"), list):
+        named = [kind if isinstance(kind, dict) else {} for kind in kinds]
+        views["kinds"] = {str(kind.get("name")): kind.get("operations") for kind in named}
+        num_views //= max(1, len(kinds))
     if isinstance(stored.get("mix"), dict):
         views["mix"] = {field.name: stored["mix"].get(field.name) for field in fields(MixConfig)}
     try:
-        rebuilt: Views = TypeAdapter(Views).validate_json(canonical_json({**views, "num_views": store.num_views}))
+        rebuilt: Views = TypeAdapter(Views).validate_json(json.dumps({**views, "num_views": num_views}))
     except ValidationError as error:
         first = error.errors()[0]
         raise StoreError(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from itertools import chain
 from typing import Any
@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from kdpipe.stages.errors import RecipeError
-from kdpipe.stages.views.config import Views
+from kdpipe.stages.views.config import OPERATIONS, Views
 from kdpipe.stages.views.mix import MixAssignment, mix, sample_mix
 from kdpipe.stages.views.rng import CounterRNG
 from kdpipe.stages.views.tensor_engine import MIX_STREAM, TensorEngine, parse_operations
@@ -36,25 +36,52 @@ def check_views(config: Views) -> None:
         raise RecipeError(
             "[views.mix] needs views.replay = true: the teacher's outputs for one mixture are wrong for another."
         )
-    if config.engine == "tensor":
+    if config.kinds:
+        _check_kinds(config)
+    elif config.engine == "tensor":
         parse_operations(config.operations)
+
+
+def _check_kinds(config: Views) -> None:
+    if config.operations or config.transform:
+        other = "operations" if config.operations else "transform"
+        raise RecipeError(
+            f"views.kinds has the operations of each kind of view, and views.{other} those of all: remove one of them."
+        )
+    if len(config.kinds) < 2:
+        raise RecipeError(
+            f"views.kinds has one kind, {', '.join(config.kinds)}: give two or more, or its operations as "
+            "views.operations."
+        )
+    if config.engine == "tensor":
+        for name, operations in config.kinds.items():
+            parse_operations(operations, _key_of(name))
+
+
+def _key_of(kind: str) -> str:
+    return f"views.kinds.{kind}"
 
 
 @dataclass(frozen=True)
 class Renderer:
     """Renders the views of images.
 
+    With K kinds of views, view v K + k is the k-th of view v: each kind has random numbers of its own, by that number,
+    but for the partners and shares of MixUp and CutMix, which all kinds of a view share.
+
     Attributes:
         config: The views.
         channels: Channels of the images.
         size: (H, W) of the images; None if their sizes differ.
         partner_pool: Sample ids that MixUp and CutMix draw partners from, int64 [P], ascending.
+        operations_key: The recipe's key of the operations, for error messages.
     """
 
     config: Views
     channels: int
     size: tuple[int, int] | None
     partner_pool: Tensor | None = None
+    operations_key: str = OPERATIONS
 
     @property
     def in_workers(self) -> bool:
@@ -64,6 +91,8 @@ class Renderer:
     @cached_property
     def shape(self) -> tuple[int, int, int]:
         """(C, H, W) of a view. Raises RecipeError if sizes differ between views, or they cannot be rendered."""
+        if self._kinds:
+            return self._shape_of_kinds()
         if not self.in_workers:
             assert self.size is not None, "StageContext.renderer rejects images of unequal size for the tensor engine"
             return (self.channels, *self._tensor_engine.output_size(self.size))
@@ -77,6 +106,8 @@ class Renderer:
         """
         if not self.in_workers:
             return torch.from_numpy(pixels)
+        if self._kinds:
+            return self._kind_of(view).render_image(pixels, sample_id, view)
         rendered = self._apply(pixels, sample_id, view)
         if tuple(rendered.shape) != self.shape:
             raise RecipeError(
@@ -90,17 +121,19 @@ class Renderer:
 
         Sample ids are on the CPU. Stores hold views 0 to V - 1, the teacher's own training uses negative ones.
         """
-        return images if self.in_workers else self._tensor_engine(images, self._rng(sample_ids, view))
+        if self.in_workers:
+            return images
+        return self._kind_of(view)._tensor_engine(images, self._rng(sample_ids, view))
 
     def render_rows(self, images: Tensor, rows: Tensor, sample_ids: Tensor, view: int) -> Tensor:
         """Render the images at `rows`, int64 [B] on the CPU, of uint8 [N, C, H, W] like `render_batch`."""
-        return self._tensor_engine.render_rows(images, rows, self._rng(sample_ids, view))
+        return self._kind_of(view)._tensor_engine.render_rows(images, rows, self._rng(sample_ids, view))
 
     def sample_mix(self, sample_ids: Tensor, view: int) -> MixAssignment | None:
         """Draw the mix of a batch, sample ids int64 [B] on the CPU; None if views are not mixed."""
         if self.config.mix is None or self.partner_pool is None:
             return None
-        rng = self._rng(sample_ids, view, MIX_STREAM)
+        rng = self._rng(sample_ids, view // max(1, len(self._kinds)), MIX_STREAM)
         return sample_mix(self.config.mix, rng, self.partner_pool, self.shape[1:])
 
     @cached_property
@@ -111,6 +144,8 @@ class Renderer:
         not samples, so that a student on part of the data set can render them too; the samples themselves are compared
         by pixel checksums.
         """
+        if self._kinds:
+            return self._identity_of_kinds()
         return {
             **self._engine_identity(),
             "seed": self.config.seed,
@@ -119,12 +154,38 @@ class Renderer:
             "probes_sha256": [self._probe_digest(view) for view in range(NUM_PROBE_VIEWS)],
         }
 
+    @cached_property
+    def _kinds(self) -> dict[str, Renderer]:
+        """The renderer of each kind of views, by its name; empty if they are all alike."""
+        named = self.config.of_each_kind.items()
+        return {name: replace(self, config=config, operations_key=_key_of(name)) for name, config in named}
+
+    def _kind_of(self, view: int) -> Renderer:
+        return list(self._kinds.values())[view % len(self._kinds)] if self._kinds else self
+
+    def _shape_of_kinds(self) -> tuple[int, int, int]:
+        shapes = {name: kind.shape for name, kind in self._kinds.items()}
+        if len(set(shapes.values())) > 1:
+            found = ", ".join(f"{name} {shape}" for name, shape in shapes.items())
+            raise RecipeError(
+                f"views.kinds give images of different sizes (C, H, W): {found}: end the operations of each with a "
+                "Resize or a crop to the same size."
+            )
+        return next(iter(shapes.values()))
+
+    def _identity_of_kinds(self) -> dict[str, Any]:
+        """Return what all kinds have in common, and the operations and digests of each, in order."""
+        found = {name: kind.identity for name, kind in self._kinds.items()}
+        own = ("operations", "probes_sha256")
+        common = {key: value for key, value in next(iter(found.values())).items() if key not in own}
+        return {**common, "kinds": [{"name": name, **{key: one[key] for key in own}} for name, one in found.items()]}
+
     def _rng(self, sample_ids: Tensor, view: int, stream: int = 0) -> CounterRNG:
         return CounterRNG(self.config.seed, view, sample_ids, stream)
 
     @cached_property
     def _tensor_engine(self) -> TensorEngine:
-        return parse_operations(self.config.operations)
+        return parse_operations(self.config.operations, self.operations_key)
 
     def _engine_identity(self) -> dict[str, Any]:
         if not self.in_workers:
@@ -144,7 +205,7 @@ class Renderer:
         from kdpipe.stages.views.torchvision_pipeline import build_transform
         from kdpipe.stages.views.transforms_engine import check_deterministic
 
-        transform = build_transform(self.config.operations, self.config.transform)
+        transform = build_transform(self.config.operations, self.config.transform, self.operations_key)
         check_deterministic(transform, self._probes[0])
         return transform
 

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from kdpipe.stages.errors import RecipeError
 from kdpipe.stages.faults import fault_sentence, value_text
+from kdpipe.stages.views.config import OPERATIONS
 from kdpipe.stages.views.ops.affine import RandomAffine
 from kdpipe.stages.views.ops.color import ColorJitter, RandomGrayscale
 from kdpipe.stages.views.ops.crop import RandomCrop, RandomHorizontalFlip, RandomResizedCrop, RandomVerticalFlip
@@ -102,12 +103,12 @@ class TensorEngine:
         }
 
 
-def parse_operations(tables: Sequence[Mapping[str, Any]]) -> TensorEngine:
-    """Build the engine for a recipe's `views.operations`. Raises RecipeError for an invalid operation."""
+def parse_operations(tables: Sequence[Mapping[str, Any]], where: str = OPERATIONS) -> TensorEngine:
+    """Build the engine for the operations at a key of a recipe. Raises RecipeError for an invalid operation."""
     occurrences: Counter[str] = Counter()
     operations = []
     for number, table in enumerate(tables):
-        operation = _parse(table, f"views.operations.{number}")
+        operation = _parse(table, f"{where}.{number}")
         stream = _STREAMS[type(operation)] + occurrences[operation.name] * _NEXT_OCCURRENCE
         occurrences[operation.name] += 1
         operations.append((operation, stream))

@@ -13,6 +13,7 @@ from torchvision.transforms import v2
 
 from kdpipe.stages.errors import RecipeError, cause
 from kdpipe.stages.plugins.user_code import import_callable, user_code_context
+from kdpipe.stages.views.config import OPERATIONS
 from kdpipe.stages.views.global_rng import preserve_rng_state, seed_global_rngs
 from kdpipe.store.errors import did_you_mean
 
@@ -50,13 +51,15 @@ _ENUMS: dict[str, dict[str, Any]] = {
 """Arguments that are objects in Python and strings in a recipe."""
 
 
-def build_transform(operations: Sequence[Mapping[str, Any]], reference: str | None = None) -> Transform:
-    """Build the pipeline of `views.operations`, or of `views.transform`, a "python:..." reference.
+def build_transform(
+    operations: Sequence[Mapping[str, Any]], reference: str | None = None, where: str = OPERATIONS
+) -> Transform:
+    """Build the pipeline of the operations at a key of a recipe, or of `views.transform`, a "python:..." reference.
 
     The result is for `apply_transform` of the transforms engine. Raises RecipeError for invalid tables or references.
     """
     if reference is None:
-        pipeline: Transform = v2.Compose(_build_all(operations, "views.operations")) if operations else v2.Identity()
+        pipeline: Transform = v2.Compose(_build_all(operations, where)) if operations else v2.Identity()
         return pipeline
     if operations:
         raise RecipeError("views.operations and views.transform both define a pipeline: remove one of them.")

@@ -166,7 +166,7 @@ class Probe:
         end = self._end("teacher", teacher, sample, exports=config.exports)
         if config.train is None:
             return end
-        task = TrainingTask(sample.train_loader, 1, teacher.normalize, fresh_views=True)
+        task = TrainingTask(sample.train_loader, 1, teacher.normalize, fresh_views=True, first_kind=True)
         job = TrainJob("plan", "teacher", teacher.model, task, None, config.train, seed, JobDir(Path()))
         return self._training(job, teacher, sample) + end
 

@@ -64,6 +64,16 @@ def _being_added(manifest: Manifest) -> dict[str, Any] | None:
     return added if any(added.values()) else None
 
 
+def _operations(views: dict[str, Any]) -> str:
+    """Return the names of the operations, or of those of each kind of view."""
+
+    def names(of: dict[str, Any]) -> str:
+        return ", ".join(str(operation.get("name")) for operation in of.get("operations", ())) or "none"
+
+    kinds = views.get("kinds")
+    return "; ".join(f"{kind.get('name')}: {names(kind)}" for kind in kinds) if kinds else f"operations: {names(views)}"
+
+
 TASKS = {
     "multilabel": ("labels", "logits of labels that do not exclude each other (sigmoid)"),
     "regression": ("numbers", "numbers (regression)"),
@@ -73,14 +83,13 @@ TASKS = {
 
 def _lines(info: dict[str, Any]) -> Iterator[tuple[str, str]]:
     teacher, data, views = info["teacher"], info["data"], info["views"]
-    operations = ", ".join(name for operation in views.get("operations", ()) for name in operation) or "none"
     yield "store", info["path"]
     yield "fingerprint", info["fingerprint"]
     yield "teacher", f"{model_name(teacher)}, weights {str(teacher.get('weights_sha256'))[:16]}"
     what, meaning = TASKS.get(data.get("task"), ("classes", ""))
     classes = f" of {data['num_classes']} {what}" if "num_classes" in data else ""
     yield "data", f"{data.get('name')} {data.get('split', '')}, {info['num_samples']:,} samples{classes}"
-    yield "views", f"{info['num_views']} (seed {views.get('seed')}, operations: {operations})"
+    yield "views", f"{info['num_views']} (seed {views.get('seed')}, {_operations(views)})"
     if "head" in info and not any(name.startswith("logits") for name in info["arrays"]):
         yield "logits", f"products of {EMBEDDINGS} and the head, at any temperature"
     elif not any(name.startswith("logits") for name in info["arrays"]):

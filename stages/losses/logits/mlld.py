@@ -31,8 +31,8 @@ class MLLD(LogitLoss):
 
     The Gram matrices are those of the batch of all processes. The authors' code also multiplies by masks of the less
     confident half of samples and classes, after the mean, which makes them one factor of about 0.5 for the whole batch:
-    left out here. Its second, strongly augmented view can be configured in the recipe. The temperatures are those of
-    the authors' code.
+    left out here. Its second, strongly augmented view is a kind of view of the recipe: see `recipes/mlld.toml`. The
+    temperatures are those of the authors' code.
 
     Attributes:
         temperature_list: the temperatures.

@@ -96,6 +96,7 @@ def test_keys_have_defaults_and_types(listed):
 
 def test_shared_keys_are_marked(listed):
     every = {"weight", "store", "samples.filter", "samples.fraction", "samples.weighting"}
+    every |= {"view", "target_view", "target"}
     for name, loss in listed.items():
         shared = {key["name"]: key["shared_by"] for key in loss["keys"] if key["shared_by"]}
         assert {key for key, whose in shared.items() if whose == "every entry"} == every, name

@@ -85,7 +85,7 @@ def test_without_a_store_it_shows_the_recipes_views_alone(run):
 def by_hand(shape, labels, top):
     images = torch.randint(0, 200, (len(labels), len(top[0]), *shape), dtype=torch.uint8)
     partners = [[None] * images.shape[1]] * len(labels)
-    return ViewPreview(images, list(range(len(labels))), labels, top, partners)
+    return ViewPreview(images, ["view 0"] * images.shape[1], list(range(len(labels))), labels, top, partners)
 
 
 def drawn(shown, path):

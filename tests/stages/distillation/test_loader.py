@@ -344,3 +344,27 @@ def test_a_state_of_another_loader_is_refused(stores):
 
 def test_labels_that_are_not_mixed_are_whole_numbers(stores):
     assert next(iter(loader_of(stores))).labels.dtype == torch.int64
+
+
+def test_kinds_of_views_are_rows_of_a_batch_one_after_the_other(stores, tmp_path):
+    """Each row has the label and the targets of its own view, also where logits are encoded."""
+    views = Views(2, kinds={"weak": ["RandomHorizontalFlip"], "strong": [{"name": "RandomCrop", "padding": 2}]})
+    context = tiny_context(tmp_path, views=views, train_set=subset(TRAIN, 100))
+    teacher = load_teacher(TEACHER, 0, stores[1]["tensor"])
+    cache_teacher(dataclasses.replace(CACHE, top_k=2), tmp_path / "top.zarr", teacher, LAYERS, context)
+    store = open_store(tmp_path / "top.zarr")
+    loader = DistillationLoader(store, context.train_set, batch_size=40, seed=7, normalize=(0.0, 1 / 255))
+    loader.set_epoch(1)
+    batch = next(iter(loader))
+    assert loader.views.num_views == 2
+    assert len(batch.images) == len(batch.labels) == len(batch.teacher_logits) == 80
+    renderer, sources = Renderer(views, 1, (8, 8)), context.train_set
+    for kind, (ids, pixels) in enumerate(zip(batch.sample_ids.chunk(2), pixels_of(batch).chunk(2), strict=True)):
+        at = torch.tensor([sources.sample_ids.tolist().index(one) for one in ids.tolist()])
+        assert torch.equal(pixels, renderer.render_batch(sources.images[at], ids.cpu(), 2 + kind))
+        rows = slice(40 * kind, 40 * kind + 40)
+        assert torch.equal(batch.labels[rows].cpu(), sources.labels[at])
+        stored = stored_rows(store, "features/stage2", 2 + kind, ids.cpu())
+        assert torch.equal(batch.features["stage2"][rows], stored)
+        decoded = torch.from_numpy(store.logits(2 + kind, ids.cpu().numpy()))
+        assert torch.allclose(batch.teacher_logits[rows].cpu(), decoded, atol=1e-5)

@@ -35,7 +35,8 @@ def test_example_documents_its_keys():
     config = example()
     assert description_of(config) == "Mean absolute error between the logits of student and teacher."
     assert attributes_of(config)["margin"] == "errors up to this size are ignored."
-    assert set(attributes_of(config)) == {"weight", "store", "samples", "standardize", "rest", "margin"}
+    common = {"weight", "store", "samples", "view", "target_view", "target", "standardize", "rest"}
+    assert set(attributes_of(config)) == {*common, "margin"}
 
 
 @pytest.mark.parametrize(

@@ -44,6 +44,7 @@ def test_each_pass_over_the_samples_has_its_view(kept, batch_size, views):
     seen = []
     loader = SimpleNamespace(
         dataset=keep_labels(squares(300, 0), kept),
+        renderer=None,
         stream=lambda requests: iter(seen.extend(request.view for request in requests) or ()),
     )
     list(TrainingTask(loader, 4, None).stream(0, batch_size, epoch=0, step=0, epochs=2))

@@ -68,11 +68,19 @@ def _facts(run: PageRun) -> Iterator[tuple[str, str]]:
         if network is not None and (model := recipe.get(kind, {}).get("model")):
             yield kind, _model(model) + (f", {row.num_parameters:,} parameters" if row else "")
     views = recipe.get("views", {})
-    names = [str(one["name"]) for one in views.get("operations") or [] if isinstance(one, Mapping)]
+    kinds = views.get("kinds")
+    if not isinstance(kinds, Mapping) or not kinds:
+        kinds = {"": views.get("operations")}
+    named = {kind: _names(operations) for kind, operations in kinds.items()}
+    listed = [f"{kind} ({names})" if kind else names for kind, names in named.items() if kind or names]
     if number := views.get("num_views"):
-        yield "views", f"{number} of each image" + (f": {', '.join(names)}" if names else "")
+        yield "views", f"{number} of each image" + (f": {', '.join(listed)}" if listed else "")
     if terms := list(_losses(recipe)):
         yield "loss", " + ".join(terms)
+
+
+def _names(operations: Any) -> str:
+    return ", ".join(str(one["name"]) for one in operations or [] if isinstance(one, Mapping))
 
 
 def _sizes(run: PageRun) -> Iterator[str]:
