@@ -39,6 +39,7 @@ from kdpipe.stages.losses.logits.kd import KD, LogitMSE
 from kdpipe.stages.losses.logits.mlld import MLLD
 from kdpipe.stages.losses.logits.nkd import NKD
 from kdpipe.stages.losses.logits.wsld import WSLD
+from kdpipe.stages.losses.registry import LOSSES as LOSS_CLASSES
 from kdpipe.stages.losses.relations.cc import CC
 from kdpipe.stages.losses.relations.crd import CRD
 from kdpipe.stages.losses.relations.pkt import PKT
@@ -77,6 +78,8 @@ NUM, SPLIT, CLASSES = 7, 4, 5
 PAIR = (("a", "b"),)
 CLIPPED: dict[str, Any] = {"optimizer": "adam", "clip_grad": 0.1, "ema_decay": 0.9, "decay_norm_and_bias": False}
 CLIPPED |= {"class_weights": "balanced", "sampler": "balanced"}
+ON_LOGITS = ("ttm", "wttm", "hard_distillation")
+ON_MAPS = ("cwd", "wkd_f", "pefd", "vkd", "ab", "ft")
 LOSSES: dict[str, Callable[[SampleSelection], Loss]] = {
     "kd": lambda some: KD(loss="kd", samples=some),
     "dkd": lambda some: DKD(loss="dkd", samples=some),
@@ -98,6 +101,8 @@ LOSSES: dict[str, Callable[[SampleSelection], Loss]] = {
     "pkt": lambda some: PKT(loss="pkt", layers=PAIR, samples=some),
     "cc": lambda some: CC(loss="cc", layers=PAIR, samples=some),
     "crd": lambda some: CRD(loss="crd", layers=PAIR, dim=4, samples=some),
+    **{name: lambda some, name=name: LOSS_CLASSES.get(name)(loss=name, samples=some) for name in ON_LOGITS},
+    **{name: lambda some, name=name: LOSS_CLASSES.get(name)(loss=name, layers=PAIR, samples=some) for name in ON_MAPS},
     "function": lambda some: as_loss(user_losses.logit_mae, "function")(samples=some),
     "of_batch": lambda some: as_loss(user_losses.batch_spread, "of_batch")(samples=some),
     "module": lambda some: as_loss(user_losses.Projected, "module")(samples=some),
