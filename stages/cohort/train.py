@@ -50,6 +50,11 @@ def check_cohort(config: CohortConfig, student: StudentConfig, context: StageCon
         require_labels(context.train_set)
     if student.train.compile:
         raise RecipeError("student.train.compile = true: cohorts are not compiled; set it to false.")
+    if student.train.optimizer == "dot":
+        raise RecipeError(
+            "student.train.optimizer = 'dot': its two momenta are for labels and losses of one student, and "
+            "a cohort has those of all members: set it to 'sgd'."
+        )
     if not config.own_views:
         return
     if views.mix is not None:

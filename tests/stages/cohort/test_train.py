@@ -206,6 +206,7 @@ def test_member_is_taken_as_a_student_to_compress(tmp_path):
         (CohortConfig(method="one", branch_at="stage2", distill=FEATURES), {}, "learn from logits alone"),
         (CohortConfig(distill=(KD(store=1),)), {}, "not from a store"),
         (CohortConfig(), {"train": replace(STUDENT.train, compile=True)}, "cohorts are not compiled"),
+        (CohortConfig(), {"train": replace(STUDENT.train, optimizer="dot")}, "'dot': its two momenta are for labels"),
     ],
 )
 def test_impossible_cohort_is_refused(config, changes, message, tmp_path):
