@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import ctypes
 import re
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
@@ -65,7 +67,8 @@ class OpenvinoSession:
         if num_threads:
             settings |= {"INFERENCE_NUM_THREADS": num_threads, "NUM_STREAMS": 1, "ENABLE_CPU_PINNING": False}
         try:
-            self.network = openvino.Core().compile_model(str(path), "CPU", settings)
+            with kept_signal_stack():
+                self.network = openvino.Core().compile_model(str(path), "CPU", settings)
         except RuntimeError as error:
             raise ModelError(f"OpenVINO cannot load {path}: {cause(error)}") from error
         self.request = self.network.create_infer_request()
@@ -83,3 +86,24 @@ class OpenvinoSession:
         """Return copies of the outputs."""
         results = self.request.infer(dict(feed))
         return [results[name] for name in output_names or [port.any_name for port in self.network.outputs]]
+
+
+class SignalStack(ctypes.Structure):
+    """`stack_t` of Linux: the memory in which a thread runs its signal handlers, if not its own stack."""
+
+    _fields_ = (("memory", ctypes.c_void_p), ("flags", ctypes.c_int), ("size", ctypes.c_size_t))
+
+
+@contextmanager
+def kept_signal_stack() -> Iterator[None]:
+    """Give this thread back the signal stack that it has now.
+
+    OpenVINO's CPU plugin sets one of its own, and frees it with the network. If two networks are freed in the order in
+    which they were compiled, the thread is left with freed memory, and the next signal ends the process.
+    """
+    libc, before = ctypes.CDLL(None), SignalStack()
+    libc.sigaltstack(None, ctypes.byref(before))
+    try:
+        yield
+    finally:
+        libc.sigaltstack(ctypes.byref(before), None)

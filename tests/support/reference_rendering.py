@@ -100,6 +100,8 @@ def check_labels(image_set, positions, view, batch):
     own, partners = -log_p[rows, batch.hard.labels], -log_p[rows, batch.hard.partner_labels]
     share = mixture.own_share.double().to(DEVICE)
     by_hand = (share * own + (1 - share) * partners).mean()
-    losses = make_task(None, hard_label_weight=0.5).losses(ModelOutput(logits, {}), batch)
+    losses = make_task(loader_of(image_set, MIXED_CROPS, 0), hard_label_weight=0.5).losses(
+        ModelOutput(logits, {}), batch
+    )
     assert list(losses) == ["hard_labels"]
     assert float(losses["hard_labels"]) == pytest.approx(0.5 * float(by_hand), rel=1e-5)

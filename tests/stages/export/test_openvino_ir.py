@@ -1,5 +1,8 @@
 """Tests of OpenVINO's IR: it gives the network's answers, and is the same each time."""
 
+import os
+import signal
+
 import numpy as np
 import pytest
 from support.tiny_nets import EXAMPLE, IMAGE_SHAPE, build, images
@@ -83,3 +86,16 @@ def test_results_are_copies(made):
     kept = first.copy()
     session.run(["logits"], {"images": np.ones((2, *IMAGE_SHAPE), np.float32)})
     assert (first == kept).all()
+
+
+def test_signals_are_handled_after_networks_are_freed(made):
+    child = os.fork()
+    if child == 0:
+        seen = []
+        signal.signal(signal.SIGUSR1, lambda number, frame: seen.append(number))
+        networks = [open_file(made[1] / f"{kind}.xml") for kind in ("float", "int8")]
+        while networks:
+            networks.pop(0)
+        os.kill(os.getpid(), signal.SIGUSR1)
+        os._exit(0 if seen else 1)
+    assert os.waitpid(child, 0)[1] == 0

@@ -170,7 +170,7 @@ def test_targets_match_images_that_are_loaded_ahead(equal, num_workers):
     steps = [(1, 2), *((epoch, step) for epoch in (2, 3) for step in range(3))]
     for (epoch, step), batch in zip(steps, batches, strict=True):
         indices = task.order(3, epoch)[8 * step : 8 * step + 8]
-        assert batch.teachers == (epoch % 2, indices.tolist())
+        assert batch.teachers == [epoch % 2, indices.tolist()]
         assert torch.equal(batch.images, SCALING(expected(equal, CROPS, indices, epoch % 2)))
 
 
