@@ -215,7 +215,7 @@ def _compress(
     context = replace(job.context(run_options), run_dir=job.run)
     if student.folder != student_folder(student.job.run, DISTILLED, student.job.seed).path:  # a cohort's member
         config = replace(config, student=str(student.folder / "model.safetensors"))
-    dry_run(config, job.config, context)
+    dry_run(config, job.config, job.losses, context)
     spec = job.open_stores(context)
     assert spec is not None, "_job refuses students without losses"
     with run_options.open(job.run, context) as opened:

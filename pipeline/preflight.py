@@ -53,7 +53,7 @@ def preflight(run: Run, *, with_teacher: bool = True, compresses: bool = True) -
     for kind in [ALONE] * recipe.student.baseline + [DISTILLED]:
         try_student(recipe.student, student, student_folder(run.folder, kind, seed), context)
     if compresses and recipe.student.export and not is_done(recipe.compress, recipe.student, run.folder):
-        dry_run(recipe.compress, recipe.student, context)
+        dry_run(recipe.compress, recipe.student, recipe.distill, context)
 
 
 def try_teacher(config: TeacherConfig, teacher: ModelBundle, context: StageContext) -> None:

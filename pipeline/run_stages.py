@@ -134,7 +134,7 @@ def run_compress(run: Run, only: Step | None = None, *, is_tried: bool = False) 
         require_losses(run)
     require_export(student, config)
     if not is_tried and not is_done(config, student, context.run_dir):
-        dry_run(config, student, context)
+        dry_run(config, student, recipe.distill, context)
     lower_priority(config.niceness)
     steps = STEPS if only is None else (only,)
     made = [

@@ -163,7 +163,7 @@ def _faults(recipe: Recipe, context: StageContext) -> Iterator[str]:
         yield from _faults_of_losses(recipe, teacher, context)
     if runs["student"] and recipe.compress.steps and recipe.student.export:
         compress = partial(dry_run, exports=_tries_export(recipe))
-        fault = fault_of(compress, recipe.compress, recipe.student, context)
+        fault = fault_of(compress, recipe.compress, recipe.student, recipe.distill, context)
         yield from [f"compress: {fault}"] if fault else []
 
 

@@ -15,7 +15,7 @@ from pydantic import AfterValidator, Field
 from kdpipe.stages.compress.external_student import load_external, measure_external
 from kdpipe.stages.compress.fine_tune import FineTuneContext
 from kdpipe.stages.compress.names import compressed_name, network_name
-from kdpipe.stages.compress.prune_student import prune_fingerprint, prune_student
+from kdpipe.stages.compress.prune_student import prune_fingerprint, prune_student, ranking_losses
 from kdpipe.stages.compress.pruning.config import PruneConfig
 from kdpipe.stages.compress.pruning.depth import Ranker
 from kdpipe.stages.compress.pruning.prune import prune
@@ -26,12 +26,14 @@ from kdpipe.stages.compress.resume import TrainedModel, finished_source
 from kdpipe.stages.compress.targets import GRIDS, TARGETS, Grid, Target, quantized_grids, targets_of
 from kdpipe.stages.config import PathStr, section, unique
 from kdpipe.stages.context import StageContext
+from kdpipe.stages.data.tasks import EMBEDDING
 from kdpipe.stages.distillation.classifier_reuse import projector_output_path
 from kdpipe.stages.distillation.student_config import StudentConfig
 from kdpipe.stages.distillation.task_builder import build_student
 from kdpipe.stages.errors import ANOTHER_RUN
 from kdpipe.stages.export.trial import try_export
 from kdpipe.stages.faults import with_message
+from kdpipe.stages.losses.base import Loss
 from kdpipe.stages.losses.features.simkd import SimKD
 from kdpipe.stages.runtime.versions import require_library
 from kdpipe.stages.training.job_dir import JobDir
@@ -221,13 +223,24 @@ def is_done(config: CompressConfig, student: StudentConfig, run: Path) -> bool:
     return all(JobDir(job).result() is not None for job in jobs)
 
 
-def dry_run(config: CompressConfig, student: StudentConfig, context: StageContext, *, exports: bool = True) -> None:
+def dry_run(
+    config: CompressConfig,
+    student: StudentConfig,
+    losses: Sequence[Loss],
+    context: StageContext,
+    *,
+    exports: bool = True,
+) -> None:
     """Prune and prepare an untrained student, and export it unless `exports` is false, to fail before any training.
+
+    `losses` are those of its training.
 
     Raises:
         ModelError: If the student cannot be compressed.
     """
     context = student.context(context)
+    if config.prunes and config.prune.removes_blocks:
+        ranking_losses(EMBEDDING if student.is_headless else context.train_set.task, losses)
     network = build_student(student, student.seeds[0], context)
     if config.student is not None:
         class_names = () if student.is_headless else context.test_set.class_names

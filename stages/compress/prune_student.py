@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import islice
 from pathlib import Path
@@ -28,11 +28,13 @@ from kdpipe.stages.compress.resume import (
     save_pruned,
 )
 from kdpipe.stages.compute.threads import max_threads
+from kdpipe.stages.data.tasks import Task
 from kdpipe.stages.distillation.adapters import save_adapters
 from kdpipe.stages.errors import ModelError
 from kdpipe.stages.evaluation.evaluate import evaluate
 from kdpipe.stages.evaluation.latency import measure_latency
 from kdpipe.stages.export.onnx_export import export_onnx
+from kdpipe.stages.losses.base import Loss
 from kdpipe.stages.losses.distillation import student_layers
 from kdpipe.stages.losses.logits.kd import KD
 from kdpipe.stages.models.bundle import ModelBundle
@@ -248,14 +250,7 @@ def block_ranker(network: ModelBundle, fine_tuning: FineTuneContext, batch_size:
     """
     spec = fine_tuning.spec
     if spec is not None:
-        found = fine_tuning.evaluation(network.normalize)
-        kl = KD(loss="kd", temperature=1.0, weight=1.0)
-        losses = [kl] if found.task in kl.tasks else [loss for loss in spec.losses if loss.on_logits]
-        if not losses:
-            raise ModelError(
-                f"compress.prune.kind = 'blocks' ranks blocks by a loss on logits, and this recipe for {found.task} "
-                "has none: add one to distill, or set the kind to 'channels'."
-            )
+        losses = ranking_losses(fine_tuning.evaluation(network.normalize).task, spec.losses)
         spec = replace(spec.with_losses(losses), hard_label_weight=0.0)
     task = replace(fine_tuning, spec=spec).task(network)
     stream = task.stream(derive_seed(fine_tuning.seed, "importance"), batch_size, epoch=0, step=0, epochs=1)
@@ -274,6 +269,22 @@ def block_ranker(network: ModelBundle, fine_tuning: FineTuneContext, batch_size:
 
     read = student_layers(fine_tuning.spec.without_hint_losses.losses) if fine_tuning.spec else ()
     return Ranker(measure, read, fine_tuning.monitor.counter("compress", "blocks in the order of removal", "block"))
+
+
+def ranking_losses(task: Task, losses: Sequence[Loss]) -> list[Loss]:
+    """Return the losses that blocks are ranked by, of a recipe for `task` with `losses`.
+
+    Raises:
+        ModelError: There are none.
+    """
+    kl = KD(loss="kd", temperature=1.0, weight=1.0)
+    found: list[Loss] = [kl] if task in kl.tasks else [loss for loss in losses if loss.on_logits]
+    if not found:
+        raise ModelError(
+            f"compress.prune.kind = 'blocks' ranks blocks by a loss on logits, and this recipe for {task} has none: "
+            "add one to distill, or set the kind to 'channels'."
+        )
+    return found
 
 
 def latency_share(full: nn.Module, image_shape: tuple[int, int, int]) -> Callable[[nn.Module], float]:

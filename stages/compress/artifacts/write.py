@@ -49,7 +49,7 @@ class Candidate:
         dtypes: The original dtypes of its tensors, by name, where its file keeps others than the network has.
         files: Further files of the network, for other runtimes.
         runtime: The library that its predict.py uses.
-        is_ranked: Whether it is compared with the others; one made for another target than theirs is not.
+        is_ranked: Whether it is compared with the others; not if it is for another target than the first.
     """
 
     kind: str

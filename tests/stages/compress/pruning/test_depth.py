@@ -9,14 +9,17 @@ from support.tiny_nets import NUM_CLASSES, sgd
 from torch import nn
 from torch.nn import functional as F
 
+from kdpipe.stages.compress.prune_student import ranking_losses
 from kdpipe.stages.compress.pruning.blocks import skip_blocks, skipped_paths
 from kdpipe.stages.compress.pruning.budget import MAX_LATENCIES
 from kdpipe.stages.compress.pruning.config import PruneConfig
 from kdpipe.stages.compress.pruning.depth import Ranker, rank_blocks
 from kdpipe.stages.compress.pruning.prune import prune
 from kdpipe.stages.compress.pruning.widths import apply_widths, record_widths
+from kdpipe.stages.data.tasks import CLASSIFICATION, EMBEDDING, REGRESSION
 from kdpipe.stages.errors import ModelError, RecipeError
 from kdpipe.stages.evaluation.macs import count_macs
+from kdpipe.stages.losses.features.hint import Hint
 from kdpipe.stages.models.build import ModelConfig, build_model
 from kdpipe.stages.models.weights.state_dict import count_parameters
 
@@ -169,3 +172,11 @@ def test_depth_and_width_share_a_budget_and_are_rebuilt():
 def test_contradictory_settings_are_errors(settings, message):
     with pytest.raises(RecipeError, match=message):
         PruneConfig(**settings)
+
+
+def test_recipe_without_a_loss_on_logits_is_refused():
+    losses = [Hint(loss="hint", layers=[["stage1", "stage1"]])]
+    for task in (REGRESSION, EMBEDDING):
+        with pytest.raises(ModelError, match=f"this recipe for {task} has none: add one to distill"):
+            ranking_losses(task, losses)
+    assert ranking_losses(CLASSIFICATION, losses)[0].loss == "kd"
