@@ -41,6 +41,7 @@ from kdpipe.stages.targets.ensemble import TeachersConfig
 from kdpipe.stages.targets.open import local_store_path, trust_links
 from kdpipe.stages.targets.reader import TargetLoadingConfig
 from kdpipe.stages.train_student.student import student_fingerprint
+from kdpipe.stages.training.heads import Heads
 from kdpipe.stages.training.optim import TrainConfig
 from kdpipe.stages.views.config import Views
 from kdpipe.stages.views.from_store import views_of_store
@@ -59,7 +60,7 @@ OPTIONS = {
 }
 """Keys of a recipe's `student` section that are arguments."""
 
-TABLES = {"teachers": TeachersConfig, "target_loading": TargetLoadingConfig}
+TABLES = {"teachers": TeachersConfig, "target_loading": TargetLoadingConfig, "heads": Heads}
 """Its keys that a recipe writes as tables."""
 
 
@@ -105,7 +106,7 @@ def train_student(
         views: Views for a student without a store; with one they are the store's.
         seed: Decides initial weights of a network given by name, order of the samples, and dropout.
         options: Further keys of a recipe's `student` section: `image_size`, `label_smoothing`, `export`,
-            `missing_targets`, `teachers`, `target_loading`, ...
+            `missing_targets`, `teachers`, `target_loading`, `heads`, ...
         run: The run folder; by default one in `runs/`, named after a digest of all inputs.
         device: auto, cpu, cuda, cuda:N, or a torch.device.
         num_workers: Processes that decode images that are not in memory.

@@ -42,7 +42,6 @@ from kdpipe.stages.evaluation.embeddings import with_probe
 from kdpipe.stages.evaluation.evaluate import of_teacher
 from kdpipe.stages.given_teacher import is_as_expected, require_accuracy, require_given
 from kdpipe.stages.losses.base import Loss
-from kdpipe.stages.losses.distillation import student_layers
 from kdpipe.stages.models.bundle import ModelBundle
 from kdpipe.stages.runtime.events import ProgressEvent
 from kdpipe.stages.runtime.launcher import ALL, WorkShard
@@ -56,6 +55,7 @@ from kdpipe.stages.teacher import (
 )
 from kdpipe.stages.train_student.student import StudentRun, student_fingerprint, train_hint_stages
 from kdpipe.stages.training.finalize import add_onnx, finalize
+from kdpipe.stages.training.heads import Heads
 from kdpipe.stages.training.job import TrainJob
 from kdpipe.stages.training.loop import train
 from kdpipe.stages.training.shared_job import begun_job
@@ -237,7 +237,7 @@ def _train_student(
         config=config.train,
         seed=seed,
         job_dir=student_run.job_dir,
-        student_layers=student_layers(main.losses) if main else (),
+        student_layers=main.student_layers if main else (),
         process_group=process_group,
         evaluate=evaluation_of_epochs(student, spec, context),
     )
@@ -263,7 +263,7 @@ def _train_student(
 def _build_hint_task(
     student: ModelBundle, spec: DistillationSpec, context: StageContext, loss: Loss, seed: int
 ) -> TrainingTask:
-    return build_task(student, spec.with_losses([loss]), seed, context)
+    return build_task(student, replace(spec, losses=(loss,), heads=Heads()), seed, context)
 
 
 # --- Stage 3: prune, quantize and export the distilled students

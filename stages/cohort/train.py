@@ -55,6 +55,8 @@ def check_cohort(config: CohortConfig, student: StudentConfig, context: StageCon
             "student.train.optimizer = 'dot': its two momenta are for labels and losses of one student, and "
             "a cohort has those of all members: set it to 'sgd'."
         )
+    if student.heads.layers:
+        raise RecipeError("student.heads: the members of a cohort learn with their outputs: leave it out.")
     if not config.own_views:
         return
     if views.mix is not None:

@@ -20,7 +20,7 @@ from kdpipe.stages.distillation.spec import DistillationSpec
 from kdpipe.stages.distillation.student_config import DISTILLED, StudentConfig, student_folder
 from kdpipe.stages.distillation.task_builder import build_student, build_task, label_settings
 from kdpipe.stages.evaluation.evaluate import Evaluation
-from kdpipe.stages.losses.distillation import Distillation, student_layers
+from kdpipe.stages.losses.distillation import Distillation
 from kdpipe.stages.models.bundle import ModelBundle
 from kdpipe.stages.models.normalization import Normalization
 from kdpipe.stages.runtime.events import RunMonitor
@@ -194,7 +194,7 @@ def fine_tune(job: FineTuneJob, fine_tuning: FineTuneContext) -> tuple[list[dict
         job.config,
         fine_tuning.seed,
         job.job_dir,
-        student_layers(fine_tuning.spec.without_hint_losses.losses) if fine_tuning.spec else (),
+        fine_tuning.spec.without_hint_losses.student_layers if fine_tuning.spec else (),
         job.before_epoch,
         after_step=lambda trained: apply_masks(trained, masks),
     )

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from kdpipe.stages.config import config_fingerprint
 from kdpipe.stages.data.image_set import ImageSet
 from kdpipe.stages.losses.base import Loss
-from kdpipe.stages.losses.distillation import required_of
+from kdpipe.stages.losses.distillation import required_of, student_layers
 from kdpipe.stages.losses.features.fitnet import InitialLoss
 from kdpipe.stages.losses.inputs import TeacherShapes
 from kdpipe.stages.losses.sample_selection import SampleSelection
@@ -22,6 +22,7 @@ from kdpipe.stages.targets.feature_spec import TEACHER_HEAD, FeatureSpec, Shape
 from kdpipe.stages.targets.join import JoinedStore, Missing, join
 from kdpipe.stages.targets.reader import TargetLoadingConfig, slab_window
 from kdpipe.stages.targets.resolve import arrays_needed, resolve_feature
+from kdpipe.stages.training.heads import Heads
 from kdpipe.store import TargetStore
 
 
@@ -39,6 +40,7 @@ class DistillationSpec:
         teachers: How several teachers are combined.
         accuracies: Each teacher's accuracy on the test images, if they decide its weight.
         label_smoothing: The share of each label that is spread over all classes.
+        heads: The student's classifiers, if it learns labels and teacher with two.
     """
 
     stores: Sequence[TargetStore]
@@ -50,6 +52,7 @@ class DistillationSpec:
     teachers: TeachersConfig = field(default_factory=TeachersConfig)
     accuracies: Sequence[float] | None = None
     label_smoothing: float = 0.0
+    heads: Heads = field(default_factory=Heads)
 
     def to_json(self) -> dict[str, Any]:
         """Return everything that decides the results."""
@@ -66,7 +69,12 @@ class DistillationSpec:
             record["accuracies"] = list(self.accuracies)
         if self.label_smoothing:
             record["label_smoothing"] = self.label_smoothing
-        return record
+        return record | self.heads.identity
+
+    @property
+    def student_layers(self) -> list[str]:
+        """Return the paths of the student's modules whose outputs are used."""
+        return list(dict.fromkeys([*student_layers(self.losses), *self.heads.layers]))
 
     @property
     def required(self) -> list[list[FeatureSpec]]:

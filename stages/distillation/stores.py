@@ -96,6 +96,7 @@ def open_distillation(
         student.missing_targets,
         student.teachers,
         label_smoothing=student.label_smoothing,
+        heads=student.heads,
     )
     spec.to_json()  # raises if a store lacks an array
     if student.teachers.weights == "accuracy":

@@ -14,6 +14,7 @@ from kdpipe.stages.models.build import ModelConfig
 from kdpipe.stages.targets.ensemble import TeachersConfig
 from kdpipe.stages.targets.join import Missing
 from kdpipe.stages.targets.reader import TargetLoadingConfig
+from kdpipe.stages.training.heads import Heads
 from kdpipe.stages.training.job_dir import JobDir
 from kdpipe.stages.training.optim import TrainConfig
 from kdpipe.stages.views.config import Views
@@ -40,6 +41,7 @@ class StudentConfig:
         label_smoothing: The share of each label that is spread over all classes; also for the student alone.
         hard_label_views: The kinds of views (`views.kinds`) with that cross entropy, which is the mean over them; by
             default all; also for the student alone.
+        heads: Its classifiers for labels and teacher, if it has two; the student alone learns with its output.
         stores: The target stores; by default the one that this recipe's `cache-teacher` fills. Several stores are
             several teachers, combined by `teachers`; a loss on features names its store.
         teachers: How several teachers are combined.
@@ -60,6 +62,7 @@ class StudentConfig:
     hard_label_weight: Scheduled = 0.1
     label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.0
     hard_label_views: Annotated[tuple[KindName, ...], BeforeValidator(_as_tuple), AfterValidator(unique)] = ()
+    heads: Heads = Field(default_factory=Heads)
     stores: tuple[PathStr, ...] = Field(default=(), repr=False)
     teachers: TeachersConfig = Field(default_factory=TeachersConfig)
     missing_targets: Missing = "error"

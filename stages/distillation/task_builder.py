@@ -21,13 +21,28 @@ from kdpipe.stages.models.hooks import feature_shapes
 from kdpipe.stages.numerics import derive_seed
 from kdpipe.stages.targets.ensemble import TeacherEnsemble
 from kdpipe.stages.targets.reader import Targets
+from kdpipe.stages.training.heads import second_heads
 from kdpipe.stages.training.task import TrainingTask
 
 
 def student_shapes(config: StudentConfig, losses: Sequence[Loss], context: StageContext) -> Shapes:
-    """Return the shapes of the student's features for `losses`; raises ModelError for unknown paths."""
+    """Return the shapes of the student's features for `losses`; it warns of a second head that learns as the first.
+
+    Raises:
+        ModelError: There is no module at a path.
+        RecipeError: One of `student.heads` does not return logits.
+    """
     model = build_student(config, config.seeds[0], context).model
-    return feature_shapes(model, student_layers(losses), context.resized(config.image_size).image_shape)
+    image_shape = context.resized(config.image_size).image_shape
+    config.heads.check(model, image_shape, context.train_set.num_classes)
+    if losses and not config.heads.layers and (found := list(second_heads(model))):
+        labels, distillation = found
+        context.monitor.warn_once(
+            "train-student",
+            f"{config.model.name} has two classifiers, and both learn the labels and the teacher: student.heads = "
+            f'{{ labels = "{labels}", distillation = "{distillation}" }} trains it as DeiT was.',
+        )
+    return feature_shapes(model, student_layers(losses), image_shape)
 
 
 def label_settings(student: StudentConfig) -> dict[str, Any]:
@@ -66,7 +81,7 @@ def build_task(
     sources = spec.join_stores(context.train_set)
     distillation = build_distillation(
         spec.losses,
-        feature_shapes(network.model, student_layers(spec.losses), context.image_shape),
+        feature_shapes(network.model, spec.student_layers, context.image_shape),
         [shapes_of(source) for source in sources],
         ensemble=TeacherEnsemble(spec.teachers, len(sources), spec.accuracies),
         dataset=DatasetInfo(context.train_set.num_samples, context.train_set.num_classes),
@@ -82,6 +97,7 @@ def build_task(
         hard_label_weight=spec.hard_label_weight,
         label_smoothing=spec.label_smoothing,
         is_fine_tuning=is_fine_tuning,
+        heads=spec.heads,
     )
 
 

@@ -16,7 +16,6 @@ from kdpipe.stages.context import StageContext
 from kdpipe.stages.distillation.spec import DistillationSpec
 from kdpipe.stages.distillation.student_config import ALONE, StudentConfig
 from kdpipe.stages.distillation.task_builder import build_student, build_task, label_settings
-from kdpipe.stages.losses.distillation import student_layers
 from kdpipe.stages.losses.registry import AnyLoss
 from kdpipe.stages.losses.schedules import Scheduled
 from kdpipe.stages.runtime.distributed import ProcessGroup
@@ -70,7 +69,9 @@ class Variant:
     def digest(self) -> str:
         """The digest of everything that can change the cost of a step."""
         spec = self.spec.to_json() if self.spec else None
-        student = {key: value for key, value in asdict(self.student).items() if key not in ("baseline", "export")}
+        student = {
+            key: value for key, value in asdict(self.student).items() if key not in ("baseline", "export", "heads")
+        }
         for key in ("image_size", "hard_label_views"):  # costs that were measured before there were these keys
             if not student[key]:
                 del student[key]
@@ -143,7 +144,7 @@ def build_step_job(variant: Variant, context: StageContext) -> TrainJob:
     network = build_student(variant.student, seed, context, variant.spec)
     spec = variant.spec.without_hint_losses if variant.spec else None
     task = build_task(network, spec, seed, context, **label_settings(variant.student))
-    layers = student_layers(spec.losses) if spec else ()
+    layers = spec.student_layers if spec else ()
     config: TrainConfig = variant.student.train
     name, folder, process_group = variant.name, JobDir(Path()), context.process_group
     return TrainJob(

@@ -16,7 +16,6 @@ from kdpipe.stages.distillation.adapters import save_adapters
 from kdpipe.stages.distillation.spec import DistillationSpec
 from kdpipe.stages.distillation.student_config import StudentConfig
 from kdpipe.stages.losses.base import Loss
-from kdpipe.stages.losses.distillation import student_layers
 from kdpipe.stages.losses.features.fitnet import InitialLoss
 from kdpipe.stages.losses.features.ft import FT, Paraphrase, load_paraphrasers
 from kdpipe.stages.models.bundle import ModelBundle
@@ -47,7 +46,7 @@ def student_fingerprint(
 ) -> dict[str, Any]:
     """Return everything that determines a student."""
     context = config.context(context)
-    hooked = student_layers(spec.losses) if spec else ()
+    hooked = spec.student_layers if spec else ()
     own_outputs = sorted(overwritten_layers(network.model, hooked, context.image_shape)) if hooked else None
     return {
         "starts_from": network.identity,

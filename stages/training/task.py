@@ -28,6 +28,7 @@ from kdpipe.stages.runtime.collectives import all_reduce_sum, local_share_of_mea
 from kdpipe.stages.runtime.distributed import SINGLE, ProcessGroup
 from kdpipe.stages.targets.outputs import TeacherTargets
 from kdpipe.stages.targets.reader import Targets
+from kdpipe.stages.training.heads import Heads
 
 HARD_LABELS = "hard_labels"
 """The name of the loss with the labels."""
@@ -121,6 +122,7 @@ class TrainingTask:
         class_weights: Factors of the cross entropy with the labels, float32 [num_classes] on the loader's device.
         first_kind: Whether the images are shown in the first kind of view alone, as those that a teacher learns from.
         hard_label_views: The kinds of views with a cross entropy with the labels; none for all.
+        heads: The student's modules whose outputs are learned in place of its logits; without a teacher none.
     """
 
     loader: ImageLoader
@@ -137,6 +139,7 @@ class TrainingTask:
     class_weights: Tensor | None = None
     first_kind: bool = False
     hard_label_views: Sequence[str] = ()
+    heads: Heads = field(default_factory=Heads)
 
     @cached_property
     def kinds(self) -> tuple[str, ...]:
@@ -217,16 +220,19 @@ class TrainingTask:
         """
         global_batch_size = all_reduce_sum(len(batch.hard.labels))
         outputs, count = self._by_kind(student), len(self.kinds)
-        hard = {} if self.hints_only else {HARD_LABELS: self._hard_loss_of_kinds(outputs, batch, global_batch_size)}
+        labeled = [self.heads.of_labels(output) for output in outputs]
+        hard = {} if self.hints_only else {HARD_LABELS: self._hard_loss_of_kinds(labeled, batch, global_batch_size)}
         if self.distillation is None:
             return hard
         gradients: Sequence[Tensor | None] = [None] * count
         if self.needs_input_gradient and not self.hints_only:
-            gradients = self._input_gradient(outputs, batch).tensor_split(count)
+            gradients = self._input_gradient(labeled, batch).tensor_split(count)
         losses: dict[str, Tensor] = self.distillation(
             *(
-                self.distillation_batch(output, batch.in_kind(number, count), global_batch_size, gradient)
-                for number, (output, gradient) in enumerate(zip(outputs, gradients, strict=True))
+                self.distillation_batch(distilled, batch.in_kind(number, count), global_batch_size, gradient)
+                for number, (distilled, gradient) in enumerate(
+                    zip(map(self.heads.of_distillation, outputs), gradients, strict=True)
+                )
             )
         )
         return hard | losses

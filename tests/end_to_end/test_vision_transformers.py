@@ -1,5 +1,7 @@
 """A ViT of timm as teacher of a convolutional student, from the cache to the pruned student, and the way back."""
 
+import json
+
 import pytest
 from support.device import DEVICE
 from support.kdpipe_process import kdpipe_here
@@ -71,3 +73,29 @@ def test_a_cnn_teaches_a_vit_and_raw_tokens_are_refused(tmp_path):
     ended = kdpipe_here("recipe", "check", recipe)
     assert ended.exit_code == 2
     assert "or add .patch_map to the layer of a ViT's tokens" in ended.stdout
+
+
+def test_a_distillation_token_learns_from_the_teacher(tmp_path):
+    """DeiT: the class token learns the labels, the distillation token the teacher's class."""
+    recipe, run = tmp_path / "deit.toml", tmp_path / "run"
+    recipe.write_text(
+        RECIPE.replace("[teacher]\nexport = false\n\n[teacher.model]", "[student.model]")
+        .replace("vit_tiny_patch16_224.augreg_in21k_ft_in1k", "deit_tiny_distilled_patch16_224")
+        .replace("[teacher.train]", "[student.train]")
+        .replace("[student]\nmodel", "[teacher]\nexport = false\nmodel")
+        .replace("[compress]", '[compress]\ntarget = ["onnxruntime"]')
+        .replace("seeds = [0]\nbaseline = false\n", "")
+        + '\n[student]\nseeds = [0]\nbaseline = false\n\n[[distill]]\nloss = "hard_distillation"\n'
+    )
+    heads = ["--set", "student.heads.labels=head", "--set", "student.heads.distillation=head_dist"]
+    ended = kdpipe_here("run", recipe, "--run", run, *heads)
+    assert ended.exit_code == 0, ended.stderr
+    assert "classifiers" not in ended.stderr
+    folder = run / "students" / "distilled-seed0"
+    assert json.loads((folder / "result.json").read_text())["onnx_agreement"] == 1
+    ended = kdpipe_here(
+        "train-student", recipe, "--run", tmp_path / "other", "--set", f"student.stores=[{str(run / 'store.zarr')!r}]"
+    )
+    assert "has two classifiers, and both learn the labels and the teacher: student.heads = { labels =" in ended.stderr
+    ended = kdpipe_here("cohort", recipe, "--run", run, *heads, "--set", "cohort.members=2")
+    assert "student.heads: the members of a cohort learn with their outputs" in ended.stderr
