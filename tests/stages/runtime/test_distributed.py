@@ -21,7 +21,7 @@ from support import batch_norm_kernels, user_losses
 from support.device import DEVICE
 from support.tiny_run import STUDENT, tiny_context
 from support.two_processes import free_port, run_two_processes
-from torch import nn
+from torch import Tensor, nn
 
 from kdpipe.stages.data.loader.image_loader import ImageBatch, ImageLoader, ViewRequest
 from kdpipe.stages.errors import StoppedEarly
@@ -30,6 +30,7 @@ from kdpipe.stages.losses.features.hint import Hint
 from kdpipe.stages.losses.features.ofd import OFD
 from kdpipe.stages.losses.features.review_kd import ReviewKD
 from kdpipe.stages.losses.features.srd import SRD
+from kdpipe.stages.losses.features.srrl import SRRL
 from kdpipe.stages.losses.features.vid import VID
 from kdpipe.stages.losses.inputs import DatasetInfo, Negatives
 from kdpipe.stages.losses.logits.dist import DIST
@@ -53,6 +54,7 @@ from kdpipe.stages.losses.user_loss import as_loss
 from kdpipe.stages.losses.weighted import DistillationBatch, WeightedLoss
 from kdpipe.stages.models.hooks import ModelOutput
 from kdpipe.stages.models.normalization import Normalization
+from kdpipe.stages.models.tokens import CAM, PRE_LOGITS
 from kdpipe.stages.models.weights.state_dict import weights_sha256
 from kdpipe.stages.runtime.collectives import all_gather_with_grad
 from kdpipe.stages.runtime.distributed import (
@@ -62,7 +64,7 @@ from kdpipe.stages.runtime.distributed import (
 )
 from kdpipe.stages.runtime.events import RunMonitor
 from kdpipe.stages.runtime.sync_batch_norm import batch_norm_over_processes
-from kdpipe.stages.targets.feature_spec import compute_statistic
+from kdpipe.stages.targets.feature_spec import compute_statistic, shape_of
 from kdpipe.stages.targets.outputs import DenseTargets
 from kdpipe.stages.training.job import TrainJob
 from kdpipe.stages.training.job_dir import JobDir
@@ -78,8 +80,11 @@ NUM, SPLIT, CLASSES = 7, 4, 5
 PAIR = (("a", "b"),)
 CLIPPED: dict[str, Any] = {"optimizer": "adam", "clip_grad": 0.1, "ema_decay": 0.9, "decay_norm_and_bias": False}
 CLIPPED |= {"class_weights": "balanced", "sampler": "balanced"}
-ON_LOGITS = ("ttm", "wttm", "hard_distillation")
-ON_MAPS = ("cwd", "wkd_f", "pefd", "vkd", "ab", "ft")
+ON_LOGITS = ("ttm", "wttm", "hard_distillation", "binary_kd", "wkd_l")
+ON_MAPS = ("cwd", "wkd_f", "pefd", "vkd", "ab", "ft", "cosine", "cat_kd")
+WIDE = (("e", "b"), ("f", "d"))
+"""Student layers with the teacher's channels."""
+ON_WIDE_MAPS = {"fsp": WIDE, "kdsvd": WIDE, "simkd": WIDE[:1]}
 LOSSES: dict[str, Callable[[SampleSelection], Loss]] = {
     "kd": lambda some: KD(loss="kd", samples=some),
     "dkd": lambda some: DKD(loss="dkd", samples=some),
@@ -101,8 +106,13 @@ LOSSES: dict[str, Callable[[SampleSelection], Loss]] = {
     "pkt": lambda some: PKT(loss="pkt", layers=PAIR, samples=some),
     "cc": lambda some: CC(loss="cc", layers=PAIR, samples=some),
     "crd": lambda some: CRD(loss="crd", layers=PAIR, dim=4, samples=some),
+    "srrl": lambda some: SRRL(loss="srrl", layer="a", samples=some),
     **{name: lambda some, name=name: LOSS_CLASSES.get(name)(loss=name, samples=some) for name in ON_LOGITS},
     **{name: lambda some, name=name: LOSS_CLASSES.get(name)(loss=name, layers=PAIR, samples=some) for name in ON_MAPS},
+    **{
+        name: lambda some, name=name, layers=layers: LOSS_CLASSES.get(name)(loss=name, layers=layers, samples=some)
+        for name, layers in ON_WIDE_MAPS.items()
+    },
     "function": lambda some: as_loss(user_losses.logit_mae, "function")(samples=some),
     "of_batch": lambda some: as_loss(user_losses.batch_spread, "of_batch")(samples=some),
     "module": lambda some: as_loss(user_losses.Projected, "module")(samples=some),
@@ -126,6 +136,18 @@ def selection_of(case: str) -> SampleSelection:
     return SELECTIONS.get(samples) or SampleSelection(filter="hard", fraction=0.7, weighting="entropy")
 
 
+def student_features(maps: Tensor) -> dict[str, Tensor]:
+    """The features by layer, from maps [B, 4, 4, 4]."""
+    weights = torch.randn(4, CLASSES + 12, generator=torch.Generator().manual_seed(2))
+    cam, one, other = torch.einsum("bchw,cd->bdhw", maps, weights).split([CLASSES, 6, 6], 1)
+    return {"a": maps, f"a.{CAM}": cam, "e": one, "f": other, PRE_LOGITS: maps.mean((2, 3))}
+
+
+STUDENT_SHAPES = {
+    layer: tuple(features.shape[1:]) for layer, features in student_features(torch.ones(1, 4, 4, 4)).items()
+}
+
+
 def loss_and_gradient(case: str, rows: slice) -> dict[str, Any]:
     """A loss of some rows of the batch, and the gradients of all that trains: a convolution, and the loss's own."""
     torch.manual_seed(0)
@@ -134,16 +156,20 @@ def loss_and_gradient(case: str, rows: slice) -> dict[str, Any]:
     labels = logits.argmax(1)
     labels[SPLIT:] = (labels[SPLIT:] + 1) % CLASSES
     config = LOSSES[case.partition("-")[0]](selection_of(case))
-    required = config.required_features({"a": (4, 4, 4)})
-    teacher = {spec: compute_statistic(spec, maps) for spec in required}
-    shapes = {spec: tuple(feature.shape[1:]) for spec, feature in teacher.items()}
-    term = WeightedLoss("loss", config, config.build({"a": (4, 4, 4)}, shapes, DatasetInfo(20, CLASSES)))
+    required = config.required_features(STUDENT_SHAPES)
+    sources = {"d": maps.square(), PRE_LOGITS: maps.mean((2, 3)), f"b.{CAM}": maps[:, :CLASSES]}
+    teacher = {
+        spec: torch.randn(CLASSES, 7) if spec.is_head else compute_statistic(spec, sources.get(spec.layer, maps))
+        for spec in required
+    }
+    shapes = {spec: shape_of(spec, feature) for spec, feature in teacher.items()}
+    term = WeightedLoss("loss", config, config.build(STUDENT_SHAPES, shapes, DatasetInfo(20, CLASSES)))
     negatives = {spec: torch.randn(10, *shape) for spec, shape in shapes.items()}
     with batch_norm_over_processes(body), batch_norm_over_processes(term):
         features = body(images[rows])
         known = torch.arange(NUM) < SPLIT if case.endswith("known") else None
         batch = DistillationBatch(
-            ModelOutput(features.mean((2, 3)) @ torch.randn(4, CLASSES), {"a": features}),
+            ModelOutput(features.mean((2, 3)) @ torch.randn(4, CLASSES), student_features(features)),
             [DenseTargets(logits, teacher).rows(torch.arange(NUM)[rows])],
             [None if known is None else known[rows]],
             labels[rows],
