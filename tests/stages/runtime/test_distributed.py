@@ -26,30 +26,10 @@ from torch import Tensor, nn
 from kdpipe.stages.data.loader.image_loader import ImageBatch, ImageLoader, ViewRequest
 from kdpipe.stages.errors import StoppedEarly
 from kdpipe.stages.losses.base import Loss
-from kdpipe.stages.losses.features.hint import Hint
-from kdpipe.stages.losses.features.ofd import OFD
-from kdpipe.stages.losses.features.review_kd import ReviewKD
-from kdpipe.stages.losses.features.srd import SRD
-from kdpipe.stages.losses.features.srrl import SRRL
-from kdpipe.stages.losses.features.vid import VID
 from kdpipe.stages.losses.inputs import DatasetInfo, Negatives
-from kdpipe.stages.losses.logits.dist import DIST
-from kdpipe.stages.losses.logits.dkd import DKD
-from kdpipe.stages.losses.logits.gkl import GKL
-from kdpipe.stages.losses.logits.kd import KD, LogitMSE
-from kdpipe.stages.losses.logits.mlld import MLLD
-from kdpipe.stages.losses.logits.nkd import NKD
-from kdpipe.stages.losses.logits.wsld import WSLD
 from kdpipe.stages.losses.registry import LOSSES as LOSS_CLASSES
-from kdpipe.stages.losses.relations.cc import CC
-from kdpipe.stages.losses.relations.crd import CRD
-from kdpipe.stages.losses.relations.pkt import PKT
-from kdpipe.stages.losses.relations.rkd import RKD
-from kdpipe.stages.losses.relations.sp import SP
 from kdpipe.stages.losses.sample_selection import SampleSelection
 from kdpipe.stages.losses.schedules import FINISHED
-from kdpipe.stages.losses.statistics.at import AT
-from kdpipe.stages.losses.statistics.nst import NST
 from kdpipe.stages.losses.user_loss import as_loss
 from kdpipe.stages.losses.weighted import DistillationBatch, WeightedLoss
 from kdpipe.stages.models.hooks import ModelOutput
@@ -80,38 +60,24 @@ NUM, SPLIT, CLASSES = 7, 4, 5
 PAIR = (("a", "b"),)
 CLIPPED: dict[str, Any] = {"optimizer": "adam", "clip_grad": 0.1, "ema_decay": 0.9, "decay_norm_and_bias": False}
 CLIPPED |= {"class_weights": "balanced", "sampler": "balanced"}
-ON_LOGITS = ("ttm", "wttm", "hard_distillation", "binary_kd", "wkd_l")
-ON_MAPS = ("cwd", "wkd_f", "pefd", "vkd", "ab", "ft", "cosine", "cat_kd")
+ON_LOGITS = ("kd", "dkd", "nkd", "dist", "wsld", "mlld", "logit_mse", "gkl", "ttm", "wttm", "hard_distillation")
+ON_LOGITS += ("binary_kd", "wkd_l")
+ON_MAPS = ("hint", "at", "ofd", "srd", "nst", "vid", "review_kd", "rkd", "sp", "pkt", "cc", "cwd", "wkd_f", "pefd")
+ON_MAPS += ("vkd", "ab", "ft", "cosine", "cat_kd")
 WIDE = (("e", "b"), ("f", "d"))
 """Student layers with the teacher's channels."""
-ON_WIDE_MAPS = {"fsp": WIDE, "kdsvd": WIDE, "simkd": WIDE[:1]}
+OPTIONS: dict[str, dict[str, Any]] = {
+    **{name: {} for name in ON_LOGITS},
+    **{name: {"layers": PAIR} for name in ON_MAPS},
+    **{name: {"layers": WIDE} for name in ("fsp", "kdsvd")},
+    "simkd": {"layers": WIDE[:1]},
+    "srrl": {"layer": "a"},
+    "crd": {"layers": PAIR, "dim": 4},
+}
 LOSSES: dict[str, Callable[[SampleSelection], Loss]] = {
-    "kd": lambda some: KD(loss="kd", samples=some),
-    "dkd": lambda some: DKD(loss="dkd", samples=some),
-    "nkd": lambda some: NKD(loss="nkd", samples=some),
-    "dist": lambda some: DIST(loss="dist", samples=some),
-    "wsld": lambda some: WSLD(loss="wsld", samples=some),
-    "mlld": lambda some: MLLD(loss="mlld", samples=some),
-    "logit_mse": lambda some: LogitMSE(loss="logit_mse", samples=some),
-    "hint": lambda some: Hint(loss="hint", layers=PAIR, samples=some),
-    "at": lambda some: AT(loss="at", layers=PAIR, samples=some),
-    "gkl": lambda some: GKL(loss="gkl", samples=some),
-    "ofd": lambda some: OFD(loss="ofd", layers=PAIR, samples=some),
-    "srd": lambda some: SRD(loss="srd", layers=PAIR, samples=some),
-    "nst": lambda some: NST(loss="nst", layers=PAIR, samples=some),
-    "vid": lambda some: VID(loss="vid", layers=PAIR, samples=some),
-    "review_kd": lambda some: ReviewKD(loss="review_kd", layers=PAIR, samples=some),
-    "rkd": lambda some: RKD(loss="rkd", layers=PAIR, samples=some),
-    "sp": lambda some: SP(loss="sp", layers=PAIR, samples=some),
-    "pkt": lambda some: PKT(loss="pkt", layers=PAIR, samples=some),
-    "cc": lambda some: CC(loss="cc", layers=PAIR, samples=some),
-    "crd": lambda some: CRD(loss="crd", layers=PAIR, dim=4, samples=some),
-    "srrl": lambda some: SRRL(loss="srrl", layer="a", samples=some),
-    **{name: lambda some, name=name: LOSS_CLASSES.get(name)(loss=name, samples=some) for name in ON_LOGITS},
-    **{name: lambda some, name=name: LOSS_CLASSES.get(name)(loss=name, layers=PAIR, samples=some) for name in ON_MAPS},
     **{
-        name: lambda some, name=name, layers=layers: LOSS_CLASSES.get(name)(loss=name, layers=layers, samples=some)
-        for name, layers in ON_WIDE_MAPS.items()
+        name: lambda some, name=name, own=own: LOSS_CLASSES.get(name)(loss=name, samples=some, **own)
+        for name, own in OPTIONS.items()
     },
     "function": lambda some: as_loss(user_losses.logit_mae, "function")(samples=some),
     "of_batch": lambda some: as_loss(user_losses.batch_spread, "of_batch")(samples=some),
