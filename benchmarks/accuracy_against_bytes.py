@@ -1,14 +1,14 @@
 """Train students from one teacher's store in several encodings: accuracy against bytes, at equal training.
 
     uv run python benchmarks/accuracy_against_bytes.py RECIPE [--set KEY=VALUE ...] [--seeds 0 1 2]
-        [--temperatures 1 4] [--dir FOLDER]
+        [--temperatures 1 4] [--dir FOLDER] [--picture FILE]
 
 RECIPE needs a data set, views, a teacher and a student; its `[[distill]]` entries are replaced by KD. The teacher is
 trained or loaded and cached once, in dense float16; every other store is transcoded from that one, but that of
 vectors and the teacher's last layer ("head"), which is cached too, and every student sees the same images in the same
 order. A rerun continues. Prints a Markdown table: bytes of a row, and of all of a sample's views; test accuracy of
 the last epoch, mean and standard deviation over seeds; and the mean difference from dense float16 at the same
-temperature, seed by seed, with its standard error.
+temperature, seed by seed, with its standard error. `--picture` draws accuracy against the bytes of a row.
 
 Rows with fewer views use the first of them again and again; one of these has a temperature that falls from 20 to 2
 over the training (Xiao and He 2026, arXiv 2604.18135, reuse pruned labels so). "At T = 1" are the largest logits with
@@ -60,6 +60,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--temperatures", type=float, nargs="+", default=[1.0, 4.0])
     parser.add_argument("--dir", type=Path, default=Path("runs/bytes"))
+    parser.add_argument("--picture", type=Path)
     arguments = parser.parse_args()
     common = [word for text in [*arguments.set, "cache.dtype=float16"] for word in ("--set", text)]
     common += ["--set", 'distill=[{loss="kd"}]']
@@ -68,6 +69,7 @@ def main() -> None:
     cached = kdpipe("cache-teacher", *teacher)["store"]
     num_classes = kdpipe("store", "info", cached["path"], "--json")["arrays"]["logits"]["row_shape"][0]
     found: dict[tuple[str, float | str], list[float]] = {}
+    points: list[tuple[Variant, int, list[float]]] = []
     print("| encoding | T | bytes a row | bytes a sample | accuracy, % | difference from float16, points |")
     print("|---|---:|---:|---:|---:|---:|")
     for variant in variants(num_classes, cached["num_views"], arguments.temperatures):
@@ -75,7 +77,11 @@ def main() -> None:
         accuracies = train(arguments, common, variant, store, cached["num_views"])
         found[variant.label, variant.temperature] = accuracies
         dense = found.get((DENSE, variant.temperature), [])
-        print(table_row(variant, store, accuracies, dense), flush=True)
+        size = row_bytes(store)
+        points.append((variant, size, accuracies))
+        print(table_row(variant, size, cached["num_views"], accuracies, dense), flush=True)
+    if arguments.picture:
+        draw(points, cached["num_views"], arguments.picture)
 
 
 def variants(num_classes: int, num_views: int, temperatures: list[float]) -> Iterator[Variant]:
@@ -129,13 +135,36 @@ def train(
     return [100 * one["accuracy"] for one in result["students"]["distilled"]]
 
 
-def table_row(variant: Variant, store: Path, accuracies: list[float], dense: list[float]) -> str:
+def row_bytes(store: Path) -> int:
     info = kdpipe("store", "info", str(store), "--json")
     widths = {"float16": 2, "float32": 4, "uint8": 1, "uint16": 2, "uint32": 4}
-    row_bytes = sum(math.prod(one["row_shape"]) * widths[one["dtype"]] for one in info["arrays"].values())
+    return sum(math.prod(one["row_shape"]) * widths[one["dtype"]] for one in info["arrays"].values())
+
+
+def draw(points: list[tuple[Variant, int, list[float]]], num_views: int, path: Path) -> None:
+    """Draw mean accuracy, with the standard error of the mean, against the bytes of a sample, a line a temperature."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 5), layout="constrained")
+    axes = figure.subplots()
+    for number, temperature in enumerate(dict.fromkeys(str(variant.temperature) for variant, _, _ in points)):
+        own = [one for one in points if str(one[0].temperature) == temperature]
+        sizes = [size * (variant.num_views or num_views) for variant, size, _ in own]
+        means = [statistics.fmean(values) for _, _, values in own]
+        errors = [statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else 0 for _, _, values in own]
+        axes.errorbar(sizes, means, errors, fmt="os^"[number % 3], capsize=3, label=f"T = {temperature}")
+        for (variant, _, _), size, mean in zip(own, sizes, means, strict=True):
+            axes.annotate(variant.label, (size, mean), xytext=(5, 3), textcoords="offset points", fontsize=7)
+    axes.set(xscale="log", xlabel="bytes of a sample, all views", ylabel="test accuracy of the student, %")
+    axes.legend(frameon=False)
+    figure.savefig(path, dpi=120)
+
+
+def table_row(variant: Variant, size: int, num_views: int, accuracies: list[float], dense: list[float]) -> str:
     differences = [own - other for own, other in zip(accuracies, dense, strict=False)]
     compared = "" if variant.label == DENSE or not differences else with_spread(differences, per_mean=True)
-    cells = [variant.label, f"{variant.temperature}", f"{row_bytes:,}", f"{row_bytes * info['num_views']:,}"]
+    sample_bytes = size * (variant.num_views or num_views)
+    cells = [variant.label, f"{variant.temperature}", f"{size:,}", f"{sample_bytes:,}"]
     return f"| {' | '.join([*cells, with_spread(accuracies), compared])} |"
 
 
