@@ -75,6 +75,9 @@ def main() -> None:
     for variant in variants(num_classes, cached["num_views"], arguments.temperatures):
         store = make_store(arguments, common, variant, cached["path"])
         accuracies = train(arguments, common, variant, store, cached["num_views"])
+        if not found:
+            alone = train(arguments, common, variant, store, cached["num_views"], kind="alone")
+            print(f"| none: the student alone | | 0 | 0 | {with_spread(alone)} | |", flush=True)
         found[variant.label, variant.temperature] = accuracies
         dense = found.get((DENSE, variant.temperature), [])
         size = row_bytes(store)
@@ -115,24 +118,30 @@ def make_store(arguments: argparse.Namespace, common: list[str], variant: Varian
 
 
 def train(
-    arguments: argparse.Namespace, common: list[str], variant: Variant, store: Path, num_views: int
+    arguments: argparse.Namespace,
+    common: list[str],
+    variant: Variant,
+    store: Path,
+    num_views: int,
+    *,
+    kind: str = "distilled",
 ) -> list[float]:
-    """Return the accuracies of the distilled students, by seed."""
+    """Return the accuracies of the students of a kind, by seed."""
     fixed = isinstance(variant.temperature, float)
     temperature = f"{variant.temperature:g}" if fixed else '{start=20.0, end=2.0, shape="linear"}'
     settings = [
         f"student.stores=[{json.dumps(str(store))}]",
-        f"student.seeds={arguments.seeds}",
         f"views.num_views={variant.num_views or num_views}",
         f'distill=[{{loss="kd", weight=0.9, temperature={temperature}}}]',
         "student.hard_label_weight=0.1",
-        "student.baseline=false",
+        f"student.baseline={str(kind == 'alone').lower()}",
+        f"student.seeds={arguments.seeds}",
         "student.export=false",
     ]
     words = [word for text in settings for word in ("--set", text)]
     run = str(arguments.dir / variant.folder)
     result = kdpipe("train-student", str(arguments.recipe), "--run", run, *common, *words, "--json")
-    return [100 * one["accuracy"] for one in result["students"]["distilled"]]
+    return [100 * one["accuracy"] for one in result["students"][kind]]
 
 
 def row_bytes(store: Path) -> int:
