@@ -26,7 +26,7 @@ from kdpipe.stages.compress.pruning.exclusions import (
 )
 from kdpipe.stages.compress.pruning.heads import Heads, why_whole
 from kdpipe.stages.compress.pruning.library import import_torch_pruning
-from kdpipe.stages.compress.pruning.widths import SIZES
+from kdpipe.stages.compress.pruning.widths import CHANNELS, SIZES, has_sizes
 from kdpipe.stages.errors import ModelError, cause
 from kdpipe.stages.models.clone import preserve_modes
 from kdpipe.stages.models.hooks import capture, model_errors, nearest
@@ -140,6 +140,7 @@ def find_channels(
         # In a list: a bare tensor would be unpacked along its first axis.
         graph = import_torch_pruning().DependencyGraph().build_dependency(model, [example], verbose=False)
         names = ModuleNames(model, outputs, exclude, heads=heads)
+        names.unseen = _unseen(model, example, graph)
         for found in _all_groups(graph):
             reason = exclusion_reason(found, names, with_batch_norm=with_batch_norm)
             if reason is None and (own := _heads_of(found, names)):
@@ -157,6 +158,14 @@ def find_channels(
         excluded |= names.outside(graph)
     in_order = {path: excluded[module] for module, path in names.paths.items() if module in excluded}
     return Channels(graph, groups, in_order)
+
+
+def _unseen(model: nn.Module, example: Tensor, graph: torch_pruning.DependencyGraph) -> list[nn.Module]:
+    """Return the layers that a forward pass calls without use for the logits, as SigLIP's pooling is."""
+    layers = [layer for layer in model.modules() if has_sizes(layer) or isinstance(layer, nn.MultiheadAttention)]
+    with capture(layers, lambda output: None) as calls:
+        model(example)
+    return [layer for layer, called in calls.items() if called and layer not in graph.module2node]
 
 
 def remove(channels: Channels, kept: Sequence[int]) -> dict[nn.Module, list[int]]:
@@ -252,7 +261,7 @@ def _group(
         num_lanes=num_lanes,
         full_width=full.get("out_channels", full.get("out_features")) // num_lanes // block,
         cuts=tuple(
-            (names.paths[member.target.module], size, len(indices))
+            (names.path_of(member.target.module), size, len(indices))
             for member, indices in found
             for size in _sizes_cut(found, member)
         ),
@@ -277,6 +286,8 @@ def _first_head(found: Any, heads: Heads) -> Any:
 def _sizes_cut(found: Any, dependency: Any) -> tuple[str, ...]:
     """Return the sizes of a group member that lose channels, by their names in a record of widths."""
     layer = dependency.target.module
+    if isinstance(layer, nn.Parameter | nn.Embedding):
+        return (CHANNELS,)
     kind = next((kind for kind in SIZES if isinstance(layer, kind)), None)
     if kind is None or (isinstance(layer, nn.PReLU) and layer.num_parameters == 1):
         return ()

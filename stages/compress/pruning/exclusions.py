@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -9,10 +10,13 @@ from torch import nn
 
 from kdpipe.stages.compress.pruning.heads import Heads, find_heads, projections
 from kdpipe.stages.compress.pruning.importance import batch_norms_of
-from kdpipe.stages.compress.pruning.widths import has_sizes
+from kdpipe.stages.compress.pruning.widths import channel_axis, has_sizes
 
 if TYPE_CHECKING:
     import torch_pruning
+
+BROADCASTS, COPIES = re.compile("(Add|Sub|Mul|Cat)Backward"), re.compile("(Expand|ToCopy)Backward")
+"""Operations that combine the channels of a parameter with others one by one, and those that only copy it."""
 
 WEIGHT_LAYERS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)
 
@@ -21,7 +25,12 @@ class ModuleNames:
     """Names of a model's modules and parameters, and the modules that must stay whole by themselves.
 
     With `heads` these are not the attentions that may lose heads: those are in `heads`, by their projections.
+
+    Attributes:
+        unseen: The layers that read what the dependency graph does not show.
     """
+
+    unseen: Sequence[nn.Module] = ()
 
     def __init__(
         self, model: nn.Module, outputs: Sequence[nn.Module], exclude: Sequence[nn.Module], *, heads: bool
@@ -54,6 +63,12 @@ class ModuleNames:
             for layer in layers
         }
 
+    def path_of(self, member: Any) -> str:
+        """Return the path of a module or parameter, by which a record of widths has it."""
+        if isinstance(member, nn.Parameter):
+            return self.parameters[id(member)]
+        return f"{self.paths[member]}.weight" if isinstance(member, nn.Embedding) else self.paths[member]
+
     def describe(self, member: Any) -> str:
         """Describe a member that no record of widths covers."""
         if isinstance(member, nn.Parameter):
@@ -69,8 +84,11 @@ def exclusion_reason(found: Any, names: ModuleNames, *, with_batch_norm: bool) -
     for member in [*written(found, WEIGHT_LAYERS), *written(found, nn.Module)]:
         if member in names.reasons:
             return f"its channels meet those of {names.paths[member]!r}: {names.reasons[member]}"
-    for member in members:
-        if not has_sizes(member) and not _is_weightless(member):
+    for dependency, indices in found:
+        member = dependency.target.module
+        if has_sizes(member) or _is_weightless(member):
+            continue
+        if names.unseen or not _is_broadcast(dependency.target, indices):
             return f"its channels reach {names.describe(member)}"
     for member in written(found, nn.Module):
         # A pass-through layer without a predecessor reads the image.
@@ -104,6 +122,18 @@ def _is_shuffle(operation: Any) -> bool:
     """
     name = operation.name().lower() if hasattr(operation, "name") else ""
     return "shuffle" in name or ("view" in name and len(getattr(operation, "_saved_self_sym_sizes", ())) > 4)
+
+
+def _is_broadcast(node: Any, indices: Sequence[int]) -> bool:
+    """Return whether a node is a parameter, or embedding, with all these channels, and they are read one by one."""
+    parameter = node.module.weight if isinstance(node.module, nn.Embedding) else node.module
+    has_all = isinstance(parameter, nn.Parameter) and parameter.shape[channel_axis(parameter)] == len(indices)
+    return has_all and _reads_one_by_one(node)
+
+
+def _reads_one_by_one(node: Any) -> bool:
+    names = [(output, output.grad_fn.name()) for output in node.outputs]
+    return all(BROADCASTS.match(name) or (COPIES.match(name) and _reads_one_by_one(output)) for output, name in names)
 
 
 def _is_weightless(member: Any) -> bool:

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from kdpipe.stages.compress.pruning.heads import find_heads
 from kdpipe.stages.errors import ModelError
@@ -29,36 +29,47 @@ SIZES: dict[type[nn.Module], tuple[str, ...]] = {
 }
 """The sizes that pruning changes, by layer type."""
 
+CHANNELS = "channels"
+"""The size of a parameter outside such layers, as position embeddings and layer scales are, along its channels."""
+
 
 def record_widths(model: nn.Module) -> dict[str, dict[str, Any]]:
-    """Return the sizes of every layer by module path, as plain JSON.
+    """Return the sizes of every layer by module path, and of every other parameter by its own, as plain JSON.
 
-    For example, {"fc": {"in_features": 24, "out_features": 10}, ...}.
+    For example, {"fc": {"in_features": 24, "out_features": 10}, "pos_embed": {"channels": 192}, ...}.
     """
-    return {path: _sizes_of(layer) for path, layer in _layers(model).items()}
+    return {path: _sizes_of(layer) for path, layer in {**_layers(model), **_other_parameters(model)}.items()}
 
 
 def apply_widths(model: nn.Module, widths: Mapping[str, Any]) -> nn.Module:
     """Cut the layers of a freshly built, unpruned `model` down to recorded `widths`, in place, and return it.
 
     The state_dict loaded next determines which channels these are; until then they are the first ones. Attentions get
-    as many heads as their projections have.
+    as many heads as their projections have. Parameters outside of layers may be missing: they stay whole.
 
     Raises:
         ModelError: Before anything is changed, if the record does not fit the architecture: other modules, no whole
             numbers, or sizes beyond the unpruned ones (so a hostile record cannot demand memory); later, if it
             has parts of heads.
     """
-    layers = _layers(model)
+    layers, parameters = _layers(model), _other_parameters(model)
     if not isinstance(widths, Mapping):
         raise ModelError(f"the record of widths is a {type(widths).__name__}, not a table of layers.")
-    if different := sorted(str(path) for path in {*widths} ^ {*layers}):
+    parameters = {path: parameter for path, parameter in parameters.items() if path in widths}
+    if different := sorted(str(path) for path in {*widths} ^ {*layers, *parameters}):
         raise ModelError(f"the record of widths is of another architecture: only one has the layer {different[0]!r}.")
-    for path, layer in layers.items():
-        _check_sizes(path, _sizes_of(layer), widths[path])
+    for path, sized in {**layers, **parameters}.items():
+        _check_sizes(path, _sizes_of(sized), widths[path])
     attentions = set(find_heads(model).values())
     for path, layer in layers.items():
         _resize(layer, widths[path])
+    for path, parameter in parameters.items():
+        prefix, _, name = path.rpartition(".")
+        owner = model.get_submodule(prefix)
+        cut = parameter.detach().narrow(channel_axis(parameter), 0, widths[path][CHANNELS]).clone()
+        setattr(owner, name, nn.Parameter(cut, parameter.requires_grad))
+        if isinstance(owner, nn.Embedding):
+            owner.embedding_dim = widths[path][CHANNELS]
     for heads in attentions:
         heads.fit()
     return model
@@ -69,11 +80,28 @@ def has_sizes(module: object) -> bool:
     return isinstance(module, tuple(SIZES))
 
 
+def channel_axis(parameter: Tensor) -> int:
+    """Return the axis of a parameter's channels, the last one of more than one entry, as torch-pruning takes it."""
+    return max((axis for axis, size in enumerate(parameter.shape) if size > 1), default=0)
+
+
+def _other_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Return the parameters outside of layers with sizes, by path."""
+    layers = _layers(model)
+    return {
+        path: parameter
+        for path, parameter in model.named_parameters()
+        if path.rpartition(".")[0] not in layers and parameter.dim()
+    }
+
+
 def _layers(model: nn.Module) -> dict[str, nn.Module]:
     return {path: module for path, module in model.named_modules() if has_sizes(module)}
 
 
-def _sizes_of(layer: nn.Module) -> dict[str, Any]:
+def _sizes_of(layer: nn.Module | nn.Parameter) -> dict[str, Any]:
+    if isinstance(layer, nn.Parameter):
+        return {CHANNELS: layer.shape[channel_axis(layer)]}
     names = next(names for kind, names in SIZES.items() if isinstance(layer, kind))
     return {name: _as_json(getattr(layer, name)) for name in names}
 

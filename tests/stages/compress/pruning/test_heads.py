@@ -29,13 +29,19 @@ def built(name: str, args: object, seed: int = 0) -> nn.Module:
 
 
 @pytest.mark.parametrize(("name", "args", "attention", "_", "__"), VITS)
-def test_heads_stay_unless_asked(name, args, attention, _, __):
+def test_heads_stay_unless_asked_and_the_embedding_gets_narrower(name, args, attention, _, __):
     pruned = prune(built(name, args), IMAGES, PruneConfig(round_to=1))
     places = tuple(attention.format(block) for block in (0, 1))
     kept = [path for path, why in pruned.excluded.items() if why.endswith(f"{places[0]!r}, whose heads stay")]
     assert kept
     assert all(path.startswith(places[0]) for path in kept)
-    assert not any(path.startswith(places) for path in pruned.removed)
+    assert not any(path.startswith(places) and path.endswith(("qkv", "q_proj", "k_proj")) for path in pruned.removed)
+    before, after = (record_widths(network) for network in (built(name, args), pruned.model))
+    embeddings = [path for path in after if after[path] == {"channels": 6} and before[path] == {"channels": 12}]
+    assert bool(embeddings) == (args is not SIGLIP)  # whose pooling, which the logits do not use, reads it as well
+    again = apply_widths(built(name, args, seed=1), after)
+    again.load_state_dict(pruned.model.state_dict())
+    assert torch.equal(again(IMAGES), pruned.model.eval()(IMAGES))
     step(pruned.model, sgd(pruned.model), seed=1)
 
 

@@ -101,3 +101,41 @@ def test_groups_must_divide_the_channels():
     widths["depthwise.0"].update(in_channels=12, out_channels=12, groups=5)
     with pytest.raises(ModelError, match="5 unequal groups"):
         apply_widths(model, widths)
+
+
+class Scaled(nn.Module):
+    """Convolutions of which the second one's map meets parameters that are no layer's."""
+
+    def __init__(self, position: bool = False) -> None:
+        super().__init__()
+        self.first, self.second, self.head = nn.Conv2d(3, 8, 1), nn.Conv2d(8, 8, 1), nn.Linear(8, 4)
+        self.scale = nn.Parameter(torch.rand(8, 1, 1))
+        self.position = nn.Parameter(torch.rand(1, 8, 8, 8)) if position else None
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        maps = self.scale * self.second(self.first(images).relu())
+        return self.head((maps if self.position is None else maps @ self.position).mean((2, 3)))  # type: ignore[no-any-return]
+
+
+def test_parameters_beside_layers_are_cut_with_their_channels():
+    model, example = Scaled().eval(), torch.rand(2, 3, 8, 8)
+    pruned = prune(model, example, PruneConfig(round_to=1))
+    widths = record_widths(pruned.model)
+    assert widths["scale"] == {"channels": 4}
+    kept = [channel for channel in range(8) if channel not in pruned.removed["second"]]
+    assert torch.equal(pruned.model.scale, model.scale[kept])
+    rebuilt = apply_widths(Scaled(), widths).eval()
+    rebuilt.load_state_dict(pruned.model.state_dict())
+    assert torch.equal(rebuilt(example), pruned.model(example))
+    earlier = {path: sizes for path, sizes in record_widths(model).items() if path != "scale"}
+    assert apply_widths(Scaled(), earlier).scale.shape == (8, 1, 1)
+    with pytest.raises(
+        ModelError, match="gives 'scale' channels = 9; expected whole numbers, at least 1 and at most 8"
+    ):
+        apply_widths(Scaled(), {**widths, "scale": {"channels": 9}})
+
+
+def test_parameters_that_mix_positions_keep_their_channels():
+    pruned = prune(Scaled(position=True), torch.rand(2, 3, 8, 8), PruneConfig(round_to=1))
+    assert pruned.excluded["second"] == "its channels reach the parameter 'position'"
+    assert record_widths(pruned.model)["first"]["out_channels"] == 4
