@@ -38,7 +38,8 @@ def record_widths(model: nn.Module) -> dict[str, dict[str, Any]]:
 
     For example, {"fc": {"in_features": 24, "out_features": 10}, "pos_embed": {"channels": 192}, ...}.
     """
-    return {path: _sizes_of(layer) for path, layer in {**_layers(model), **_other_parameters(model)}.items()}
+    sized: dict[str, nn.Module | nn.Parameter] = {**_layers(model), **_other_parameters(model)}
+    return {path: _sizes_of(own) for path, own in sized.items()}
 
 
 def apply_widths(model: nn.Module, widths: Mapping[str, Any]) -> nn.Module:
@@ -58,8 +59,9 @@ def apply_widths(model: nn.Module, widths: Mapping[str, Any]) -> nn.Module:
     parameters = {path: parameter for path, parameter in parameters.items() if path in widths}
     if different := sorted(str(path) for path in {*widths} ^ {*layers, *parameters}):
         raise ModelError(f"the record of widths is of another architecture: only one has the layer {different[0]!r}.")
-    for path, sized in {**layers, **parameters}.items():
-        _check_sizes(path, _sizes_of(sized), widths[path])
+    sized: dict[str, nn.Module | nn.Parameter] = {**layers, **parameters}
+    for path, own in sized.items():
+        _check_sizes(path, _sizes_of(own), widths[path])
     attentions = set(find_heads(model).values())
     for path, layer in layers.items():
         _resize(layer, widths[path])
