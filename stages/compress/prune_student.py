@@ -244,10 +244,10 @@ def loss_gradients(
 
 
 def logit_ranker(network: ModelBundle, fine_tuning: FineTuneContext, batch_size: int, num_batches: int) -> Ranker:
-    """Return what ranks blocks, and ranks of layers, by the mean KL divergence, in nats, of a network from the stored logits at T = 1.
+    """Return what chooses blocks, or ranks, by the mean KL divergence, in nats, from the stored logits at T = 1.
 
-    It is measured on the first batches of views, the same for each call. For the baseline without stores it is the
-    cross entropy with the labels; for other tasks than classification the recipe's losses on logits.
+    It is a network's, measured on the first batches of views, the same for each call. For the baseline without stores
+    it is the cross entropy with the labels; for other tasks than classification the recipe's losses on logits.
 
     Raises:
         ModelError: The recipe has none.

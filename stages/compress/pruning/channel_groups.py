@@ -98,7 +98,8 @@ def follow_channels() -> Iterator[None]:
         except Exception as error:
             raise ModelError(
                 f"this model cannot be pruned: torch-pruning cannot follow its channels ({cause(error)}), which are "
-                "shuffled or reshaped; set prune.kind = 'blocks', 'low-rank' or 'weights', or compress.steps = ['quantize']."
+                "shuffled or reshaped; set prune.kind = 'blocks', 'low-rank' or 'weights', or compress.steps = "
+                "['quantize']."
             ) from error
 
 

@@ -17,13 +17,13 @@ class PruneConfig:
     Attributes:
         kind: "channels" removes them and makes the layers narrower; "blocks" removes blocks that keep their input's
             shape, the ones without which the student stays nearest to the stored logits; "blocks+channels" does both,
-            blocks first. "low-rank" makes two narrow layers of each wide one, with ranks that keep the student nearest
-            to the stored logits. "weights" zeroes single weights of convolutions and linear layers; "2:4" zeroes two in every
-            four of them along the input channels.
+            blocks first. "low-rank" makes two narrow layers of each wide one, with the ranks that keep the student
+            nearest to the stored logits. "weights" zeroes single weights of convolutions and linear layers; "2:4"
+            zeroes two in every four of them along the input channels.
         ratio: the share removed of what `budget` counts in the unpruned student; of the weights for the other kinds.
         budget: "channels" removes `ratio` of the prunable channels, "blocks" of the blocks: the defaults of these
-            kinds. "parameters" (of "low-rank"), "macs" and "latency" remove as few as leave at most 1 - ratio of the whole
-            network's.
+            kinds. "parameters", the default of "low-rank", "macs" and "latency" remove as few as leave at most
+            1 - ratio of the whole network's.
         depth_share: the part of the reduction that "blocks+channels" reaches by blocks: they leave the share
             (1 - ratio) ** depth_share, of which the channels leave the rest.
         importance: "l1" is the mean L1 norm of the weights that read or write a channel, over its group; the lowest
@@ -34,8 +34,8 @@ class PruneConfig:
             whole network, each group's importance divided by its mean, or its smallest weights.
         max_ratio: the largest share that "global" may remove of one group or layer, and of the blocks; "low-rank" of a
             layer's weights.
-        round_to: widths, and ranks, are rounded to a multiple of this, so that layers stay on onnxruntime's fast kernels, where 29
-            channels cost half as much again as 32.
+        round_to: widths and ranks are rounded to a multiple of this, so that layers stay on onnxruntime's fast
+            kernels, where 29 channels cost half as much again as 32.
         heads: whether attentions of ViTs of timm and transformers lose whole heads, too; each counts as one channel.
         exclude: module paths, layers or whole blocks, all of whose output channels, or weights, stay; they are not
             removed as blocks either.

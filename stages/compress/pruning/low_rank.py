@@ -274,9 +274,7 @@ def observe_outputs(model: nn.Module, layers: Sequence[Factorable], ranker: Rank
         ranker.harm(model)
 
 
-def rank_steps(
-    model: nn.Module, layers: Sequence[Factorable], ranker: Ranker, to_save: float
-) -> Iterator[RankStep]:
+def rank_steps(model: nn.Module, layers: Sequence[Factorable], ranker: Ranker, to_save: float) -> Iterator[RankStep]:
     """Yield steps until they save enough: each the one that does the least harm for what it saves.
 
     As with blocks, what a step did in an earlier round counts as the least that it does now, so that a round measures

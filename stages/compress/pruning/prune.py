@@ -1,7 +1,8 @@
 """Structured and unstructured pruning.
 
 Structured pruning removes whole channels, together with everything that reads or writes them (`channel_groups`), and
-whole blocks (`depth`), or factors layers (`low_rank`); pruning of single weights zeroes them and keeps the shape (`sparsity`).
+whole blocks (`depth`), or factors layers (`low_rank`); pruning of single weights zeroes them and keeps the shape
+(`sparsity`).
 """
 
 from __future__ import annotations
@@ -79,7 +80,8 @@ def prune(
 ) -> Pruned:
     """Return a pruned copy of `model`; module paths, input channels and logits stay.
 
-    Removed blocks are replaced by `SkippedBlock`, and the modules inside them are gone; layers of low rank by `LowRank`.
+    Removed blocks are replaced by `SkippedBlock`, and the modules inside them are gone; factored layers
+    by `LowRank`.
 
     Args:
         model: The network; it stays unchanged.

@@ -164,9 +164,7 @@ def test_budget_is_met_and_counted(budget):
     found = pruned(model, harm=distance_from(model), budget=budget, ratio=0.4, round_to=2, latency=latency)
     share = size_of(found.model, counted) / size_of(model, counted)
     assert 0.45 < share <= 0.6 and found.ratio == pytest.approx(1 - share)
-    again = pruned(
-        model, harm=distance_from(model), budget=budget, ratio=0.4, round_to=2, ratio_found=found.ratio
-    )
+    again = pruned(model, harm=distance_from(model), budget=budget, ratio=0.4, round_to=2, ratio_found=found.ratio)
     assert ranks_of(again.model) == ranks_of(found.model) and again.ranks == found.ranks
     for name, tensor in again.model.state_dict().items():
         assert torch.equal(tensor, found.model.state_dict()[name])
