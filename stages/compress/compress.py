@@ -239,7 +239,7 @@ def dry_run(
         ModelError: If the student cannot be compressed.
     """
     context = student.context(context)
-    if config.prunes and config.prune.removes_blocks:
+    if config.prunes and config.prune.is_ranked:
         ranking_losses(EMBEDDING if student.is_headless else context.train_set.task, losses)
     network = build_student(student, student.seeds[0], context)
     if config.student is not None:

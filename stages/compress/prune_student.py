@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, astuple, dataclass, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from kdpipe.stages.compress.pruning.kept_channels import kept_channels
 from kdpipe.stages.compress.pruning.prune import Pruned, prune
 from kdpipe.stages.compress.pruning.sparsity import masks_of
 from kdpipe.stages.compress.resume import (
+    WIDTHS,
     PrunedCheckpoint,
     TrainedModel,
     cuts_of,
@@ -55,7 +56,7 @@ LATENCY_ROUNDS = 20
 def prune_json(config: PruneConfig) -> dict[str, Any]:
     """Return the settings that determine a pruning's result."""
     record = asdict(config)
-    if config.importance != "taylor" and not config.removes_blocks:
+    if config.importance != "taylor" and not config.is_ranked:
         del record["importance_batches"]
     if len(config.parts) == 1:
         del record["depth_share"]
@@ -141,8 +142,8 @@ class _Pruner:
         gradients = ranker = None
         if config.importance == "taylor":
             gradients = loss_gradients(network, self.fine_tuning, batch_size, num_batches)
-        if config.removes_blocks:
-            ranker = block_ranker(network, self.fine_tuning, batch_size, num_batches)
+        if config.is_ranked:
+            ranker = logit_ranker(network, self.fine_tuning, batch_size, num_batches)
         return prune(
             network.model.cpu(),
             torch.zeros(2, *image_shape),
@@ -190,7 +191,8 @@ def _pruned(pruner: _Pruner, folder: JobDir, before: PrunedCheckpoint, step: int
     if not pruned_path(folder).exists():
         network, fine_tuning = before.network, pruner.fine_tuning
         pruned = pruner(network, step)
-        cuts = cuts_of(pruned.model, widths="channels" in pruner.config.kind)
+        widths = "channels" in pruner.config.kind or WIDTHS in network.architecture  # of a student pruned before, too
+        cuts = cuts_of(pruned.model, widths=widths)
         cut = ModelBundle(pruned.model, {**network.architecture, **cuts}, network.normalize)
         measured = evaluate(cut.model.to(fine_tuning.device), fine_tuning.deciding(cut.normalize), fine_tuning.device)
         facts = {
@@ -200,6 +202,8 @@ def _pruned(pruner: _Pruner, folder: JobDir, before: PrunedCheckpoint, step: int
         }
         if ranking := [*before.facts.get("removed_blocks", []), *pruned.ranking]:
             facts["removed_blocks"] = [list(block) for block in ranking]  # each with the divergence without it
+        if steps := [*before.facts.get("lowered_ranks", []), *map(astuple, pruned.ranks)]:
+            facts["lowered_ranks"] = [list(step) for step in steps]
         kept = {}
         if before.adapters and pruned.removed and fine_tuning.spec:
             example = torch.zeros(2, *fine_tuning.evaluation(network.normalize).image_shape)
@@ -239,11 +243,11 @@ def loss_gradients(
     return found
 
 
-def block_ranker(network: ModelBundle, fine_tuning: FineTuneContext, batch_size: int, num_batches: int) -> Ranker:
-    """Return what ranks blocks by the mean KL divergence, in nats, of a network from the stored logits at T = 1.
+def logit_ranker(network: ModelBundle, fine_tuning: FineTuneContext, batch_size: int, num_batches: int) -> Ranker:
+    """Return what chooses blocks, or ranks, by the mean KL divergence, in nats, from the stored logits at T = 1.
 
-    It is measured on the first batches of views, the same for each call. For the baseline without stores it is the
-    cross entropy with the labels; for other tasks than classification the recipe's losses on logits.
+    It is a network's, measured on the first batches of views, the same for each call. For the baseline without stores
+    it is the cross entropy with the labels; for other tasks than classification the recipe's losses on logits.
 
     Raises:
         ModelError: The recipe has none.
@@ -268,11 +272,12 @@ def block_ranker(network: ModelBundle, fine_tuning: FineTuneContext, batch_size:
         return total / len(batches)
 
     read = student_layers(fine_tuning.spec.without_hint_losses.losses) if fine_tuning.spec else ()
-    return Ranker(measure, read, fine_tuning.monitor.counter("compress", "blocks in the order of removal", "block"))
+    counter = fine_tuning.monitor.counter("compress", "what does least harm to the logits", "choice")
+    return Ranker(measure, read, counter)
 
 
 def ranking_losses(task: Task, losses: Sequence[Loss]) -> list[Loss]:
-    """Return the losses that blocks are ranked by, of a recipe for `task` with `losses`.
+    """Return the losses that blocks, and ranks, are chosen by, of a recipe for `task` with `losses`.
 
     Raises:
         ModelError: There are none.
@@ -281,8 +286,8 @@ def ranking_losses(task: Task, losses: Sequence[Loss]) -> list[Loss]:
     found: list[Loss] = [kl] if task in kl.tasks else [loss for loss in losses if loss.on_logits]
     if not found:
         raise ModelError(
-            f"compress.prune.kind = 'blocks' ranks blocks by a loss on logits, and this recipe for {task} has none: "
-            "add one to distill, or set the kind to 'channels'."
+            f"compress.prune.kind = 'blocks' and 'low-rank' go by a loss on logits, and this recipe for {task} has "
+            "none: add one to distill, or set the kind to 'channels'."
         )
     return found
 

@@ -13,6 +13,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from kdpipe.stages.compress.pruning.blocks import skip_blocks, skipped_paths
+from kdpipe.stages.compress.pruning.low_rank import ranks_of, set_ranks
 from kdpipe.stages.compress.pruning.widths import apply_widths, record_widths
 from kdpipe.stages.distillation.adapters import SHA256, KeptChannels, load_adapters
 from kdpipe.stages.errors import ModelError, RunError, cause
@@ -21,8 +22,8 @@ from kdpipe.stages.models.safetensors_io import load_tensors, save_tensors
 from kdpipe.stages.training.job_dir import JobDir
 from kdpipe.stages.training.saved_model import finished_record, load_finished
 
-WIDTHS, REMOVED_BLOCKS = "widths", "removed_blocks"
-CUTS = (REMOVED_BLOCKS, WIDTHS)
+WIDTHS, REMOVED_BLOCKS, RANKS = "widths", "removed_blocks", "ranks"
+CUTS = (REMOVED_BLOCKS, RANKS, WIDTHS)
 """The keys of a recorded architecture that say what pruning removed."""
 
 ADAPTERS = "adapters/"
@@ -113,14 +114,16 @@ def as_pruned(fresh: ModelBundle, record: Mapping[str, Any]) -> ModelBundle:
     if all(cut == fresh.architecture.get(key) for key, cut in cuts.items()):
         return fresh
     model = skip_blocks(fresh.model, cuts[REMOVED_BLOCKS]) if REMOVED_BLOCKS in cuts else fresh.model
+    model = set_ranks(model, cuts[RANKS]) if RANKS in cuts else model
     model = apply_widths(model, cuts[WIDTHS]) if WIDTHS in cuts else model
     return ModelBundle(model, {**fresh.architecture, **cuts}, fresh.normalize)
 
 
 def cuts_of(model: nn.Module, *, widths: bool) -> dict[str, Any]:
-    """Return the record of what a pruned network lost: its blocks, and its layers' `widths`."""
-    removed = skipped_paths(model)
-    return ({REMOVED_BLOCKS: removed} if removed else {}) | ({WIDTHS: record_widths(model)} if widths else {})
+    """Return the record of what a pruned network lost: its blocks, ranks of layers, and its layers' `widths`."""
+    removed, ranks = skipped_paths(model), ranks_of(model)
+    cuts: dict[str, Any] = {REMOVED_BLOCKS: removed} if removed else {}
+    return cuts | ({RANKS: ranks} if ranks else {}) | ({WIDTHS: record_widths(model)} if widths else {})
 
 
 def finished_source(folder: JobDir, fresh: Callable[[], ModelBundle], needed_by: str) -> TrainedModel:

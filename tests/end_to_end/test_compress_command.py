@@ -8,6 +8,7 @@ import torch
 from support.kdpipe_process import kdpipe_here
 from support.made_store import folder_bytes
 
+from kdpipe import load_student
 from kdpipe.stages.models.safetensors_io import load_tensors
 
 
@@ -78,6 +79,7 @@ def test_sensitivity_ranks_the_layers_and_writes_nothing(done, recipe):
 
 def test_invalid_settings_are_refused_before_fine_tuning(done, recipe, tmp_path):
     common = arguments(done, recipe, tmp_path / "run")
+    low_rank = ("--set", "compress.prune.kind=low-rank", "--set", "compress.prune.budget=parameters")
     for changes, exit_code, sentence in (
         (
             ("--only", "prune", "--set", "compress.steps=['quantize']"),
@@ -90,10 +92,39 @@ def test_invalid_settings_are_refused_before_fine_tuning(done, recipe, tmp_path)
         (("--set", "compress.opset=13"), 1, "compress.opset"),
         (("--set", "compress.latency_batch_sizes=[1000000000000]"), 2, "latency_batch_sizes"),
         (("--set", "compress.prune.round_to=64"), 1, "removes no channel"),
+        ((*low_rank, "--set", "compress.prune.round_to=64"), 1, "no layer of this model can be factored"),
+        (
+            (*low_rank, "--set", "compress.prune.ratio=0.99"),
+            1,
+            "low ranks cannot leave 1.0% of this model",
+        ),
+        ((*low_rank, "--set", "compress.prune.scope=global"), 2, "leave out importance, scope and heads"),
     ):
         ended = kdpipe_here("compress", *common, *changes)
         assert (ended.exit_code, sentence in ended.stderr) == (exit_code, True), (changes, ended.stderr)
         assert "Traceback" not in ended.stderr and not (tmp_path / "run" / "compressed").exists()
+
+
+def test_layers_of_low_rank_from_the_command_line(done, recipe, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(done[0] / "students", run / "students")
+    keys = ("kind=low-rank", "budget=macs", "ratio=0.3", "round_to=1")
+    settings = [part for key in keys for part in ("--set", f"compress.prune.{key}")]
+    common = (*arguments(done, recipe, run), *settings, "--set", "compress.baselines=false")
+    ended = kdpipe_here("compress", *common)
+    assert ended.exit_code == 0, ended.stderr
+    assert "not pruned: fc (it writes the logits)" in ended.stdout
+    results = [
+        json.loads((run / folder / "result.json").read_text())
+        for folder in ("students/distilled-seed0", "compressed/pruned-seed0")
+    ]
+    assert results[1]["num_macs"] <= 0.7 * results[0]["num_macs"] and results[1]["lowered_ranks"]
+    student = load_student(run / "compressed" / "artifacts-seed0" / "int8" / "model.safetensors")
+    assert student.architecture["ranks"] == {path: rank for path, rank, _ in results[1]["lowered_ranks"]}
+    before = folder_bytes(run / "compressed")
+    assert kdpipe_here("compress", *common).exit_code == 0 and folder_bytes(run / "compressed") == before
+    report = kdpipe_here("report", run, "--no-html")
+    assert report.exit_code == 0 and "pruned + INT8" in report.stdout, report.stderr
 
 
 def test_unusual_file_names_are_kept(done, recipe, tmp_path):

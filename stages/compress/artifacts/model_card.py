@@ -126,7 +126,9 @@ def _origin(card: Mapping[str, Any]) -> Iterator[str]:
     yield f"- Weights of this student: {own['weights_sha256'][:12]} (sha256, the first 12 digits)."
     if removed := card["architecture"].get("removed_blocks"):
         yield f"- Removed blocks: {_shortened(removed)}."
-    was_pruned = not {"widths", "removed_blocks"}.isdisjoint(card["architecture"])
+    if ranks := card["architecture"].get("ranks"):
+        yield f"- Layers in two, of a low rank: {_shortened([f'{path} ({rank})' for path, rank in ranks.items()])}."
+    was_pruned = not {"widths", "removed_blocks", "ranks"}.isdisjoint(card["architecture"])
     if was_pruned and (excluded := card["networks"].get("pruned", {}).get("excluded")):
         yield f"- Not pruned: {_shortened([f'{path} ({why})' for path, why in excluded.items()])}."
     if floats := own["float_nodes"]:

@@ -105,15 +105,14 @@ class Goal:
         except (ModelError, NotImplementedError):
             return model, self._share_of(self.full)
 
-    def _share_of(self, full: nn.Module) -> Callable[[nn.Module], float]:
+    def size(self, model: nn.Module) -> int:
+        """Return the number of parameters of a network, or of its multiply-accumulates."""
         channels, height, width = self.example.shape[1:]
+        return count_macs(model, (channels, height, width)) if self.budget == "macs" else count_parameters(model)
 
-        def size(model: nn.Module) -> int:
-            macs = self.budget == "macs"
-            return count_macs(model, (channels, height, width)) if macs else count_parameters(model)
-
-        whole = size(full)
-        return lambda candidate: size(candidate) / whole
+    def _share_of(self, full: nn.Module) -> Callable[[nn.Module], float]:
+        whole = self.size(full)
+        return lambda candidate: self.size(candidate) / whole
 
 
 @dataclass(frozen=True)

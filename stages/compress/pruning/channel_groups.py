@@ -25,7 +25,7 @@ from kdpipe.stages.compress.pruning.exclusions import (
     written,
 )
 from kdpipe.stages.compress.pruning.heads import Heads, why_whole
-from kdpipe.stages.compress.pruning.library import import_torch_pruning
+from kdpipe.stages.compress.pruning.importance import import_torch_pruning
 from kdpipe.stages.compress.pruning.widths import CHANNELS, SIZES, has_sizes
 from kdpipe.stages.errors import ModelError, cause
 from kdpipe.stages.models.clone import preserve_modes
@@ -98,7 +98,8 @@ def follow_channels() -> Iterator[None]:
         except Exception as error:
             raise ModelError(
                 f"this model cannot be pruned: torch-pruning cannot follow its channels ({cause(error)}), which are "
-                "shuffled or reshaped; set prune.kind = 'blocks' or 'weights', or compress.steps = ['quantize']."
+                "shuffled or reshaped; set prune.kind = 'blocks', 'low-rank' or 'weights', or compress.steps = "
+                "['quantize']."
             ) from error
 
 

@@ -2,17 +2,30 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from kdpipe.stages.compress.pruning.library import import_torch_pruning
 from kdpipe.stages.errors import ModelError
 
 Importance = Literal["l1", "l2", "taylor", "bn_scale"]
 BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
+
+
+def import_torch_pruning() -> Any:
+    """Return torch-pruning; timm, which takes a second and which it uses only to count operations, is not imported."""
+    hidden = "timm" not in sys.modules
+    if hidden:
+        sys.modules["timm"] = None  # type: ignore[assignment]  # an import of it raises ImportError
+    try:
+        import torch_pruning
+    finally:
+        if hidden:
+            del sys.modules["timm"]
+    return torch_pruning
 
 
 def measure_of(kind: Importance) -> Callable[[Any], Tensor]:

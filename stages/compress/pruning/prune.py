@@ -1,7 +1,8 @@
 """Structured and unstructured pruning.
 
 Structured pruning removes whole channels, together with everything that reads or writes them (`channel_groups`), and
-whole blocks (`depth`); pruning of single weights zeroes them and keeps the shape (`sparsity`).
+whole blocks (`depth`), or factors layers (`low_rank`); pruning of single weights zeroes them and keeps the shape
+(`sparsity`).
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ from kdpipe.stages.compress.pruning.depth import Depth, Ranker, prune_blocks
 from kdpipe.stages.compress.pruning.hard_coded import require_it_runs
 from kdpipe.stages.compress.pruning.heads import projections
 from kdpipe.stages.compress.pruning.importance import attach_gradients, detach_gradients, measure_of
+from kdpipe.stages.compress.pruning.low_rank import RankStep, lower_ranks, ranks_of
 from kdpipe.stages.compress.pruning.sparsity import (
     masks_of,
     prunable_layers,
@@ -48,11 +50,12 @@ class Pruned:
     """A pruned network.
 
     Attributes:
-        ratio: The share of the channels, or weights, asked of the groups to reach the goal, or of the blocks; `prune`
-            takes it.
+        ratio: The share of the channels, or weights, asked of the groups to reach the goal, or of the blocks; with low
+            ranks that of the parameters, or multiply-accumulates, that are gone. `prune` takes it.
         excluded: The path of every convolution and linear layer left whole, or block, in module order, with the reason.
         removed: The output channels that modules lost, by path.
         ranking: The blocks removed now, in order, each with the harm without it and those before it.
+        ranks: The ranks lowered now, in order.
     """
 
     model: nn.Module
@@ -60,6 +63,7 @@ class Pruned:
     excluded: Mapping[str, str]
     removed: Mapping[str, Sequence[int]] = field(default_factory=dict)
     ranking: Sequence[tuple[str, float]] = ()
+    ranks: Sequence[RankStep] = ()
 
 
 def prune(
@@ -76,7 +80,8 @@ def prune(
 ) -> Pruned:
     """Return a pruned copy of `model`; module paths, input channels and logits stay.
 
-    Removed blocks are replaced by `SkippedBlock`, and the modules inside them are gone.
+    Removed blocks are replaced by `SkippedBlock`, and the modules inside them are gone; factored layers
+    by `LowRank`.
 
     Args:
         model: The network; it stays unchanged.
@@ -85,11 +90,11 @@ def prune(
         full: The unpruned network that config.ratio refers to; `model` itself by default. After step k of n, `model`
             is the result of step k - 1 and `done` is k / n; config.ratio * done of `full` is then removed.
         done: The share of the goal to reach.
-        ratio: The channel ratio found by an earlier search, which is then skipped.
+        ratio: The ratio found by an earlier search, which is then skipped; ranks are lowered until it is reached.
         gradients: Of the loss, by parameter name, in the parameters' shapes, for importance "taylor".
         latency: Returns a candidate's latency as a share of the full network's, for budget = "latency"; called at most
             seven times, with networks of different widths and meaningless weights.
-        ranker: How blocks are ranked, for kind = "blocks".
+        ranker: How blocks, or ranks, are chosen, for kind = "blocks" and "low-rank".
 
     Raises:
         ModelError: If a path in `exclude` is unknown, a layer would lose all channels, nothing can be removed, a goal
@@ -103,14 +108,20 @@ def prune(
     goal = None
     if ratio is None and config.budget not in {"channels", "blocks"}:
         goal = Goal(str(config.budget), 1 - asked, whole, example, latency)
-    if config.removes_blocks:
-        if ranker is None:
-            raise ModelError('prune.kind = "blocks" needs the `ranker` argument of prune().')
+    if config.is_ranked and ranker is None:
+        raise ModelError(f'prune.kind = "{config.kind}" needs the `ranker` argument of prune().')
+    if config.removes_blocks and ranker:
         depth = Depth(asked, goal, config.max_ratio, config.exclude, ranker)
         share, ranking, stays = prune_blocks(pruned, whole, example, depth)
         if done >= 1 and not skipped_paths(pruned):
             raise ModelError(f"pruning {config.ratio:.0%} removes no block of this model: raise compress.prune.ratio.")
         return Pruned(pruned, share, stays, ranking=ranking)
+    if config.lowers_ranks and ranker:
+        goal = goal or Goal("parameters" if config.budget == "parameters" else "macs", 1 - asked, whole, example, None)
+        share, steps, stays = lower_ranks(pruned, whole, goal, config, ranker)
+        if done >= 1 and not ranks_of(pruned):
+            raise ModelError(f"pruning {config.ratio:.0%} factors no layer of this model: raise compress.prune.ratio.")
+        return Pruned(pruned, share, stays, ranks=steps)
     excluded = [get_module(pruned, path) for path in config.exclude]
     if config.zeroes_weights:
         return _prune_weights(pruned, example, config, excluded, asked)

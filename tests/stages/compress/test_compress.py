@@ -18,6 +18,7 @@ from kdpipe.stages.compress.prune_student import latency_share
 from kdpipe.stages.distillation.stores import open_distillation
 from kdpipe.stages.distillation.task_builder import build_student
 from kdpipe.stages.errors import RunError, StoppedEarly
+from kdpipe.stages.export.onnx_session import float_nodes
 from kdpipe.stages.models.build import ModelConfig
 from kdpipe.stages.models.weights.state_dict import count_parameters
 from kdpipe.stages.runtime.events import RunMonitor
@@ -56,6 +57,7 @@ def test_latency_share_of_a_network_with_itself(run):
         {"budget": "latency", "ratio": 0.2},
         {"kind": "weights", "ratio": 0.7, "steps": 2, "epochs_per_step": 1},
         {"kind": "blocks+channels", "budget": "macs", "steps": 2, "epochs_per_step": 1},
+        {"kind": "low-rank", "budget": "macs", "steps": 2, "epochs_per_step": 1},
     ],
     ids=lambda settings: settings.get("kind") or settings.get("budget") or settings["importance"],
 )
@@ -66,9 +68,10 @@ def test_repeatedly_stopped_equals_uninterrupted(run, copy, tmp_path_factory, mo
         "kdpipe.stages.compress.prune_student.latency_share", lambda full, shape: noisy_share(full, measured)
     )
     config, other = with_prune(**changes), copied(run, tmp_path_factory.mktemp("undisturbed"))
+    until_stop = 40 if changes.get("kind") == "low-rank" else 11  # the choice of ranks begins again
     for _ in range(100):
         try:
-            compressed(copy, run, config, monitor=RunMonitor(should_stop=StopAfter(11)))
+            compressed(copy, run, config, monitor=RunMonitor(should_stop=StopAfter(until_stop)))
             break
         except StoppedEarly:
             pass
@@ -168,6 +171,30 @@ def test_blocks_go_by_the_stored_logits_and_are_rebuilt(run, copy):
     block = [f"{first[:-1]}{number}" for number in (3, 4, 5)]
     assert rebuilt.architecture["removed_blocks"] == block and "widths" not in rebuilt.architecture
     assert f"Removed blocks: {', '.join(block)}" in (folder / "pruned" / "README.md").read_text().replace("\\", "")
+
+
+def test_layers_are_factored_by_the_stored_logits_and_rebuilt(run, copy):
+    config = dataclasses.replace(with_prune(kind="low-rank", budget="parameters", ratio=0.4), baselines=True)
+    figures = compressed(copy, run, dataclasses.replace(config, steps=("prune",)))
+    student = read_json_file(copy / "students" / "distilled-seed0" / "result.json")
+    steps, share = figures["pruned"]["lowered_ranks"], 1 - figures["pruned"]["channel_ratio"]
+    assert {path for path, _, _ in steps} <= {"stage1.0", "stage1.3", "stage2.0", "stage2.3"}
+    assert figures["pruned"]["num_parameters"] <= 0.6 * student["num_parameters"]
+    assert share == pytest.approx(figures["pruned"]["num_parameters"] / student["num_parameters"])
+    assert figures["pruned-alone"]["lowered_ranks"][0][2] != steps[0][2]  # chosen by its labels
+    assert figures["pruned-alone"]["num_parameters"] <= figures["pruned"]["num_parameters"]
+
+    config = dataclasses.replace(config, baselines=False)
+    assert compressed(copy, run, config)["int8"]["accuracy"] > 0.3
+    assert "adapters of" not in str(figures)
+    folder = exported(copy, run, config)  # which compares ONNX files with torch
+    ranks = {path: rank for path, rank, _ in steps}
+    for kind in ("pruned", "int8"):
+        rebuilt = rebuild(folder / kind / "model.safetensors")
+        assert rebuilt.architecture["ranks"] == ranks and "widths" not in rebuilt.architecture
+    assert float_nodes(folder / "int8" / "model.onnx") == []
+    card = (folder / "pruned" / "README.md").read_text().replace("\\", "")
+    assert f"Layers in two, of a low rank: stage1.3 ({ranks['stage1.3']})" in card
 
 
 def test_missing_earlier_step_is_named(run, copy):

@@ -100,6 +100,8 @@ def test_invalid_headers_are_refused(run, copy, tmp_path, architecture):
         {"quantized": "int8", "exclude": "fc"},
         {"widths": [1]},
         {"removed_blocks": ["stage1.3", "fc.weight"]},
+        {"ranks": {"fc": 10**12}},
+        {"ranks": ["fc"]},
     ],
     ids=str,
 )

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 from support.tiny_nets import EXAMPLE, build, images
@@ -10,7 +13,7 @@ from torch.nn import functional as F
 
 from kdpipe.stages.compress.pruning.channel_groups import find_channels, traceable
 from kdpipe.stages.compress.pruning.config import PruneConfig
-from kdpipe.stages.compress.pruning.importance import attach_gradients, measure_of
+from kdpipe.stages.compress.pruning.importance import attach_gradients, import_torch_pruning, measure_of
 from kdpipe.stages.compress.pruning.prune import prune
 from kdpipe.stages.compress.pruning.widths import record_widths
 from kdpipe.stages.errors import ModelError
@@ -129,3 +132,17 @@ def test_gradients_of_another_network_are_an_error():
     model = build("plain")
     with pytest.raises(ModelError, match=r"gradient of 'fc\.weight' has the shape \[3\]"):
         prune(model, EXAMPLE, PruneConfig(importance="taylor"), gradients={"fc.weight": torch.zeros(3)})
+
+
+def test_timm_is_not_imported_for_pruning(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    text = "try:\n    import timm\nexcept ImportError:\n    timm = None\n"
+    (tmp_path / "torch_pruning.py").write_text(text)
+    (tmp_path / "timm.py").write_text("")
+    monkeypatch.syspath_prepend(tmp_path)
+    for name in [name for name in sys.modules if name.partition(".")[0] in ("timm", "torch_pruning")]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "torch_pruning", None)
+    del sys.modules["torch_pruning"]  # the fake is removed again after the test
+
+    assert import_torch_pruning().timm is None
+    assert "timm" not in sys.modules
