@@ -2,9 +2,9 @@
 
 Activations have 256 values with one scale per tensor, on one of two grids: "affine", from the lowest value to the
 highest with a zero point (the integers of onnxruntime, OpenVINO and XNNPACK), or "symmetric", signed with zero point 0
-(those of TensorRT). Weights are signed 8-bit, symmetric, with one scale per output channel; biases are signed 32-bit,
-in steps of input scale times weight scale (the method: Jacob et al. 2018, arXiv:1712.05877). Everything computes in
-float32, also inside an autocast region: a grid of 256 values does not survive bfloat16.
+(those of TensorRT). Weights are signed with 8 or 4 bits, symmetric, with one scale per output channel; biases are
+signed 32-bit, in steps of input scale times weight scale (the method: Jacob et al. 2018, arXiv:1712.05877). Everything
+computes in float32, also inside an autocast region: a grid of 256 values does not survive bfloat16.
 """
 
 from __future__ import annotations
@@ -18,7 +18,8 @@ from kdpipe.stages.errors import ModelError
 
 ACTIVATION_RANGES: dict[Grid, tuple[int, int]] = {"affine": (0, 255), "symmetric": (-128, 127)}
 """The lowest and the highest integer of an activation."""
-WEIGHT_MAX = 127
+WEIGHT_RANGES = {8: (-127, 127), 4: (-8, 7)}
+"""The lowest and the highest integer of a weight, by bits."""
 # Half of int32's range: the bias and the sum of the products must fit together.
 BIAS_MAX = 2**30
 # For dead channels: a scale near zero overflows the int32 bias of the integer kernel.
@@ -90,28 +91,31 @@ class ActivationQuantizer(nn.Module):
         self.frozen.fill_(True)
 
 
-def weight_scale(weight: Tensor) -> Tensor:
-    """Return each output channel's scale of a weight [O, ...]: its largest magnitude over 127, at least 2^-20; [O]."""
-    return torch.clamp(weight.detach().flatten(1).abs().amax(dim=1) / WEIGHT_MAX, min=SCALE_FLOOR)
+def weight_scale(weight: Tensor, bits: int = 8) -> Tensor:
+    """Return each output channel's scale of a weight [O, ...]; [O].
+
+    It is the channel's largest magnitude over 127 (7 with 4 bits), at least 2^-20.
+    """
+    return torch.clamp(weight.detach().flatten(1).abs().amax(dim=1) / WEIGHT_RANGES[bits][1], min=SCALE_FLOOR)
 
 
-def round_weight(weight: Tensor, scale: Tensor) -> Tensor:
-    """Round a weight [O, ...] to integer multiples, -127 to 127, of its channels' scales [O]."""
+def round_weight(weight: Tensor, scale: Tensor, bits: int = 8) -> Tensor:
+    """Round a weight [O, ...] to integer multiples, within `WEIGHT_RANGES[bits]`, of its channels' scales [O]."""
     zero_points = torch.zeros_like(scale)  # torch checks the range of int32 ones, and waits for the GPU to do so
-    rounded: Tensor = torch.fake_quantize_per_channel_affine(weight, scale, zero_points, 0, -WEIGHT_MAX, WEIGHT_MAX)
+    rounded: Tensor = torch.fake_quantize_per_channel_affine(weight, scale, zero_points, 0, *WEIGHT_RANGES[bits])
     return rounded
 
 
 def weight_and_bias_scales(
-    weight: Tensor, bias: Tensor | None, input_scale: Tensor | None
+    weight: Tensor, bias: Tensor | None, input_scale: Tensor | None, bits: int = 8
 ) -> tuple[Tensor, Tensor | None]:
-    """Return the scales of a weight [O, ...] and of a bias [O] in the INT8 file; both float32, [O].
+    """Return the scales of a weight [O, ...] of 8 or 4 bits and of a bias [O] in the file; both float32, [O].
 
     A bias counts in steps of input scale ([]) times weight scale. A channel with weights so small beside its bias that
     the bias would overflow gets a larger weight scale: such weights move its output by less than half a step anyway.
     Without an input scale, or a bias, the latter's scale is None.
     """
-    scale = weight_scale(weight)
+    scale = weight_scale(weight, bits)
     if bias is None or input_scale is None:
         return scale, None
     scale = torch.maximum(scale, bias.detach().abs() / (input_scale * BIAS_MAX))
@@ -126,6 +130,7 @@ def integer_bias(bias: Tensor, step: Tensor) -> Tensor:
 class QuantConv2d(nn.Conv2d):
     """A convolution whose weight and bias are rounded on every call to the values in the INT8 file."""
 
+    bits = 8  # of the weight: 8 or 4
     rounding = True
     input_grid: tuple[ActivationQuantizer] | None = None  # see rounded_parameters
 
@@ -138,6 +143,7 @@ class QuantConv2d(nn.Conv2d):
 class QuantLinear(nn.Linear):
     """A linear layer whose weight and bias are rounded on every call to the values in the INT8 file."""
 
+    bits = 8  # of the weight: 8 or 4
     rounding = True
     input_grid: tuple[ActivationQuantizer] | None = None  # see rounded_parameters
 
@@ -157,11 +163,11 @@ def rounded_parameters(layer: QuantConv2d | QuantLinear) -> tuple[Tensor, Tensor
     weight, bias = layer.weight, layer.bias
     if not layer.rounding:
         return weight, bias
-    scale, step = weight_and_bias_scales(weight, bias, input_scale_of(layer))
+    scale, step = weight_and_bias_scales(weight, bias, input_scale_of(layer), layer.bits)
     if bias is not None and step is not None:
         # The rounded bias comes first: added to zero it stays exact.
         bias = (integer_bias(bias, step) * step).float() + (bias - bias.detach())
-    return round_weight(weight, scale), bias
+    return round_weight(weight, scale, layer.bits), bias
 
 
 def input_scale_of(layer: QuantConv2d | QuantLinear) -> Tensor | None:
