@@ -22,6 +22,8 @@ import torch
 from torch import Tensor, fx, nn
 
 from kdpipe.stages.compress.quantization.fake_quant import (
+    WEIGHT_RANGES,
+    ActivationQuantizer,
     QuantConv2d,
     QuantLinear,
     quantizers_of,
@@ -29,6 +31,7 @@ from kdpipe.stages.compress.quantization.fake_quant import (
     set_rounding,
 )
 from kdpipe.stages.compress.quantization.fx_trace import Traced, fold_batchnorms, module_of, trace
+from kdpipe.stages.compress.quantization.learned_steps import initial_step_size
 from kdpipe.stages.compress.quantization.op_types import is_float_tensor, kind_of
 from kdpipe.stages.compress.quantization.placement import QUANTIZERS, place_quantizers, rounded_nodes, set_input_grids
 from kdpipe.stages.compress.quantization.qdq_graph import int8_graph
@@ -54,6 +57,7 @@ def prepare_qat(
     grid: Grid = "affine",
     *,
     int4: Collection[str] = (),
+    learns_steps: bool = False,
 ) -> QatModel:
     """Return a copy of `model` for INT8 fine-tuning, in its training mode and on its device.
 
@@ -70,6 +74,7 @@ def prepare_qat(
             their outputs only where INT8 operations read them. Rebuilding the model needs the same paths.
         grid: Of the activations: "affine", or "symmetric" for TensorRT.
         int4: Paths of rounding layers whose weights have 4 bits: `int4_candidates`, or some of them.
+        learns_steps: Whether the scales are parameters, "step_size", which start from the weights and the calibration.
 
     Raises:
         ModelError: If the model cannot be traced, does not run on `example`, or returns anything but one tensor; if
@@ -90,6 +95,8 @@ def prepare_qat(
         if not isinstance(layer, QuantConv2d | QuantLinear):
             raise ModelError(f"{path!r} cannot have weights of 4 bits: it is no layer that INT8 computes.")
         layer.bits = 4
+    if learns_steps:
+        _learn_steps(prepared)
     prepared.recompile()
     prepared.train(model.training)
     return prepared
@@ -146,6 +153,9 @@ def calibrate(model: nn.Module, batches: Iterable[Tensor]) -> None:
     finally:
         set_rounding(model, True)
     require_observed(quantizers)
+    for quantizer in quantizers.values():
+        if quantizer.step_size is not None:
+            quantizer.step_size.data.copy_(quantizer.observed_scale())
 
 
 def freeze_observers(model: nn.Module) -> None:
@@ -178,6 +188,15 @@ def _round_weights(traced: fx.GraphModule) -> None:
         raise ModelError("the model has nothing left to quantize: every layer is in quantize.exclude.")
 
 
+def _learn_steps(prepared: fx.GraphModule) -> None:
+    """Make the scales of weights and activations parameters; those of activations are NaN until the calibration."""
+    for module in prepared.modules():
+        if isinstance(module, QuantConv2d | QuantLinear):
+            module.step_size = nn.Parameter(initial_step_size(module.weight, WEIGHT_RANGES[module.bits][1]))
+        elif isinstance(module, ActivationQuantizer):
+            module.step_size = nn.Parameter(torch.full_like(module.low, torch.nan))
+
+
 def _rounding_layer(layer: nn.Conv2d | nn.Linear) -> QuantConv2d | QuantLinear:
     """Return the rounding version of a layer, with the same parameter objects."""
     rounding: QuantConv2d | QuantLinear
@@ -196,4 +215,5 @@ def _rounding_layer(layer: nn.Conv2d | nn.Linear) -> QuantConv2d | QuantLinear:
     else:
         rounding = QuantLinear(layer.in_features, layer.out_features, device="meta")
     rounding.weight, rounding.bias = layer.weight, layer.bias
+    rounding.register_parameter("step_size", None)
     return rounding

@@ -167,7 +167,7 @@ class Int8Weights(nn.Module):
         super().__init__()
         weight, bias, self.bits = layer.weight, layer.bias, layer.bits
         input_grid = layer.input_grid[0] if layer.input_grid else None
-        scale, bias_scale = weight_and_bias_scales(weight, bias, input_scale_of(layer), self.bits)
+        scale, bias_scale = weight_and_bias_scales(weight, bias, input_scale_of(layer), self.bits, layer.step_size)
         if bias is not None and bias_scale is not None:
             bias = integer_bias(bias, bias_scale)
             if input_grid is not None and input_grid.grid == "symmetric":
