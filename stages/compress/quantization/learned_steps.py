@@ -1,12 +1,12 @@
 """Learned step sizes: the scales of weights and activations are trained with the weights (LSQ).
 
 The method is that of Esser et al. 2020, arXiv:1902.08153, with one step size per output channel of a weight. The zero
-points of activations stay those of the calibration.
+points of activations stay those of the calibration. All steps start as the observed ones: from the paper's
+2 mean|w| / sqrt(Q) the loss was higher in the first and in the last epoch, with 8 and with 4 bits (RESULTS.md).
 """
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
@@ -56,8 +56,3 @@ def learned_rounding(
     """
     result: Tensor = _LearnedRounding.apply(x, step_size, rounded, scale, bounds, num_values)
     return result
-
-
-def initial_step_size(weight: Tensor, highest: int) -> Tensor:
-    """Return the first step sizes of a weight [O, ...], [O]: 2 mean|w| / sqrt(highest) in each output channel."""
-    return 2 * weight.detach().float().flatten(1).abs().mean(dim=1) / math.sqrt(highest)

@@ -22,16 +22,15 @@ import torch
 from torch import Tensor, fx, nn
 
 from kdpipe.stages.compress.quantization.fake_quant import (
-    WEIGHT_RANGES,
     ActivationQuantizer,
     QuantConv2d,
     QuantLinear,
     quantizers_of,
     require_observed,
     set_rounding,
+    weight_scale,
 )
 from kdpipe.stages.compress.quantization.fx_trace import Traced, fold_batchnorms, module_of, trace
-from kdpipe.stages.compress.quantization.learned_steps import initial_step_size
 from kdpipe.stages.compress.quantization.op_types import is_float_tensor, kind_of
 from kdpipe.stages.compress.quantization.placement import QUANTIZERS, place_quantizers, rounded_nodes, set_input_grids
 from kdpipe.stages.compress.quantization.qdq_graph import int8_graph
@@ -192,7 +191,7 @@ def _learn_steps(prepared: fx.GraphModule) -> None:
     """Make the scales of weights and activations parameters; those of activations are NaN until the calibration."""
     for module in prepared.modules():
         if isinstance(module, QuantConv2d | QuantLinear):
-            module.step_size = nn.Parameter(initial_step_size(module.weight, WEIGHT_RANGES[module.bits][1]))
+            module.step_size = nn.Parameter(weight_scale(module.weight, module.bits))
         elif isinstance(module, ActivationQuantizer):
             module.step_size = nn.Parameter(torch.full_like(module.low, torch.nan))
 

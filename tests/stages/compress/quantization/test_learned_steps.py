@@ -58,7 +58,7 @@ def lsq(value: torch.Tensor, step_size: torch.Tensor, lowest: int, highest: int,
 def test_gradients_of_weights_are_those_of_the_paper(bits):
     layer = learned("residual", bits=bits).get_submodule("layer1.0.conv1")
     assert layer.bits == bits
-    layer.step_size.data *= 0.05  # clips some weights
+    layer.step_size.data *= 0.5  # clips some weights
     factor = torch.randn(layer.weight.shape, generator=torch.Generator().manual_seed(0))
     (rounded_parameters(layer)[0] * factor).sum().backward()
     weight = layer.weight.detach().clone().requires_grad_()
@@ -87,13 +87,12 @@ def test_gradients_of_activations_are_those_of_the_paper(grid, low, bounds):
     torch.testing.assert_close(quantizer.step_size.grad, step_size.grad, rtol=1e-4, atol=1e-4)
 
 
-def test_steps_of_activations_start_from_the_calibration():
+def test_steps_start_as_the_observed_ones():
     observed = prepare_qat(build("residual").eval(), EXAMPLE)
     calibrate(observed, [images(20, seed)[0] for seed in range(3)])
-    found = quantizers_of(learned("residual"))
-    for path, quantizer in quantizers_of(observed).items():
-        assert float(found[path].scale()) == pytest.approx(float(quantizer.scale()))
-        assert torch.equal(found[path].scale_and_zero_point()[1], quantizer.scale_and_zero_point()[1])
+    batch, _ = images(30, seed=9)
+    with torch.no_grad():
+        assert torch.equal(learned("residual").eval()(batch), observed.eval()(batch))
 
 
 def test_training_moves_all_steps_and_no_range():
