@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from kdpipe.pipeline.report.formatting import interval_text, num_seeds
-from kdpipe.stages.compress.targets import GRIDS
+from kdpipe.stages.compress.targets import GRIDS, SCHEMES
 from kdpipe.stages.errors import RunError
 from kdpipe.stages.evaluation.correct_images import outcome_of
 from kdpipe.stages.evaluation.intervals import Interval, Outcome, difference
@@ -123,5 +123,5 @@ def _pairs(kinds: Outcomes) -> Iterator[tuple[str, str]]:
         elif kind.endswith("-alone"):
             yield kind.removesuffix("-alone"), kind
         elif kind != "alone":
-            is_last = kind in ("int8", "int4", *(f"int8-{target}" for target in GRIDS)) and "pruned" in kinds
+            is_last = kind in (*SCHEMES, *(f"int8-{target}" for target in GRIDS)) and "pruned" in kinds
             yield kind, "pruned" if is_last else "student"

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from kdpipe.stages.compress.names import compressed_name, network_name
-from kdpipe.stages.compress.targets import quantized_grids, targets_of
+from kdpipe.stages.compress.targets import SCHEMES, quantized_grids, targets_of
 from kdpipe.store.format.schema import ATTRIBUTE
 from kdpipe.store.fs.checksums import read_intact_json
 
@@ -132,8 +132,8 @@ def _compressed(config: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     """Yield kind and timed_as of each compressed network."""
     steps, baselines = list(config["steps"]), config.get("baselines", False)
     scheme = config.get("quantize", {}).get("scheme", "int8")
-    if scheme not in ("int8", "int4"):  # it becomes part of paths
-        raise ValueError("compress.quantize.scheme is neither int8 nor int4")
+    if scheme not in SCHEMES:  # it becomes part of paths
+        raise ValueError(f"compress.quantize.scheme is none of {', '.join(SCHEMES)}")
     prunes = "prune" in steps
     if prunes:
         yield "pruned", "pruned"
@@ -156,7 +156,7 @@ def style_of(kind: str) -> Style:
     if kind in STYLES:
         return STYLES[kind]
     first, *variants = kind.split("-")
-    is_integer = first.startswith("int")
+    is_integer = first in SCHEMES
     base = next((one for one in variants if one in STYLES and one != "alone"), "quantized" if is_integer else "pruned")
     found = STYLES[base]
     return Style(found.color, found.marker, "dashed") if variants[-1:] == ["alone"] else found

@@ -11,11 +11,13 @@ from typing import Any
 from kdpipe.pipeline.report.differences import NetworkDifference, Outcomes, between
 from kdpipe.pipeline.report.verdict import Verdict
 from kdpipe.stages.compress.artifacts.latency_record import Latencies
+from kdpipe.stages.compress.targets import SCHEMES
 from kdpipe.stages.errors import RunError
 from kdpipe.stages.evaluation.intervals import Interval
 from kdpipe.stages.evaluation.main_metric import ACCURACY, METRICS
 
-PAIRS = tuple((kind, f"{kind}-alone") for kind in ("pruned", "int8-unpruned", "int8", "int4-unpruned", "int4"))
+QUANTIZED = tuple(kind for scheme in SCHEMES for kind in (f"{scheme}-unpruned", scheme))
+PAIRS = tuple((kind, f"{kind}-alone") for kind in ("pruned", *QUANTIZED))
 """Kinds fine-tuned with the teacher's stores, each with its counterpart fine-tuned with hard labels alone."""
 
 

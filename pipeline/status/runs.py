@@ -20,6 +20,7 @@ from kdpipe.pipeline.session.event_log import EVENTS
 from kdpipe.pipeline.status.files import Budget, Measure, number, read_tail, text
 from kdpipe.pipeline.status.search import SEARCH, best_of_search, trials_of_search
 from kdpipe.pipeline.terminal.exit_codes import DONE, DONE_IN_PART, INTERRUPTED, STOPPED_EARLY
+from kdpipe.stages.compress.targets import SCHEMES
 from kdpipe.stages.evaluation.main_metric import ACCURACY, main_percent, metric_of
 from kdpipe.store.fs.checksums import read_intact_json
 from kdpipe.store.fs.lock import lock_holder
@@ -195,7 +196,7 @@ def _networks(recipe: Mapping[str, Any], folder: Path) -> list[NetworkEntry]:
 def _accuracies(networks: list[NetworkEntry], folder: Path, budget: Budget) -> Iterator[tuple[str, float]]:
     """Yield the mean test accuracy in percent of the main networks, of a cohort, and of the best variants."""
     by_kind = {network.kind: network for network in networks}
-    smallest = next((by_kind[kind] for kind in ("int8", "int4", "pruned") if kind in by_kind), None)
+    smallest = next((by_kind[kind] for kind in (*SCHEMES, "pruned") if kind in by_kind), None)
     for network in (by_kind.get("alone"), by_kind.get("student"), smallest):
         if network and (known := _known(network.jobs)):
             yield network.name.removeprefix("student ") + known.what, mean(known.percents)

@@ -93,6 +93,11 @@ class CompressConfig:
     def __post_init__(self) -> None:
         if self.quantizes and self.quantize.scheme == "int4" and self.targets != ("onnxruntime",):
             raise ValueError("quantize.scheme = 'int4' is for target = 'onnxruntime' alone: no other takes its file")
+        if self.quantizes and self.quantize.scheme == "w4a8" and "tensorrt" in self.targets:
+            raise ValueError(
+                "quantize.scheme = 'w4a8' is not for target = 'tensorrt', whose weights of 4 bits go with float "
+                "activations alone: choose 'int8', or another target"
+            )
 
     @property
     def targets(self) -> tuple[Target, ...]:
@@ -124,9 +129,9 @@ def compress(
 ) -> dict[str, dict[str, Any]]:
     """Prune and quantize a student and return the figures of each network made.
 
-    `pruned` and `int8` (or `int4`) are the chain itself, `int8-TARGET` its end for a target with another grid; of its
-    baselines, "-unpruned" is the student quantized without pruning, "-ptq" the same only calibrated, and "-alone"
-    anything fine-tuned with hard labels alone. Each step resumes where it was stopped; finished ones are left
+    `pruned` and `int8` (or another scheme) are the chain itself, `int8-TARGET` its end for a target with another grid;
+    of its baselines, "-unpruned" is the student quantized without pruning, "-ptq" the same only calibrated, and
+    "-alone" anything fine-tuned with hard labels alone. Each step resumes where it was stopped; finished ones are left
     untouched.
 
     Raises:
@@ -259,7 +264,7 @@ def dry_run(
         require_library("openvino", "compress.target = 'openvino'")
     if config.quantizes:
         model = prepare(model, context.image_shape, config.quantize, config.grid)
-        if config.quantize.scheme == "int8":
+        if config.quantize.scheme != "int4":
             calibrate(model, [example + 1])
         try_batches(
             replace(network, model=model), config.quantize_train, role="quantized student", device=example.device

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from kdpipe.stages.compress.targets import TITLES
+from kdpipe.stages.compress.targets import SCHEMES, TITLES
 
 
 def network_name(kind: str, *, prunes: bool) -> str:
     """Return the name of a kind of compressed network, such as "pruned + INT8"; `prunes` if the chain does."""
     first, dash, variant = kind.partition("-")
-    is_integer = first.startswith("int")
+    is_integer = first in SCHEMES
     name = first.upper() if is_integer else first
     if variant.endswith("alone"):
         return f"{network_name(kind.removesuffix('-alone'), prunes=prunes)}, hard labels"

@@ -14,7 +14,7 @@ from torch import nn
 from kdpipe.stages.compress.fine_tune import FineTuneContext, FineTuneJob, fine_tune
 from kdpipe.stages.compress.pruning.sparsity import masks_of
 from kdpipe.stages.compress.quantization.int4 import prepare_int4
-from kdpipe.stages.compress.quantization.qat import calibrate, freeze_observers, prepare_qat
+from kdpipe.stages.compress.quantization.qat import calibrate, freeze_observers, int4_candidates, prepare_qat
 from kdpipe.stages.compress.resume import TrainedModel
 from kdpipe.stages.compress.targets import Grid
 from kdpipe.stages.config import Count, section
@@ -30,18 +30,26 @@ class QuantizeConfig:
     """Configuration of quantization and its fine-tuning.
 
     Attributes:
-        scheme: "int8" rounds weights and activations of everything that onnxruntime computes in integers; "int4"
-            only the weights of linear layers, in blocks of block_size.
+        scheme: "int8" rounds weights and activations of everything that onnxruntime computes in integers; "w4a8" the
+            same with weights of 4 bits in all layers but the first and the last; "int4" only the weights of linear
+            layers, in blocks of block_size.
+        step_size: how the scales of weights and activations are found: "observed", from the largest weights and from
+            the range of the activations, or "learned" with the weights (LSQ); not in "int4".
         exclude: module paths, layers or whole blocks, that stay float; `kdpipe sensitivity` finds candidates.
         calibration_batches: batches of training views that set the first ranges of the activations.
         freeze_observers_after_epoch: the share of the epochs after which those ranges are frozen.
     """
 
-    scheme: Literal["int8", "int4"] = "int8"
+    scheme: Literal["int8", "w4a8", "int4"] = "int8"
     block_size: Literal[16, 32, 64, 128] = 32
+    step_size: Literal["observed", "learned"] = "observed"
     exclude: tuple[str, ...] = ()
     calibration_batches: Count = 8
     freeze_observers_after_epoch: Annotated[float, Field(ge=0, le=1)] = 0.67
+
+    def __post_init__(self) -> None:
+        if self.scheme == "int4" and self.step_size == "learned":
+            raise ValueError("step_size = 'learned' is not for scheme = 'int4', whose scales follow from its weights")
 
 
 def quantize_json(config: QuantizeConfig) -> dict[str, Any]:
@@ -49,6 +57,8 @@ def quantize_json(config: QuantizeConfig) -> dict[str, Any]:
     record = asdict(config)
     if config.scheme != "int4":
         del record["block_size"]
+    if config.step_size == "observed":  # later than the first runs
+        del record["step_size"]
     return record
 
 
@@ -61,7 +71,10 @@ def prepare(
     if config.scheme == "int4":
         prepared = prepare_int4(model, example, block_size=config.block_size, exclude=config.exclude)
     else:
-        prepared = prepare_qat(model, example, exclude=config.exclude, grid=grid)
+        int4 = int4_candidates(model, example, config.exclude) if config.scheme == "w4a8" else ()
+        prepared = prepare_qat(
+            model, example, config.exclude, grid, int4=int4, learns_steps=config.step_size == "learned"
+        )
     setattr(prepared, HEADLESS, is_headless(model))  # a traced network loses it
     return prepared
 
@@ -73,6 +86,8 @@ def quantized_record(config: QuantizeConfig, grid: Grid = "affine") -> dict[str,
         record["exclude"] = list(config.exclude)
     if config.scheme == "int4":
         record["block_size"] = config.block_size
+    if config.step_size == "learned":
+        record["step_size"] = config.step_size
     return record | ({} if grid == "affine" else {"grid": grid})
 
 
@@ -84,6 +99,7 @@ def config_of(architecture: Mapping[str, Any]) -> QuantizeConfig | None:
         scheme=architecture["quantized"],
         exclude=tuple(architecture.get("exclude", ())),
         block_size=architecture.get("block_size", 32),
+        step_size=architecture.get("step_size", "observed"),
     )
 
 
@@ -117,11 +133,11 @@ def quantize_student(
     freeze_at = round(config.freeze_observers_after_epoch * train.epochs)
 
     def before_epoch(model: nn.Module, epoch: int) -> None:
-        if config.scheme == "int8" and epoch >= freeze_at:
+        if config.scheme != "int4" and epoch >= freeze_at:
             freeze_observers(model)
 
     def warm_up(model: nn.Module, task: TrainingTask) -> None:
-        if config.scheme == "int8":
+        if config.scheme != "int4":
             batches = task.stream(fine_tuning.seed, train.batch_size, epoch=0, step=0, epochs=1)
             calibrate(model, (batch.images for batch in islice(batches, config.calibration_batches)))
 

@@ -7,6 +7,8 @@ from typing import Literal
 
 Target = Literal["onnxruntime", "openvino", "tensorrt"]
 Grid = Literal["affine", "symmetric"]
+SCHEMES = ("int8", "w4a8", "int4")
+"""The kinds of quantized networks: what `compress.quantize.scheme` can be."""
 
 GRIDS: dict[Target, Grid] = {"onnxruntime": "affine", "openvino": "affine", "tensorrt": "symmetric"}
 TARGETS = f"{', '.join(map(repr, GRIDS))}, or a list of several"

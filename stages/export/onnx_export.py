@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from kdpipe.stages.errors import ModelError, cause
 from kdpipe.stages.export.exportable import export_form, quiet
+from kdpipe.stages.export.int4_weights import INT4_OPSET, has_int4, store_int4
 from kdpipe.stages.export.onnx_session import INPUT, OUTPUT, PATH_END, session_options
 from kdpipe.stages.export.stem_pass import fold_stem
 from kdpipe.store.fs.checksums import write_with_sum
@@ -36,8 +37,8 @@ def export_onnx(
 
     The input is "images" [batch, C, H, W], the output "logits" [batch, num_classes], both float32, for any batch size.
     A model from `prepare_qat` is written in INT8: unsigned activations, int8 weights, int32 biases, and Q/DQ around
-    every operation. INT4 layers from `prepare_int4` become MatMulNBits with two weights per byte. Node names begin with
-    the path of the module whose forward they belong to.
+    every operation; weights of 4 bits are INT4, in opset 21. INT4 layers from `prepare_int4` become MatMulNBits with
+    two weights per byte. Node names begin with the path of the module whose forward they belong to.
 
     Args:
         model: A float network, or a prepared INT8 or INT4 one.
@@ -56,9 +57,15 @@ def export_onnx(
         raise ModelError(
             f"the model cannot be exported to ONNX: its weights take {num_bytes / 2**30:.1f} GiB, and a file holds 2."
         )
-    proto = _to_onnx(portable, example, None if opset is None else max(opset, EXPORTED_OPSET))
+    is_int4 = has_int4(portable)
+    if is_int4 and opset is not None and opset < INT4_OPSET:
+        raise ModelError(f"opset {opset} (compress.opset) has no weights of 4 bits: choose {INT4_OPSET} or later.")
+    exported = INT4_OPSET if is_int4 and opset is None else opset
+    proto = _to_onnx(portable, example, None if exported is None else max(exported, EXPORTED_OPSET))
     _name_by_module(proto)
     _strip(proto)
+    if is_int4:
+        store_int4(proto)
     fold_stem(proto)
     if opset is not None:
         proto = _with_opset(proto, opset)

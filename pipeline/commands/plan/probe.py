@@ -220,7 +220,7 @@ class Probe:
                 network.model, shared.evaluation(network.normalize).image_shape, compress.quantize, compress.grid
             )
             network = replace(network, model=model)
-            if compress.quantize.scheme == "int8":
+            if compress.quantize.scheme != "int4":
                 batches = shared.task(network).stream(0, 2, epoch=0, step=0, epochs=1)
                 calibrate(model, [next(iter(batches)).images.cpu()])
         task, layers = shared.task(network), student_layers(spec.without_hint_losses.losses) if spec else ()

@@ -16,17 +16,19 @@ with about a tenth of the float model's learning rate.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 
 import torch
 from torch import Tensor, fx, nn
 
 from kdpipe.stages.compress.quantization.fake_quant import (
+    ActivationQuantizer,
     QuantConv2d,
     QuantLinear,
     quantizers_of,
     require_observed,
     set_rounding,
+    weight_scale,
 )
 from kdpipe.stages.compress.quantization.fx_trace import Traced, fold_batchnorms, module_of, trace
 from kdpipe.stages.compress.quantization.op_types import is_float_tensor, kind_of
@@ -36,6 +38,7 @@ from kdpipe.stages.compress.targets import Grid
 from kdpipe.stages.compute.tf32 import tf32
 from kdpipe.stages.errors import ModelError
 from kdpipe.stages.models.clone import clone_without_hooks, preserve_modes
+from kdpipe.stages.models.hooks import get_module
 
 
 class QatModel(fx.GraphModule):
@@ -46,7 +49,15 @@ class QatModel(fx.GraphModule):
         return int8_graph(self)
 
 
-def prepare_qat(model: nn.Module, example: Tensor, exclude: Sequence[str] = (), grid: Grid = "affine") -> QatModel:
+def prepare_qat(
+    model: nn.Module,
+    example: Tensor,
+    exclude: Sequence[str] = (),
+    grid: Grid = "affine",
+    *,
+    int4: Collection[str] = (),
+    learns_steps: bool = False,
+) -> QatModel:
     """Return a copy of `model` for INT8 fine-tuning, in its training mode and on its device.
 
     Rounded are the images, the weights and biases of every Conv2d and Linear, and the outputs of convolutions, linears,
@@ -61,6 +72,8 @@ def prepare_qat(model: nn.Module, example: Tensor, exclude: Sequence[str] = (), 
         exclude: Paths of modules that compute in float: their weights are not rounded (batch norms are still folded),
             their outputs only where INT8 operations read them. Rebuilding the model needs the same paths.
         grid: Of the activations: "affine", or "symmetric" for TensorRT.
+        int4: Paths of rounding layers whose weights have 4 bits: `int4_candidates`, or some of them.
+        learns_steps: Whether the scales are parameters, "step_size", which start from the weights and the calibration.
 
     Raises:
         ModelError: If the model cannot be traced, does not run on `example`, or returns anything but one tensor; if
@@ -76,9 +89,38 @@ def prepare_qat(model: nn.Module, example: Tensor, exclude: Sequence[str] = (), 
     _round_weights(prepared)
     place_quantizers(prepared, nodes, next(model.parameters(), example).device, grid)
     set_input_grids(prepared)
+    for path in int4:
+        layer = get_module(prepared, path)
+        if not isinstance(layer, QuantConv2d | QuantLinear):
+            raise ModelError(f"{path!r} cannot have weights of 4 bits: it is no layer that INT8 computes.")
+        layer.bits = 4
+    if learns_steps:
+        _learn_steps(prepared)
     prepared.recompile()
     prepared.train(model.training)
     return prepared
+
+
+def int4_candidates(model: nn.Module, example: Tensor, exclude: Sequence[str] = ()) -> list[str]:
+    """Return the paths of the layers whose weights can have 4 bits, in the order of their calls.
+
+    They are those that `prepare_qat` rounds, but for the first and the last layer of the network.
+
+    Raises:
+        ModelError: If there are none, or as `prepare_qat`.
+    """
+    traced = trace_folded(model, example, fx.GraphModule)
+    rounded_nodes(traced, model, logits_of(traced), exclude)
+    called = [node for node in traced.graph.nodes if type(module_of(traced, node)) in (nn.Conv2d, nn.Linear)]
+    ends = {str(node.target) for node in (*called[:1], *called[-1:])}
+    rounding = (str(node.target) for node in called if kind_of(traced, node) == "int8")
+    found = [path for path in dict.fromkeys(rounding) if path not in ends]
+    if not found:
+        raise ModelError(
+            "the model has no layer whose weights could have 4 bits: its first and last layer keep 8, as do those in "
+            "quantize.exclude. Set compress.quantize.scheme = 'int8'."
+        )
+    return found
 
 
 def trace_folded(model: nn.Module, example: Tensor, graph_class: type[Traced]) -> Traced:
@@ -110,6 +152,9 @@ def calibrate(model: nn.Module, batches: Iterable[Tensor]) -> None:
     finally:
         set_rounding(model, True)
     require_observed(quantizers)
+    for quantizer in quantizers.values():
+        if quantizer.step_size is not None:
+            quantizer.step_size.data.copy_(quantizer.observed_scale())
 
 
 def freeze_observers(model: nn.Module) -> None:
@@ -142,6 +187,15 @@ def _round_weights(traced: fx.GraphModule) -> None:
         raise ModelError("the model has nothing left to quantize: every layer is in quantize.exclude.")
 
 
+def _learn_steps(prepared: fx.GraphModule) -> None:
+    """Make the scales of weights and activations parameters; those of activations are NaN until the calibration."""
+    for module in prepared.modules():
+        if isinstance(module, QuantConv2d | QuantLinear):
+            module.step_size = nn.Parameter(weight_scale(module.weight, module.bits))
+        elif isinstance(module, ActivationQuantizer):
+            module.step_size = nn.Parameter(torch.full_like(module.low, torch.nan))
+
+
 def _rounding_layer(layer: nn.Conv2d | nn.Linear) -> QuantConv2d | QuantLinear:
     """Return the rounding version of a layer, with the same parameter objects."""
     rounding: QuantConv2d | QuantLinear
@@ -160,4 +214,5 @@ def _rounding_layer(layer: nn.Conv2d | nn.Linear) -> QuantConv2d | QuantLinear:
     else:
         rounding = QuantLinear(layer.in_features, layer.out_features, device="meta")
     rounding.weight, rounding.bias = layer.weight, layer.bias
+    rounding.register_parameter("step_size", None)
     return rounding

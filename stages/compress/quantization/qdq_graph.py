@@ -18,10 +18,11 @@ from torch.nn import functional as F
 
 from kdpipe.stages.compress.quantization.fake_quant import (
     ACTIVATION_RANGES,
-    WEIGHT_MAX,
+    WEIGHT_RANGES,
     ActivationQuantizer,
     QuantConv2d,
     QuantLinear,
+    input_scale_of,
     integer_bias,
     quantizers_of,
     require_observed,
@@ -31,6 +32,7 @@ from kdpipe.stages.compress.quantization.fake_quant import (
 from kdpipe.stages.compress.quantization.fx_trace import module_of
 from kdpipe.stages.compress.quantization.op_types import is_float_tensor, is_max_pool, kind_of, origin, pool_window
 from kdpipe.stages.compress.quantization.placement import grid_of, insert_after, quantizers_after
+from kdpipe.stages.export.int4_weights import PackedInt4
 from kdpipe.stages.models.clone import clone_without_hooks
 
 
@@ -150,21 +152,22 @@ class QuantizeDequantize(nn.Module):
 
 
 class Int8Weights(nn.Module):
-    """The int8 weight [O, ...] and the int32 bias [O] of a layer, stored as integers and dequantized on each call.
+    """The integer weight [O, ...] and the int32 bias [O] of a layer, stored as such and dequantized on each call.
 
-    `input_grid` is the quantizer of the layer's inputs; without one, the bias stays float. On a symmetric grid the bias
-    is stored as the float numbers that the integers stand for.
+    A weight of 4 bits takes half a byte. Without a quantizer of the layer's inputs the bias stays float. On a symmetric
+    grid the bias is stored as the float numbers that the integers stand for.
     """
 
-    weight: Tensor
     scale: Tensor
     zero: Tensor
     bias: Tensor | None
     bias_scale: Tensor | None
 
-    def __init__(self, weight: Tensor, bias: Tensor | None, input_grid: ActivationQuantizer | None) -> None:
+    def __init__(self, layer: QuantConv2d | QuantLinear) -> None:
         super().__init__()
-        scale, bias_scale = weight_and_bias_scales(weight, bias, None if input_grid is None else input_grid.scale())
+        weight, bias, self.bits = layer.weight, layer.bias, layer.bits
+        input_grid = layer.input_grid[0] if layer.input_grid else None
+        scale, bias_scale = weight_and_bias_scales(weight, bias, input_scale_of(layer), self.bits, layer.step_size)
         if bias is not None and bias_scale is not None:
             bias = integer_bias(bias, bias_scale)
             if input_grid is not None and input_grid.grid == "symmetric":
@@ -172,7 +175,11 @@ class Int8Weights(nn.Module):
             else:
                 bias = bias.to(torch.int32)
         steps = scale.view(-1, *[1] * (weight.dim() - 1))
-        self.register_buffer("weight", torch.round(round_weight(weight, scale) / steps).to(torch.int8))
+        integers = torch.round(round_weight(weight, scale, self.bits) / steps).to(torch.int8)
+        if self.bits == 8:
+            self.register_buffer("weight", integers)
+        else:
+            self.weight = PackedInt4(integers)
         self.register_buffer("scale", scale)
         self.register_buffer("zero", torch.zeros(len(scale), dtype=torch.int64))
         self.register_buffer("bias", bias)
@@ -180,7 +187,8 @@ class Int8Weights(nn.Module):
 
     def forward(self) -> tuple[Tensor, Tensor | None]:
         dequantize = torch.ops.quantized_decomposed.dequantize_per_channel
-        weight = dequantize(self.weight, self.scale, self.zero, 0, -WEIGHT_MAX, WEIGHT_MAX, torch.int8)
+        integers = self.weight() if isinstance(self.weight, PackedInt4) else self.weight
+        weight = dequantize(integers, self.scale, self.zero, 0, *WEIGHT_RANGES[self.bits], torch.int8)
         if self.bias is None or self.bias_scale is None:
             return weight, self.bias
         return weight, dequantize(self.bias, self.bias_scale, self.zero, 0, -(2**31), 2**31 - 1, torch.int32)
@@ -189,7 +197,7 @@ class Int8Weights(nn.Module):
 def int8_layer(layer: QuantConv2d | QuantLinear) -> nn.Module:
     """Return the integer layer that computes what a rounding `layer` computes."""
     with torch.no_grad():
-        weights = Int8Weights(layer.weight, layer.bias, layer.input_grid[0] if layer.input_grid else None)
+        weights = Int8Weights(layer)
     return Int8Conv2d(layer, weights) if isinstance(layer, QuantConv2d) else Int8Linear(weights)
 
 

@@ -4,6 +4,7 @@ import pytest
 
 from kdpipe.pipeline.report.networks import network_entries
 from kdpipe.stages.compress.names import compressed_name, network_name
+from kdpipe.stages.compress.targets import SCHEMES
 
 
 @pytest.mark.parametrize(
@@ -23,7 +24,7 @@ def test_name_follows_from_kind_and_chain(kind, pruned, unpruned):
 
 
 @pytest.mark.parametrize("steps", [["prune"], ["quantize"], ["prune", "quantize"]])
-@pytest.mark.parametrize("scheme", ["int8", "int4"])
+@pytest.mark.parametrize("scheme", SCHEMES)
 def test_tables_have_these_names_and_no_name_twice(tmp_path, steps, scheme):
     compress = {"steps": steps, "baselines": True, "quantize": {"scheme": scheme}}
     entries = network_entries({"student": {"seeds": [0]}, "compress": compress}, tmp_path)[3:]

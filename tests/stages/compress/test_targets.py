@@ -6,12 +6,13 @@ from importlib.util import find_spec
 
 import onnx
 import pytest
+import torch
 from support.tiny_compression import CONFIG, compressed, copied, exported
 
-from kdpipe.stages.compress.artifacts.load import rebuild
+from kdpipe.stages.compress.artifacts.load import image_shape_of, rebuild
 from kdpipe.stages.compress.compress import CompressConfig, fine_tunings
 from kdpipe.stages.compress.names import network_name
-from kdpipe.stages.compress.quantization.fake_quant import quantizers_of
+from kdpipe.stages.compress.quantization.fake_quant import QuantConv2d, QuantLinear, quantizers_of
 from kdpipe.stages.compress.quantize_student import QuantizeConfig
 from kdpipe.stages.errors import RecipeError
 from kdpipe.stages.export.tensorrt_check import require_tensorrt
@@ -47,6 +48,8 @@ def test_wrong_targets_are_refused():
         CompressConfig(target=("openvino", "openvino"))
     with pytest.raises(RecipeError, match="int4"):
         CompressConfig(target="tensorrt", quantize=QuantizeConfig(scheme="int4"))
+    with pytest.raises(RecipeError, match="w4a8"):
+        CompressConfig(target=("onnxruntime", "tensorrt"), quantize=QuantizeConfig(scheme="w4a8"))
 
 
 def test_each_grid_has_its_own_network_and_file(targeted):
@@ -75,6 +78,24 @@ def test_openvino_files_have_figures_beside_onnxruntimes(targeted):
     assert not (targeted / "artifacts-seed0" / "int8-tensorrt" / "model.xml").exists()
     text = (targeted / "artifacts-seed0" / "README.md").read_text()
     assert "int8 in OpenVINO" in text
+
+
+def test_files_with_weights_of_4_bits_are_smaller(run, targeted, tmp_path):
+    folder = copied(run, tmp_path)
+    target = ("onnxruntime", *["openvino"] * HAS_OPENVINO)
+    config = dataclasses.replace(TARGETED, target=target, quantize=dataclasses.replace(CONFIG.quantize, scheme="w4a8"))
+    compressed(folder, run, config)
+    artifacts = exported(folder, run, config)
+    card = json.loads((artifacts / "card.json").read_text())
+    assert card["networks"]["w4a8"]["onnx_agreement"] >= 0.95
+    for name in ("model.onnx", *["model.bin"] * HAS_OPENVINO):
+        int8 = targeted / "artifacts-seed0" / "int8" / name
+        assert (artifacts / "w4a8" / name).stat().st_size < int8.stat().st_size
+    images = torch.rand(3, *image_shape_of(rebuild(artifacts / "w4a8" / "model.safetensors").architecture))
+    again, network = (rebuild(artifacts / "w4a8" / "model.safetensors").model for _ in range(2))
+    assert torch.equal(again(images), network(images))
+    assert {layer.bits for layer in network.modules() if isinstance(layer, QuantConv2d | QuantLinear)} == {4, 8}
+    assert network_name("w4a8", prunes=True) == "pruned + W4A8"
 
 
 def test_repeated_compression_writes_nothing(run, targeted):
