@@ -55,7 +55,6 @@ from kdpipe.stages.teacher import (
 )
 from kdpipe.stages.train_student.student import StudentRun, student_fingerprint, train_hint_stages
 from kdpipe.stages.training.finalize import add_onnx, finalize
-from kdpipe.stages.training.heads import Heads
 from kdpipe.stages.training.job import TrainJob
 from kdpipe.stages.training.loop import train
 from kdpipe.stages.training.shared_job import begun_job
@@ -263,7 +262,7 @@ def _train_student(
 def _build_hint_task(
     student: ModelBundle, spec: DistillationSpec, context: StageContext, loss: Loss, seed: int
 ) -> TrainingTask:
-    return build_task(student, replace(spec, losses=(loss,), heads=Heads()), seed, context)
+    return build_task(student, spec.of_output([loss]), seed, context)
 
 
 # --- Stage 3: prune, quantize and export the distilled students

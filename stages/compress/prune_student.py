@@ -228,7 +228,7 @@ def loss_gradients(
     """
     spec = fine_tuning.spec
     if spec is not None:
-        spec = spec.with_losses([loss for loss in spec.without_hint_losses.losses if loss.on_logits])
+        spec = spec.of_output([loss for loss in spec.without_hint_losses.losses if loss.on_logits])
     task = replace(fine_tuning, spec=spec).task(network)
     model = network.model.to(fine_tuning.device).eval()
     model.zero_grad(set_to_none=True)
@@ -255,7 +255,7 @@ def logit_ranker(network: ModelBundle, fine_tuning: FineTuneContext, batch_size:
     spec = fine_tuning.spec
     if spec is not None:
         losses = ranking_losses(fine_tuning.evaluation(network.normalize).task, spec.losses)
-        spec = replace(spec.with_losses(losses), hard_label_weight=0.0)
+        spec = replace(spec.of_output(losses), hard_label_weight=0.0)
     task = replace(fine_tuning, spec=spec).task(network)
     stream = task.stream(derive_seed(fine_tuning.seed, "importance"), batch_size, epoch=0, step=0, epochs=1)
     batches = list(islice(stream, num_batches))

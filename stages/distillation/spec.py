@@ -85,6 +85,10 @@ class DistillationSpec:
         """Return the same with these losses alone."""
         return replace(self, losses=tuple(losses))
 
+    def of_output(self, losses: Sequence[Loss]) -> DistillationSpec:
+        """Return the same with these losses alone, and labels, of the student's own output in place of its `heads`."""
+        return replace(self, losses=tuple(losses), heads=Heads())
+
     def head_for(self, loss: Loss) -> NDArray[np.float32]:
         """Return the head [C, D + 1] of the teacher that a loss learns from. Raises StoreError if it is not stored."""
         store = self.stores[loss.store or 0]

@@ -88,7 +88,9 @@ def test_a_distillation_token_learns_from_the_teacher(tmp_path):
         + '\n[student]\nseeds = [0]\nbaseline = false\n\n[[distill]]\nloss = "hard_distillation"\n'
     )
     heads = ["--set", "student.heads.labels=head", "--set", "student.heads.distillation=head_dist"]
-    ended = kdpipe_here("run", recipe, "--run", run, *heads)
+    ended = kdpipe_here("plan", recipe, "--run", run, *heads)
+    assert ended.exit_code == 0, ended.stderr
+    ended = kdpipe_here("run", recipe, "--run", run, *heads, "--set", "compress.prune.importance=taylor")
     assert ended.exit_code == 0, ended.stderr
     assert "classifiers" not in ended.stderr
     folder = run / "students" / "distilled-seed0"

@@ -39,7 +39,6 @@ from kdpipe.stages.distillation.student_config import StudentConfig
 from kdpipe.stages.distillation.task_builder import build_student
 from kdpipe.stages.evaluation.evaluate import evaluate
 from kdpipe.stages.losses.base import Loss
-from kdpipe.stages.losses.distillation import student_layers
 from kdpipe.stages.models.bundle import ModelBundle
 from kdpipe.stages.runtime.events import RunMonitor
 from kdpipe.stages.targets.feature_spec import FeatureSpec
@@ -223,7 +222,7 @@ class Probe:
             if compress.quantize.scheme != "int4":
                 batches = shared.task(network).stream(0, 2, epoch=0, step=0, epochs=1)
                 calibrate(model, [next(iter(batches)).images.cpu()])
-        task, layers = shared.task(network), student_layers(spec.without_hint_losses.losses) if spec else ()
+        task, layers = shared.task(network), spec.without_hint_losses.student_layers if spec else ()
         job = TrainJob("plan", "student", network.model, task, None, train, shared.seed, JobDir(Path()), layers)
         return self._training(job, network, config.context(self.sample))
 
