@@ -52,7 +52,8 @@ def choose_int4(
     calibrate(prepared, batches)
     prepared.eval()
     device = next(prepared.parameters()).device
-    layers = {path: prepared.get_submodule(path) for path in candidates}
+    rounding = _rounding_layers(prepared)
+    layers = {path: rounding[path] for path in candidates}
     harms, done = dict.fromkeys(candidates, 0.0), 0
     num_images = sum(len(batch) for batch in batches)
     for batch in batches:
@@ -98,5 +99,8 @@ def _cheapest(prepared: nn.Module, harms: Mapping[str, float], budget: float) ->
 
 def _weight_bytes(prepared: nn.Module) -> dict[str, int]:
     """Return the bytes of the weight of each rounding layer in INT8, by path."""
-    layers = {path: one for path, one in prepared.named_modules() if isinstance(one, QuantConv2d | QuantLinear)}
-    return {path: layer.weight.numel() for path, layer in layers.items()}
+    return {path: layer.weight.numel() for path, layer in _rounding_layers(prepared).items()}
+
+
+def _rounding_layers(prepared: nn.Module) -> dict[str, QuantConv2d | QuantLinear]:
+    return {path: one for path, one in prepared.named_modules() if isinstance(one, QuantConv2d | QuantLinear)}
