@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from itertools import islice
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import torch
@@ -13,6 +14,7 @@ from torch import nn
 
 from kdpipe.stages.compress.fine_tune import FineTuneContext, FineTuneJob, fine_tune
 from kdpipe.stages.compress.pruning.sparsity import masks_of
+from kdpipe.stages.compress.quantization.bit_widths import choose_int4, require_reachable
 from kdpipe.stages.compress.quantization.int4 import prepare_int4
 from kdpipe.stages.compress.quantization.qat import calibrate, freeze_observers, int4_candidates, prepare_qat
 from kdpipe.stages.compress.resume import TrainedModel
@@ -21,8 +23,13 @@ from kdpipe.stages.config import Count, section
 from kdpipe.stages.models.bundle import ModelBundle
 from kdpipe.stages.models.tokens import HEADLESS, is_headless
 from kdpipe.stages.training.finalize import finalize
+from kdpipe.stages.training.job_dir import JobDir, read_json_file, write_json_file
 from kdpipe.stages.training.optim import TrainConfig
 from kdpipe.stages.training.task import TrainingTask
+from kdpipe.store.fs.checksums import remove_with_sum
+
+INT4_LAYERS = "int4_layers"
+"""The key of a recorded architecture with the layers whose weights have 4 bits, if a budget chose them."""
 
 
 @section
@@ -33,6 +40,8 @@ class QuantizeConfig:
         scheme: "int8" rounds weights and activations of everything that onnxruntime computes in integers; "w4a8" the
             same with weights of 4 bits in all layers but the first and the last; "int4" only the weights of linear
             layers, in blocks of block_size.
+        budget: with "w4a8" the bytes of the weights, as a share of those in INT8: so many layers have 4 bits that they
+            are met, those first whose rounding moves the logits least for what it saves; None for all layers.
         step_size: how the scales of weights and activations are found: "observed", from the largest weights and from
             the range of the activations, or "learned" with the weights (LSQ); not in "int4".
         exclude: module paths, layers or whole blocks, that stay float; `kdpipe sensitivity` finds candidates.
@@ -42,12 +51,15 @@ class QuantizeConfig:
 
     scheme: Literal["int8", "w4a8", "int4"] = "int8"
     block_size: Literal[16, 32, 64, 128] = 32
+    budget: Annotated[float, Field(gt=0, lt=1)] | None = None
     step_size: Literal["observed", "learned"] = "observed"
     exclude: tuple[str, ...] = ()
     calibration_batches: Count = 8
     freeze_observers_after_epoch: Annotated[float, Field(ge=0, le=1)] = 0.67
 
     def __post_init__(self) -> None:
+        if self.budget is not None and self.scheme != "w4a8":
+            raise ValueError("budget is for scheme = 'w4a8', whose layers have 4 or 8 bits")
         if self.scheme == "int4" and self.step_size == "learned":
             raise ValueError("step_size = 'learned' is not for scheme = 'int4', whose scales follow from its weights")
 
@@ -59,28 +71,46 @@ def quantize_json(config: QuantizeConfig) -> dict[str, Any]:
         del record["block_size"]
     if config.step_size == "observed":  # later than the first runs
         del record["step_size"]
+    if config.budget is None:
+        del record["budget"]
     return record
 
 
 def prepare(
-    model: nn.Module, image_shape: tuple[int, int, int], config: QuantizeConfig, grid: Grid = "affine"
+    model: nn.Module,
+    image_shape: tuple[int, int, int],
+    config: QuantizeConfig,
+    grid: Grid = "affine",
+    int4: Sequence[str] | None = None,
 ) -> nn.Module:
-    """Return a copy of a float network that rounds as configured. Raises ModelError if it cannot be quantized."""
+    """Return a copy of a float network that rounds as configured; layers at `int4` have 4 bits, by default all.
+
+    Raises:
+        ModelError: If it cannot be quantized.
+    """
     prepared: nn.Module
     example = torch.zeros(2, *image_shape)
     if config.scheme == "int4":
         prepared = prepare_int4(model, example, block_size=config.block_size, exclude=config.exclude)
     else:
-        int4 = int4_candidates(model, example, config.exclude) if config.scheme == "w4a8" else ()
+        candidates = int4_candidates(model, example, config.exclude) if config.scheme == "w4a8" else []
+        int4 = candidates if int4 is None else int4
         prepared = prepare_qat(
             model, example, config.exclude, grid, int4=int4, learns_steps=config.step_size == "learned"
         )
+        if config.budget is not None:
+            require_reachable(prepared, candidates, config.budget)
     setattr(prepared, HEADLESS, is_headless(model))  # a traced network loses it
     return prepared
 
 
-def quantized_record(config: QuantizeConfig, grid: Grid = "affine") -> dict[str, Any]:
-    """Return the quantization's entries in an architecture record; `config_of` restores it, but for the grid."""
+def quantized_record(
+    config: QuantizeConfig, grid: Grid = "affine", int4: Sequence[str] | None = None
+) -> dict[str, Any]:
+    """Return the quantization's entries in an architecture record; `config_of` restores it, but for the grid.
+
+    The layers at `int4`, None without a budget, are "int4_layers".
+    """
     record: dict[str, Any] = {"quantized": config.scheme}
     if config.exclude:
         record["exclude"] = list(config.exclude)
@@ -88,6 +118,8 @@ def quantized_record(config: QuantizeConfig, grid: Grid = "affine") -> dict[str,
         record["block_size"] = config.block_size
     if config.step_size == "learned":
         record["step_size"] = config.step_size
+    if int4 is not None:
+        record[INT4_LAYERS] = list(int4)
     return record | ({} if grid == "affine" else {"grid": grid})
 
 
@@ -125,11 +157,15 @@ def quantize_student(
     folder = fine_tuning.job_dir(kind)
     folder.begin(quantize_fingerprint(config, train, fine_tuning, source, grid))
     if (done := folder.result()) is not None:
+        remove_with_sum(_choice_path(folder))  # left by a kill just before the removal below
         return done
     network = source.load()
     test = fine_tuning.evaluation(network.normalize)
-    prepared = prepare(network.model, test.image_shape, config, grid)
-    quantized = ModelBundle(prepared, {**network.architecture, **quantized_record(config, grid)}, network.normalize)
+    chosen = _chosen(config, fine_tuning, network, folder, batch_size=train.batch_size, grid=grid, name=name)
+    int4 = chosen[INT4_LAYERS] if chosen else None
+    prepared = prepare(network.model, test.image_shape, config, grid, int4)
+    architecture = {**network.architecture, **quantized_record(config, grid, int4)}
+    quantized = ModelBundle(prepared, architecture, network.normalize)
     freeze_at = round(config.freeze_observers_after_epoch * train.epochs)
 
     def before_epoch(model: nn.Module, epoch: int) -> None:
@@ -148,15 +184,56 @@ def quantize_student(
         f"{name}, seed {fine_tuning.seed}", quantized, folder, exact, warm_up, before_epoch, masks, adapters
     )
     history, _ = fine_tune(job, fine_tuning)
-    return finalize(
+    figures = finalize(
         folder,
         quantized,
         history,
         test,
         with_onnx=fine_tuning.exports_onnx,
-        more=fine_tuning.examine(quantized),
+        more={**fine_tuning.examine(quantized), **chosen},
         validation=fine_tuning.validation(network.normalize),
     )
+    remove_with_sum(_choice_path(folder))
+    return figures
+
+
+def _choice_path(folder: JobDir) -> Path:
+    return folder.path / "int4_layers.json"
+
+
+def _chosen(
+    config: QuantizeConfig,
+    fine_tuning: FineTuneContext,
+    network: ModelBundle,
+    folder: JobDir,
+    *,
+    batch_size: int,
+    grid: Grid,
+    name: str,
+) -> dict[str, Any]:
+    """Return the layers with weights of 4 bits under the budget, and the harm of each; empty without a budget.
+
+    They are chosen once and saved, so that a stopped job goes on with the same ones.
+    """
+    if config.budget is None:
+        return {}
+    if (saved := read_json_file(_choice_path(folder))) is not None:
+        return saved
+    test = fine_tuning.evaluation(network.normalize)
+    batches = fine_tuning.task(network).stream(fine_tuning.seed, batch_size, epoch=0, step=0, epochs=1)
+    images = [batch.images.cpu() for batch in islice(batches, config.calibration_batches)]
+    example, model = torch.zeros(2, *test.image_shape), network.model.cpu()
+    layers, harms = choose_int4(
+        prepare_qat(model, example, config.exclude, grid),
+        int4_candidates(model, example, config.exclude),
+        images,
+        budget=config.budget,
+        task=test.task,
+        on_progress=fine_tuning.monitor.counter("compress", f"{name}: layers with 4 bits", "layer"),
+    )
+    chosen = {INT4_LAYERS: layers, "kl_of_4_bits": harms}
+    write_json_file(_choice_path(folder), chosen)
+    return chosen
 
 
 def quantize_fingerprint(

@@ -15,7 +15,7 @@ from kdpipe.stages.compress.artifacts.write import Candidate, artifact_folder, w
 from kdpipe.stages.compress.compress import CompressConfig, float_source, student_job_dir, student_source
 from kdpipe.stages.compress.external_student import low_precision_dtypes
 from kdpipe.stages.compress.fine_tune import FineTuneContext
-from kdpipe.stages.compress.quantize_student import prepare, quantize_fingerprint, quantized_record
+from kdpipe.stages.compress.quantize_student import INT4_LAYERS, prepare, quantize_fingerprint, quantized_record
 from kdpipe.stages.compress.resume import TrainedModel, finished_source
 from kdpipe.stages.compress.targets import Target
 from kdpipe.stages.compute.threads import max_threads
@@ -163,15 +163,16 @@ def _measured_folders(config: CompressConfig, fine_tuning: FineTuneContext) -> d
 
 def _quantized(config: CompressConfig, fine_tuning: FineTuneContext, source: TrainedModel, kind: str) -> Candidate:
     """Load a finished quantized network."""
-    grid = config.grids.get(kind, config.grid)
+    grid, folder = config.grids.get(kind, config.grid), fine_tuning.job_dir(kind)
+    int4 = (folder.result() or {}).get(INT4_LAYERS)
 
     def fresh() -> ModelBundle:
         network = source.load()
-        prepared = prepare(network.model, fine_tuning.evaluation(network.normalize).image_shape, config.quantize, grid)
-        architecture = {**network.architecture, **quantized_record(config.quantize, grid)}
+        image_shape = fine_tuning.evaluation(network.normalize).image_shape
+        prepared = prepare(network.model, image_shape, config.quantize, grid, int4)
+        architecture = {**network.architecture, **quantized_record(config.quantize, grid, int4)}
         return ModelBundle(prepared, architecture, network.normalize)
 
-    folder = fine_tuning.job_dir(kind)
     if folder.result() is not None:  # was it made from this network?
         folder.begin(quantize_fingerprint(config.quantize, config.quantize_train, fine_tuning, source, grid))
     network = finished_source(folder, fresh, "kdpipe compress --only quantize").load()

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from kdpipe.stages.compress.quantize_student import config_of, prepare
+from kdpipe.stages.compress.quantize_student import INT4_LAYERS, config_of, prepare
 from kdpipe.stages.compress.resume import CUTS, as_pruned
 from kdpipe.stages.data.tasks import REGRESSION
 from kdpipe.stages.distillation.classifier_reuse import add_projector
@@ -60,7 +60,8 @@ def rebuild(path: Path, *, trust_python: bool = False, given: nn.Module | None =
         fresh = ModelBundle(model, plain, Normalization.from_json(record))
         network = as_pruned(fresh, architecture)
         if (config := config_of(architecture)) is not None:
-            rounding = prepare(network.model, image_shape_of(architecture), config, architecture.get("grid", "affine"))
+            grid, int4 = architecture.get("grid", "affine"), architecture.get(INT4_LAYERS)
+            rounding = prepare(network.model, image_shape_of(architecture), config, grid, int4)
             network = ModelBundle(rounding, architecture, network.normalize)
     except (KeyError, TypeError, ValueError, AttributeError, RuntimeError, MemoryError, OverflowError) as error:
         raise ModelError(f"the record in {path} is damaged: it describes no valid network ({cause(error)}).") from error

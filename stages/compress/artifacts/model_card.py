@@ -131,6 +131,8 @@ def _origin(card: Mapping[str, Any]) -> Iterator[str]:
     was_pruned = not {"widths", "removed_blocks", "ranks"}.isdisjoint(card["architecture"])
     if was_pruned and (excluded := card["networks"].get("pruned", {}).get("excluded")):
         yield f"- Not pruned: {_shortened([f'{path} ({why})' for path, why in excluded.items()])}."
+    if int4 := card["architecture"].get("int4_layers"):
+        yield f"- Weights of 4 bits: {_shortened(int4)}."
     if floats := own["float_nodes"]:
         yield f"- Not in integers: {_shortened(floats)}."
 

@@ -16,7 +16,8 @@ from kdpipe.stages.compress.quantization.fake_quant import QuantConv2d, QuantLin
 from kdpipe.stages.compress.quantize_student import QuantizeConfig
 from kdpipe.stages.errors import RecipeError
 from kdpipe.stages.export.tensorrt_check import require_tensorrt
-from kdpipe.store import FingerprintMismatch
+from kdpipe.stages.training.job_dir import write_json_file
+from kdpipe.store import FingerprintMismatch, make_folders
 
 HAS_OPENVINO = find_spec("openvino") is not None
 ALL = ("onnxruntime", *["openvino"] * HAS_OPENVINO, "tensorrt")
@@ -96,6 +97,29 @@ def test_files_with_weights_of_4_bits_are_smaller(run, targeted, tmp_path):
     assert torch.equal(again(images), network(images))
     assert {layer.bits for layer in network.modules() if isinstance(layer, QuantConv2d | QuantLinear)} == {4, 8}
     assert network_name("w4a8", prunes=True) == "pruned + W4A8"
+
+
+def test_budget_chooses_layers_once_and_the_card_names_them(run, tmp_path):
+    settings = dataclasses.replace(CONFIG.quantize, scheme="w4a8", budget=0.8, step_size="learned")
+    config = dataclasses.replace(TARGETED, target="onnxruntime", quantize=settings)
+    first, second = copied(run, tmp_path / "first"), copied(run, tmp_path / "second")
+    compressed(first, run, config)
+    figures = json.loads((first / "compressed/w4a8-seed0/result.json").read_text())
+    other = [next(path for path in figures["kl_of_4_bits"] if path not in figures["int4_layers"])]
+    make_folders([second / "compressed/w4a8-seed0"])
+    killed = {"int4_layers": other, "kl_of_4_bits": figures["kl_of_4_bits"]}
+    write_json_file(second / "compressed/w4a8-seed0/int4_layers.json", killed)
+    compressed(second, run, config)
+    artifacts = exported(second, run, config)
+    assert f"Weights of 4 bits: {other[0]}." in (artifacts / "w4a8" / "README.md").read_text()
+    network = rebuild(artifacts / "w4a8" / "model.safetensors").model
+    assert [path for path, layer in network.named_modules() if getattr(layer, "bits", 8) == 4] == other
+    assert not list(second.glob("compressed/w4a8-seed0/int4_layers*"))
+    assert card_layers(artifacts) == other
+
+
+def card_layers(artifacts) -> list[str]:
+    return json.loads((artifacts / "w4a8" / "card.json").read_text())["architecture"]["int4_layers"]
 
 
 def test_repeated_compression_writes_nothing(run, targeted):
