@@ -16,7 +16,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor, nn
@@ -40,8 +40,14 @@ class LowRank(nn.Sequential):
     """The two layers in place of one: the first has `rank` outputs."""
 
     @property
+    def pair(self) -> tuple[Dense, Dense]:
+        first, second = self
+        assert isinstance(first, Dense) and isinstance(second, Dense)
+        return first, second
+
+    @property
     def rank(self) -> int:
-        return len(self[0].get_parameter("weight"))
+        return len(self.pair[0].weight)
 
 
 def set_ranks(model: nn.Module, ranks: Any) -> nn.Module:
@@ -93,10 +99,10 @@ def factored(layer: Dense, rank: int, basis: Tensor, mean: Tensor | None = None)
     down = up.T @ layer.weight.detach().double().flatten(1)  # [rank, in * kernel]
     # Both layers get the same norm in each component, for the optimizer and for INT8's one scale of activations.
     scale = down.norm(dim=1).clamp(min=torch.finfo(torch.float32).tiny).sqrt()
-    first, second = layers
+    first, second = layers.pair
     first.weight.copy_((down / scale[:, None]).view_as(first.weight))
     second.weight.copy_((up * scale).view_as(second.weight))
-    if layer.bias is not None:
+    if layer.bias is not None and second.bias is not None:
         bias = layer.bias.detach().double()
         center = bias if mean is None else mean.to(bias)
         second.bias.copy_(center + up @ (up.T @ (bias - center)))
@@ -106,7 +112,7 @@ def factored(layer: Dense, rank: int, basis: Tensor, mean: Tensor | None = None)
 @torch.no_grad()
 def dense(layers: LowRank, like: Dense) -> Dense:
     """Return one layer that computes what two of low rank do; `like` has its other settings."""
-    first, second = layers
+    first, second = layers.pair
     merged = clone_without_hooks(like)
     assert isinstance(merged, Dense)
     product = second.weight.double().flatten(1) @ first.weight.double().flatten(1)
@@ -195,7 +201,8 @@ class Factorable:
             spread = weight @ weight.T
         elif (mean := self.mean) is not None:
             spread = spread - self._count * torch.outer(mean, mean)
-        return torch.linalg.eigh(spread)[1].flip(1)
+        vectors: Tensor = torch.linalg.eigh(spread).eigenvectors
+        return vectors.flip(1)
 
     @property
     def mean(self) -> Tensor | None:
@@ -395,7 +402,7 @@ def _highest_rank(layer: Dense) -> int:
     return (rows * columns - 1) // (rows + columns)
 
 
-def _is_dense(layer: nn.Module) -> bool:
+def _is_dense(layer: nn.Module) -> TypeGuard[Dense]:
     return type(layer) is nn.Linear or (type(layer) is nn.Conv2d and layer.groups == 1)
 
 
