@@ -115,6 +115,7 @@ def dense(layers: LowRank) -> Dense:
     """Return one layer that computes what two of low rank do."""
     first, second = layers.pair
     merged = clone_without_hooks(first)
+    assert isinstance(merged, Dense)
     product = second.weight.double().flatten(1) @ first.weight.double().flatten(1)
     weight = product.view(-1, *first.weight.shape[1:]).to(first.weight)
     merged.weight = nn.Parameter(weight, first.weight.requires_grad)
@@ -122,7 +123,6 @@ def dense(layers: LowRank) -> Dense:
     if isinstance(merged, nn.Conv2d):
         merged.out_channels = len(weight)
     else:
-        assert isinstance(merged, nn.Linear)
         merged.out_features = len(weight)
     return merged.train(layers.training)
 
