@@ -51,7 +51,7 @@ class LowRank(nn.Sequential):
 
 
 def set_ranks(model: nn.Module, ranks: Any) -> nn.Module:
-    """Replace layers of a freshly built `model` by two of the recorded ranks, in place, and return it.
+    """Replace layers of `model`, factored ones too, by two of the recorded ranks each, in place, and return it.
 
     Their weights are zero, and the state_dict loaded next sets them.
 
@@ -66,6 +66,7 @@ def set_ranks(model: nn.Module, ranks: Any) -> nn.Module:
             layer = model.get_submodule(str(path))
         except AttributeError:
             layer = model
+        layer = dense(layer) if isinstance(layer, LowRank) else layer
         if layer is model or not _is_dense(layer):
             raise ModelError(f"the record of ranks is of another architecture: {str(path)!r} is no layer to factor.")
         if type(rank) is not int or not 1 <= rank <= _highest_rank(layer):
@@ -110,14 +111,19 @@ def factored(layer: Dense, rank: int, basis: Tensor, mean: Tensor | None = None)
 
 
 @torch.no_grad()
-def dense(layers: LowRank, like: Dense) -> Dense:
-    """Return one layer that computes what two of low rank do; `like` has its other settings."""
+def dense(layers: LowRank) -> Dense:
+    """Return one layer that computes what two of low rank do."""
     first, second = layers.pair
-    merged = clone_without_hooks(like)
+    merged = clone_without_hooks(first)
     assert isinstance(merged, Dense)
     product = second.weight.double().flatten(1) @ first.weight.double().flatten(1)
-    merged.weight = nn.Parameter(product.view_as(like.weight).to(first.weight), first.weight.requires_grad)
+    weight = product.view(-1, *first.weight.shape[1:]).to(first.weight)
+    merged.weight = nn.Parameter(weight, first.weight.requires_grad)
     merged.bias = None if second.bias is None else nn.Parameter(second.bias.detach().clone())
+    if isinstance(merged, nn.Conv2d):
+        merged.out_channels = len(weight)
+    else:
+        merged.out_features = len(weight)
     return merged.train(layers.training)
 
 
@@ -146,7 +152,7 @@ def lower_ranks(
         ModelError: No layer can be factored, or the goal cannot be reached.
     """
     counted = replace(goal, budget="macs") if goal.budget == "latency" else goal
-    layers, excluded = find_factorable(model, full, goal.example, config, by_macs=counted.budget == "macs")
+    layers, excluded = find_factorable(model, goal.example, config, by_macs=counted.budget == "macs")
     if not layers:
         reasons = "; ".join(f"{path}: {reason}" for path, reason in list(excluded.items())[:3])
         raise ModelError(
@@ -224,14 +230,14 @@ class Factorable:
 
 
 def find_factorable(
-    model: nn.Module, full: nn.Module, example: Tensor, config: PruneConfig, *, by_macs: bool
+    model: nn.Module, example: Tensor, config: PruneConfig, *, by_macs: bool
 ) -> tuple[list[Factorable], dict[str, str]]:
     """Return the layers whose rank can be lowered, in module order, and why each of the others stays, by path."""
     merged, ranks = clone_without_hooks(model), ranks_of(model)
     for path in ranks:
-        layers, like = merged.get_submodule(path), full.get_submodule(path)
-        assert isinstance(layers, LowRank) and isinstance(like, Dense)
-        merged.set_submodule(path, dense(layers, like))
+        layers = merged.get_submodule(path)
+        assert isinstance(layers, LowRank)
+        merged.set_submodule(path, dense(layers))
     paths: dict[nn.Module, list[str]] = {}
     for path, module in merged.named_modules(remove_duplicate=False):
         paths.setdefault(module, []).append(path)

@@ -64,7 +64,8 @@ def test_full_rank_computes_the_layer(name, observed):
 @torch.no_grad()
 def test_without_outputs_it_is_the_truncated_svd(name):
     layer, inputs = layer_of(name)
-    two, merged = factorable(layer).at(4), dense(factorable(layer).at(4), layer)
+    two = factorable(layer).at(4)
+    merged = dense(two)
     singular = torch.linalg.svdvals(layer.weight.detach().double().flatten(1))
     error = (merged.weight - layer.weight).double().norm()
     torch.testing.assert_close(error, singular[4:].norm(), atol=1e-5, rtol=1e-5)
@@ -182,6 +183,17 @@ def test_steps_lower_what_is_factored_already():
     assert size_of(second.model, "parameters") <= 0.4 * size_of(model, "parameters")
     assert before.keys() <= after.keys() and any(after[path] < rank for path, rank in before.items())
     assert all(after[path] <= rank for path, rank in before.items())
+
+
+def test_a_factored_model_is_factored_again():
+    model = residual()
+    harm = distance_from(model)
+    low = pruned(model, harm=harm, ratio=0.3, round_to=1).model
+    lower = pruned(low, harm=harm, ratio=0.3, round_to=1).model
+    assert size_of(lower, "parameters") <= 0.7 * size_of(low, "parameters")
+    again = set_ranks(set_ranks(residual(), ranks_of(low)), ranks_of(lower))
+    again.load_state_dict(lower.state_dict(), strict=True)
+    assert torch.equal(again.eval()(EXAMPLE + 1), lower.eval()(EXAMPLE + 1))
 
 
 def test_a_model_is_rebuilt_from_its_record_and_trains():
