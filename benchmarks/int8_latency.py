@@ -1,21 +1,21 @@
-"""Measure INT8 latency relative to FP32 in onnxruntime and OpenVINO, of whole and pruned networks; target 0.40.
+"""Measure INT8 latency relative to FP32 in onnxruntime, OpenVINO and ExecuTorch; target 0.40.
 
     uv run python benchmarks/int8_latency.py [--networks NAME ...] [--batch-sizes B ...] [--threads N] [--rounds N]
-        [--image-size S] [--round-to N] [--runtimes onnxruntime openvino] [--quick]
+        [--image-size S] [--round-to N] [--runtimes onnxruntime openvino executorch] [--whole] [--quick]
 
 torchvision's resnet18, vgg11_bn and mobilenet_v2 and timm's tf_efficientnet_lite0 with ten classes, on random images of
 64x64, each whole and with half the channels of every layer pruned, in FP32 and in INT8: prepared, calibrated on random
-images and exported by the code of `kdpipe compress`, the same network for both runtimes. VGG ends in global average
-pooling and one linear layer of 512 x 10, as for small images; torchvision's own head of 120 million weights is for
-224x224. Weights are random with a seed, and batch norms have seen random images: the multiplied numbers do not change
-the time.
+images and exported by the code of `kdpipe compress`, the same network for all runtimes; ExecuTorch only on demand. VGG
+ends in global average pooling and one linear layer of 512 x 10, as for small images; torchvision's own head of 120
+million weights is for 224x224. Weights are random with a seed, and batch norms have seen random images: the multiplied
+numbers do not change the time.
 
 All files take turns in one process, round by round. The table has the medians of both, the median of the ratio INT8 /
 FP32 within a round, the range of nine of ten ratios, and the ratio of the fastest rounds. If the last two are far from
 the third, the machine is busy. The target is for batch 16, for ResNet and VGG on a CPU with AVX512-VNNI; the others are
 only reported. Below the table are the operators that INT8 leaves in float in onnxruntime.
 
---quick: resnet18 alone and 5 rounds.
+cnn and resnet20 are kdpipe's own, for 32x32. --whole: nothing pruned. --quick: resnet18 alone and 5 rounds.
 """
 
 from __future__ import annotations
@@ -40,17 +40,20 @@ from kdpipe.stages.compress.pruning.config import PruneConfig
 from kdpipe.stages.compress.pruning.prune import prune
 from kdpipe.stages.compress.quantization.qat import calibrate, prepare_qat
 from kdpipe.stages.evaluation.latency import Latency, measure_latency
+from kdpipe.stages.export.executorch_program import export_executorch
 from kdpipe.stages.export.onnx_export import export_onnx
 from kdpipe.stages.export.onnx_session import float_nodes
 from kdpipe.stages.export.openvino_ir import export_openvino
+from kdpipe.stages.models.build import ModelConfig, build_model
 from kdpipe.stages.runtime.cpu import cpu_features, cpu_name, num_cores
 
 TARGET, TARGET_BATCH_SIZE = 0.40, 16
 TARGETED = ("resnet18", "vgg11_bn")
 TIMM = ("tf_efficientnet_lite0",)
 NETWORKS = (*TARGETED, "mobilenet_v2", *TIMM)
+SMALL = ("cnn", "resnet20")
 NUM_CLASSES = 10
-RUNTIMES = ("onnxruntime", "openvino")
+RUNTIMES = ("onnxruntime", "openvino", "executorch")
 
 
 def main() -> None:
@@ -79,13 +82,14 @@ def main() -> None:
 
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--networks", nargs="+", default=list(NETWORKS), choices=NETWORKS)
+    parser.add_argument("--networks", nargs="+", default=list(NETWORKS), choices=(*NETWORKS, *SMALL))
     parser.add_argument("--batch-sizes", nargs="+", type=int, default=[TARGET_BATCH_SIZE], metavar="B")
     parser.add_argument("--threads", type=int, default=num_cores())
     parser.add_argument("--rounds", type=int, default=30)
     parser.add_argument("--image-size", type=int, default=64)
     parser.add_argument("--round-to", type=int, default=PruneConfig().round_to)
-    parser.add_argument("--runtimes", nargs="+", default=list(RUNTIMES), choices=RUNTIMES)
+    parser.add_argument("--runtimes", nargs="+", default=list(RUNTIMES[:2]), choices=RUNTIMES)
+    parser.add_argument("--whole", action="store_true")
     parser.add_argument("--quick", action="store_true")
     arguments = parser.parse_args()
     if arguments.quick:
@@ -97,7 +101,7 @@ def write_files(folder: Path, arguments: argparse.Namespace) -> dict[str, Path]:
     """Write the files; return them by name: "resnet18 onnxruntime fp32", "resnet18 pruned openvino int8"."""
     files = {}
     for name in arguments.networks:
-        for variant, model in variants(name, arguments.image_size, arguments.round_to):
+        for variant, model in variants(name, arguments):
             for kind, made in (("fp32", model), ("int8", quantized(model, arguments.image_size))):
                 path = folder / f"{variant} {kind}.onnx"
                 export_onnx(made, example(arguments.image_size), path, metadata={})
@@ -106,23 +110,30 @@ def write_files(folder: Path, arguments: argparse.Namespace) -> dict[str, Path]:
                     if runtime == "openvino":
                         export_openvino(path, path.with_suffix(".xml"))
                         files[f"{variant} {runtime} {kind}"] = path.with_suffix(".xml")
+                    elif runtime == "executorch":
+                        export_executorch(made, example(arguments.image_size), path.with_suffix(".pte"))
+                        files[f"{variant} {runtime} {kind}"] = path.with_suffix(".pte")
     return files
 
 
-def variants(name: str, image_size: int, round_to: int) -> Iterator[tuple[str, nn.Module]]:
-    model = network(name)
+def variants(name: str, arguments: argparse.Namespace) -> Iterator[tuple[str, nn.Module]]:
+    image_size, model = arguments.image_size, network(name, arguments.image_size)
     with torch.no_grad():
         for seed in range(3):
             model.train()(images(image_size, seed))
     model.eval()
     yield name, model
-    pruned = prune(model, example(image_size), PruneConfig(ratio=0.5, round_to=round_to))
-    yield f"{name} pruned", pruned.model
+    if not arguments.whole:
+        pruned = prune(model, example(image_size), PruneConfig(ratio=0.5, round_to=arguments.round_to))
+        yield f"{name} pruned", pruned.model
 
 
-def network(name: str) -> nn.Module:
-    """Build torchvision's or timm's network with ten classes and random weights."""
+def network(name: str, image_size: int) -> nn.Module:
+    """Build torchvision's, timm's or kdpipe's network with ten classes and random weights."""
     torch.manual_seed(0)
+    if name in SMALL:
+        size = (image_size, image_size)
+        return build_model(ModelConfig(name=name), num_classes=NUM_CLASSES, in_channels=3, image_size=size, seed=0)
     if name in TIMM:
         import timm
 

@@ -284,7 +284,8 @@ def modules(recipe: RecipePath, options: CommonOptions) -> None:
 @app.command()
 def bench(
     models: Annotated[
-        list[Path], typer.Argument(metavar="MODEL", help="ONNX files or IRs (.xml); the first one is the baseline.")
+        list[Path],
+        typer.Argument(metavar="MODEL", help="ONNX files, IRs (.xml), programs (.pte); the first is the baseline."),
     ],
     batch_size: Annotated[
         list[int] | None,
@@ -295,7 +296,7 @@ def bench(
     rounds: Annotated[int, typer.Option(metavar="N", min=3, max=100_000, help="Measurements of each file.")] = 50,
     as_json: AsJson = False,
 ) -> None:
-    """Measure the latency of files on this CPU. In onnxruntime or OpenVINO, in turn in one process; writes nothing."""
+    """Measure the latency of files on this CPU, each in its runtime, in turn in one process; writes nothing."""
     with guarded():
         from kdpipe.pipeline.commands.bench import print_bench, run_bench
 

@@ -84,9 +84,11 @@ def _progress(total: int, as_json: bool) -> Iterator[Callable[[], None]]:
 
 
 def file_bytes(path: Path) -> int:
-    """Return the size of an ONNX file with its external data files, or of an IR with its weights."""
+    """Return the size of an ONNX file with its external data files, of an IR with its weights, or of a program."""
     if library_of(path) == "openvino":
         return path.stat().st_size + path.with_suffix(".bin").stat().st_size
+    if library_of(path) == "executorch":
+        return path.stat().st_size
     graph = onnx.load(path, load_external_data=False).graph
     external = {ExternalDataInfo(tensor).location for tensor in graph.initializer if uses_external_data(tensor)}
     return path.stat().st_size + sum((path.parent / name).stat().st_size for name in external)

@@ -58,8 +58,8 @@ class CompressConfig:
         baselines: whether to make the baselines too: the student quantized without pruning, only calibrated, and every
             fine-tuning repeated with hard labels alone.
         student: a file with the weights of a student trained elsewhere, used in place of the distilled ones.
-        target: the runtimes that the files are for, one or several: "onnxruntime", "openvino", "tensorrt". The first
-            one decides how INT8 rounds; one that rounds otherwise gets a network of its own.
+        target: the runtimes that the files are for, one or several: "onnxruntime", "openvino", "executorch",
+            "tensorrt". The first one decides how INT8 rounds; one that rounds otherwise gets a network of its own.
         opset: of the exported ONNX files; by default the exporter's own.
         latency_batch_sizes: batch sizes whose latency is reported.
         niceness: how much this stage, long CPU work, lowers its scheduling priority.
@@ -260,8 +260,8 @@ def dry_run(
         for part in pruning.parts:
             model = prune(model, example, part, full=network.model, gradients=gradients, ranker=untrained).model
         try_batches(replace(network, model=model), config.prune_train, role="pruned student", device=example.device)
-    if "openvino" in config.targets:
-        require_library("openvino", "compress.target = 'openvino'")
+    for library in {"openvino", "executorch"} & set(config.targets):
+        require_library(library, f"compress.target = {library!r}")
     if config.quantizes:
         model = prepare(model, context.image_shape, config.quantize, config.grid)
         if config.quantize.scheme != "int4":
@@ -269,8 +269,8 @@ def dry_run(
         try_batches(
             replace(network, model=model), config.quantize_train, role="quantized student", device=example.device
         )
-    if exports and (config.steps or config.opset is not None):
-        try_export(model, context.image_shape, opset=config.opset)
+    if exports and (config.steps or config.opset is not None or "executorch" in config.targets):
+        try_export(model, context.image_shape, opset=config.opset, executorch="executorch" in config.targets)
 
 
 def _prune(config: CompressConfig, fine_tuning: FineTuneContext) -> dict[str, dict[str, Any]]:

@@ -5,14 +5,19 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Literal
 
-Target = Literal["onnxruntime", "openvino", "tensorrt"]
+Target = Literal["onnxruntime", "openvino", "executorch", "tensorrt"]
 Grid = Literal["affine", "symmetric"]
 SCHEMES = ("int8", "w4a8", "int4")
 """The kinds of quantized networks: what `compress.quantize.scheme` can be."""
 
-GRIDS: dict[Target, Grid] = {"onnxruntime": "affine", "openvino": "affine", "tensorrt": "symmetric"}
+GRIDS: dict[Target, Grid] = {
+    "onnxruntime": "affine",
+    "openvino": "affine",
+    "executorch": "affine",
+    "tensorrt": "symmetric",
+}
 TARGETS = f"{', '.join(map(repr, GRIDS))}, or a list of several"
-TITLES = {"onnxruntime": "onnxruntime", "openvino": "OpenVINO", "tensorrt": "TensorRT"}
+TITLES = {"onnxruntime": "onnxruntime", "openvino": "OpenVINO", "executorch": "ExecuTorch", "tensorrt": "TensorRT"}
 
 
 def quantized_grids(scheme: str, targets: Sequence[Target]) -> dict[str, Grid]:

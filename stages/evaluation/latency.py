@@ -49,7 +49,7 @@ def measure_latency(
     rounds are not counted.
 
     Args:
-        paths: Files by name: ONNX, or OpenVINO's IR (.xml).
+        paths: Files by name: ONNX, OpenVINO's IR (.xml), or ExecuTorch's program (.pte).
         image_shape: (C, H, W); None takes the shape that each file's input states.
         batch_sizes: Images per batch.
         num_rounds: Counted rounds.

@@ -48,7 +48,7 @@ def check_onnx(
     The model stays unchanged. An INT8 file may differ from the prepared model by a few quantization steps at near-ties.
 
     Args:
-        path: The ONNX file, or OpenVINO's IR (.xml).
+        path: The ONNX file, OpenVINO's IR (.xml), or ExecuTorch's program (.pte).
         model: The network it was exported from.
         batches: Normalized images [B, C, H, W] with labels [B], on any device, consumed one batch at a time. One that
             does not fit into memory is halved until it does.

@@ -1,4 +1,4 @@
-"""Open an exported file in the runtime that it is for: onnxruntime, or OpenVINO for its IR."""
+"""Open an exported file in the runtime that it is for: onnxruntime, OpenVINO for its IR, ExecuTorch for its program."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from kdpipe.stages.export.onnx_session import open_session, session_options
 if TYPE_CHECKING:
     import numpy as np
 
-LIBRARIES = {".onnx": "onnxruntime", ".xml": "openvino"}
+LIBRARIES = {".onnx": "onnxruntime", ".xml": "openvino", ".pte": "executorch"}
 """The library that runs a file, by its suffix; one without a known suffix is an ONNX file."""
 
 
@@ -47,6 +47,10 @@ def open_file(path: Path, num_threads: int | None = None) -> Session:
         from kdpipe.stages.export.openvino_ir import OpenvinoSession
 
         return OpenvinoSession(path, num_threads)
+    if library_of(path) == "executorch":
+        from kdpipe.stages.export.executorch_program import ExecutorchSession
+
+        return ExecutorchSession(path, num_threads)
     options = session_options(num_threads or 0)
     if num_threads:
         options.inter_op_num_threads = 1

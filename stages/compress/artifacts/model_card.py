@@ -10,6 +10,9 @@ from kdpipe.stages.compress.artifacts.latency_record import timed_in
 from kdpipe.stages.compress.targets import TITLES
 from kdpipe.stages.evaluation.main_metric import main_percent, metric_of
 
+RUN_FILES = {"openvino": "model.xml", "executorch": "model.pte"}
+"""The file that predict.py runs, by its runtime; model.onnx in onnxruntime."""
+
 SNIPPET = """from predict import load_image, predict  # predict.py, beside {file}: {runtime}, numpy, pillow
 {outputs} = predict([load_image("image.png")])  # uint8 {shape} to [batch, {width}]"""
 
@@ -79,7 +82,7 @@ def card_text(card: Mapping[str, Any]) -> str:
             outputs=outputs,
             shape=f"[{', '.join(map(str, shape))}]",
             width=width,
-            file="model.xml" if card.get("runtime") == "openvino" else "model.onnx",
+            file=RUN_FILES.get(card.get("runtime", ""), "model.onnx"),
             runtime=card.get("runtime", "onnxruntime"),
         ),
         pixels=_pixels(card["input"]),
@@ -176,8 +179,9 @@ def _times(latency: Mapping[str, Any], name: str) -> list[str]:
 
 def _purpose(name: str, architecture: Mapping[str, Any]) -> str:
     integers = "quantized" in architecture
-    if name.endswith((".xml", ".bin")):
-        return "OpenVINO's IR, one file of two; " + ("integers where it has them." if integers else "float32.")
+    if name.endswith((".xml", ".bin", ".pte")):
+        what = "ExecuTorch's program, for XNNPACK" if name.endswith(".pte") else "OpenVINO's IR, one file of two"
+        return f"{what}; {'integers where it has them' if integers else 'float32'}."
     if name.endswith(".safetensors"):
         return "The weights; `kdpipe.load_student(path)` builds the network from its header."
     if name.endswith(".pt2"):

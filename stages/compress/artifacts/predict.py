@@ -1,4 +1,4 @@
-"""Predict images with the model.onnx beside this file, or with model.xml in OpenVINO: python predict.py IMAGE ...
+"""Predict images with model.onnx beside this file, model.xml or model.pte, as RUNTIME says: python predict.py IMAGE ...
 
 It needs numpy, pillow and the library that RUNTIME names. In Python: `from predict import load_image, predict`.
 """
@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from PIL import Image, ImageOps
 
-RUNTIME = "onnxruntime"  # or "openvino", where model.xml is
+RUNTIME = "onnxruntime"  # or "openvino", where model.xml is, or "executorch", where model.pte is
 
 
 def open_model(folder: Path) -> tuple[Callable[[ArrayLike], ArrayLike], dict[str, str]]:
@@ -24,6 +24,18 @@ def open_model(folder: Path) -> tuple[Callable[[ArrayLike], ArrayLike], dict[str
         compiled = openvino.compile_model(model, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
         facts = {key: model.get_rt_info(["kdpipe", key]).astype(str) for key in model.get_rt_info(["kdpipe"]).value}
         return lambda images: compiled(images)["logits"], facts
+    if RUNTIME == "executorch":
+        import torch
+        from executorch.runtime import Runtime
+
+        program = Runtime.get().load_program(folder / "model.pte")
+        size = program.metadata("forward").input_tensor_meta(0).sizes()[0]  # the most images of one call
+
+        def run(images: ArrayLike) -> ArrayLike:
+            parts = torch.from_numpy(np.asarray(images, np.float32)).split(size)
+            return np.concatenate([np.array(program.load_method("forward").execute([part])[0]) for part in parts])
+
+        return run, json.loads(program.load_method("metadata").execute([])[0])
     import onnxruntime
 
     session = onnxruntime.InferenceSession(folder / "model.onnx", providers=["CPUExecutionProvider"])

@@ -11,6 +11,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from kdpipe.stages.compress.artifacts.write import Candidate
@@ -18,13 +19,20 @@ from kdpipe.stages.compress.fine_tune import FineTuneContext
 from kdpipe.stages.compress.targets import GRIDS, Grid, Target
 from kdpipe.stages.errors import ModelError
 from kdpipe.stages.evaluation.evaluate import Evaluation
+from kdpipe.stages.export.executorch_program import export_executorch
 from kdpipe.stages.export.openvino_ir import export_openvino
 from kdpipe.stages.export.tensorrt_check import num_2_4_weights, require_tensorrt
 from kdpipe.stages.models.bundle import ModelBundle
-from kdpipe.stages.training.finalize import require_agreement
+from kdpipe.stages.training.finalize import onnx_metadata, require_agreement
 from kdpipe.stages.training.job_dir import read_json_file, write_json_file
 from kdpipe.store import make_folders
 from kdpipe.store.fs.checksums import damages, file_sha256, remove_with_sum, require_intact
+
+FILES: dict[str, tuple[str, ...]] = {
+    "openvino": ("model.xml", "openvino"),
+    "executorch": ("model.pte", "executorch", "torch"),
+}
+"""By target, the file that its runtime opens, and the libraries that make it."""
 
 
 @dataclass(frozen=True)
@@ -85,27 +93,43 @@ def write_runtime_files(
         ModelError: If a file cannot be made, or disagrees with the network.
     """
     check_targets(targets, candidate)
-    if "openvino" not in targets or grid_of(candidate.network) not in (None, GRIDS["openvino"]):
-        return {}
-    folder = fine_tuning.root / f"openvino-seed{fine_tuning.seed}" / candidate.kind
-    path, record = folder / "model.xml", folder / "figures.json"
+    grid = grid_of(candidate.network)
+    return {
+        target: _written(target, fine_tuning, candidate, test)
+        for target in targets
+        if target in FILES and grid in (None, GRIDS[target])
+    }
+
+
+def _written(target: Target, fine_tuning: FineTuneContext, candidate: Candidate, test: Evaluation) -> RuntimeFile:
+    """Write a network's file for a target, unless it is there and whole, and check it against torch."""
+    name, *libraries = FILES[target]
+    folder = fine_tuning.root / f"{target}-seed{fine_tuning.seed}" / candidate.kind
+    path, record = folder / name, folder / "figures.json"
     require_intact(candidate.folder.onnx)
-    made_from = {"onnx_sha256": file_sha256(candidate.folder.onnx), "openvino": version("openvino")}
+    # The ONNX file stands for the network.
+    made_from = {"onnx_sha256": file_sha256(candidate.folder.onnx)} | {
+        library: version(library) for library in libraries
+    }
     previous = read_json_file(record) or {}
     if previous.get("made_from") != made_from or next(damages(folder), None) is not None:
         make_folders([folder])
         remove_with_sum(record)
-        export_openvino(candidate.folder.onnx, path)
+        if target == "executorch":
+            network, example = candidate.network, torch.zeros(2, *test.image_shape)
+            export_executorch(network.model, example, path, metadata=onnx_metadata(network, test))
+        else:
+            export_openvino(candidate.folder.onnx, path)
         found = require_agreement(path, candidate.network, test, whole_test=True)
-        size = path.stat().st_size + path.with_suffix(".bin").stat().st_size
         previous = {
             "made_from": made_from,
             "figures": {
-                "version": version("openvino"),
+                "version": version(target),
                 "agreement": found.agreement,
+                "max_logit_difference": found.max_logit_difference,
                 "accuracy": found.accuracy,
-                "bytes": size,
+                "bytes": sum(part.stat().st_size for part in RuntimeFile(path, {}).parts),
             },
         }
         write_json_file(record, previous)
-    return {"openvino": RuntimeFile(path, previous["figures"])}
+    return RuntimeFile(path, previous["figures"])

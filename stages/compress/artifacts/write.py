@@ -4,6 +4,7 @@ KIND/model.onnx            for onnxruntime, in float or integers
 KIND/model.safetensors     the weights; the header records what to build
 KIND/model.pt2             torch.export's program
 KIND/model.xml, model.bin  OpenVINO's IR, if compress.target names OpenVINO
+KIND/model.pte             ExecuTorch's program, if it names ExecuTorch
 KIND/predict.py            classifies image files with model.onnx
 KIND/card.json, README.md  what it is, its teacher and stores, accuracy, size, latency; how to run it
 card.json, README.md       all networks, ranked, and which one is recommended

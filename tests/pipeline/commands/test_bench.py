@@ -7,8 +7,10 @@ import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 from support.kdpipe_process import kdpipe_here
+from support.tiny_nets import EXAMPLE, build
 
 from kdpipe.pipeline.commands.bench import file_bytes
+from kdpipe.stages.export.executorch_program import export_executorch
 from kdpipe.stages.runtime.cpu import cpu_name, num_cores
 
 
@@ -104,3 +106,19 @@ def test_numbers_out_of_range_are_usage_errors(path, wrong):
 
 def test_bench_without_a_file_is_a_usage_error():
     assert kdpipe_here("bench").exit_code == 2
+
+
+def test_programs_are_measured_beside_onnx_files(path, tmp_path):
+    pytest.importorskip("executorch", reason="ExecuTorch is an extra: pip install 'kdpipe[executorch]'")
+    export_executorch(build("plain").eval(), EXAMPLE, tmp_path / "model.pte")
+    found = document(path, tmp_path / "model.pte", "--batch-size", 2, "--threads", 1, "--rounds", 3)
+    assert found["runtimes"] == {name: version(name) for name in ("onnxruntime", "executorch")}
+    assert found["files"][1]["bytes"] == (tmp_path / "model.pte").stat().st_size
+    assert found["files"][1]["runtime"] == "executorch"
+
+
+def test_programs_without_executorch_are_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr("kdpipe.stages.runtime.versions.find_spec", lambda name: None)
+    ended = kdpipe_here("bench", tmp_path / "model.pte")
+    assert ended.exit_code == 1
+    assert "model.pte needs executorch, which is not installed: pip install 'kdpipe[executorch]'." in ended.stderr

@@ -20,7 +20,8 @@ from kdpipe.stages.training.job_dir import write_json_file
 from kdpipe.store import FingerprintMismatch, make_folders
 
 HAS_OPENVINO = find_spec("openvino") is not None
-ALL = ("onnxruntime", *["openvino"] * HAS_OPENVINO, "tensorrt")
+HAS_EXECUTORCH = find_spec("executorch") is not None
+ALL = ("onnxruntime", *["openvino"] * HAS_OPENVINO, *["executorch"] * HAS_EXECUTORCH, "tensorrt")
 TARGETED = dataclasses.replace(CONFIG, steps=("quantize",), target=ALL)
 
 
@@ -34,7 +35,8 @@ def targeted(run, tmp_path_factory):
 
 
 def test_targets_with_the_same_grid_share_a_network():
-    assert CompressConfig(target=("onnxruntime", "openvino")).grids == {"int8": "affine"}
+    assert CompressConfig(target=("onnxruntime", "openvino", "executorch")).grids == {"int8": "affine"}
+    assert network_name("int8-executorch", prunes=False) == "INT8 for ExecuTorch"
     assert CompressConfig(target="tensorrt").grids == {"int8": "symmetric"}
     both = CompressConfig(target=("tensorrt", "onnxruntime"), baselines=False)
     assert both.grids == {"int8": "symmetric", "int8-onnxruntime": "affine"}
@@ -120,6 +122,32 @@ def test_budget_chooses_layers_once_and_the_card_names_them(run, tmp_path):
 
 def card_layers(artifacts) -> list[str]:
     return json.loads((artifacts / "w4a8" / "card.json").read_text())["architecture"]["int4_layers"]
+
+
+@pytest.mark.skipif(not HAS_EXECUTORCH, reason="ExecuTorch is an extra: pip install 'kdpipe[executorch]'")
+def test_executorch_programs_have_figures_beside_onnxruntimes(targeted):
+    card = json.loads((targeted / "artifacts-seed0" / "card.json").read_text())
+    for kind in ("student", "int8"):
+        folder = targeted / "artifacts-seed0" / kind
+        figures = card["networks"][kind]["runtimes"]["executorch"]
+        assert figures["bytes"] == (folder / "model.pte").stat().st_size
+        assert figures["agreement"] >= 0.95 and figures["max_logit_difference"] < 0.05
+        assert abs(figures["accuracy"] - card["networks"][kind]["accuracy"]) <= 0.05
+        assert card["latency"]["files"][f"{kind} in executorch"]["1"]["p50_ms"] > 0
+        assert "model.pte" in (folder / "README.md").read_text()
+    assert not (targeted / "artifacts-seed0" / "int8-tensorrt" / "model.pte").exists()
+    assert "int8 in ExecuTorch" in (targeted / "artifacts-seed0" / "README.md").read_text()
+
+
+@pytest.mark.skipif(not HAS_EXECUTORCH, reason="ExecuTorch is an extra: pip install 'kdpipe[executorch]'")
+def test_damaged_or_missing_program_is_made_again_the_same(run, targeted, tmp_path):
+    folder = copied(targeted.parent, tmp_path)
+    paths = [folder / "compressed/executorch-seed0" / kind / "model.pte" for kind in ("student", "int8")]
+    before = [path.read_bytes() for path in paths]
+    paths[0].write_bytes(before[0][:1000])
+    (paths[1].with_name("figures.json")).unlink()
+    exported(folder, run, TARGETED)
+    assert [path.read_bytes() for path in paths] == before
 
 
 def test_repeated_compression_writes_nothing(run, targeted):

@@ -17,6 +17,7 @@ from kdpipe.stages.data.config import DataConfig
 from kdpipe.stages.data.load import load_dataset
 from kdpipe.stages.data.loader.image_loader import ImageLoader
 from kdpipe.stages.evaluation.evaluate import Evaluation
+from kdpipe.stages.export.executorch_program import export_executorch
 from kdpipe.stages.export.onnx_export import export_onnx
 from kdpipe.stages.export.openvino_ir import export_openvino
 from kdpipe.stages.models.build import ModelConfig, build_model
@@ -87,8 +88,9 @@ def test_predict_gives_the_networks_answers(tmp_path, bare, channels, crop, firs
         predict.load_image(tmp_path / "deep.png")
 
 
-def test_predict_runs_the_ir_in_openvino(tmp_path):
-    pytest.importorskip("openvino", reason="OpenVINO is an extra: pip install 'kdpipe[openvino]'")
+@pytest.mark.parametrize("runtime", ["openvino", "executorch"])
+def test_predict_runs_the_file_of_another_runtime(tmp_path, runtime):
+    pytest.importorskip(runtime, reason=f"{runtime} is an extra: pip install 'kdpipe[{runtime}]'")
     config = ModelConfig(name="cnn", args={"width": 8})
     model = build_model(config, num_classes=2, in_channels=3, image_size=(12, 12), seed=0).eval()
     metadata = {
@@ -98,14 +100,17 @@ def test_predict_runs_the_ir_in_openvino(tmp_path):
         "class_names": '["ant","bee"]',
     }
     export_onnx(model, torch.zeros(2, 3, 12, 12), tmp_path / "model.onnx", metadata=metadata)
-    export_openvino(tmp_path / "model.onnx", tmp_path / "model.xml")
+    if runtime == "openvino":
+        export_openvino(tmp_path / "model.onnx", tmp_path / "model.xml")
+    else:
+        export_executorch(model, torch.zeros(2, 3, 12, 12), tmp_path / "model.pte", metadata=metadata)
     (tmp_path / "model.onnx").unlink()
     script = Path(write.__file__).with_name("predict.py").read_text()
-    (tmp_path / "predict.py").write_text(script.replace('"onnxruntime"', '"openvino"', 1))
-    spec = importlib.util.spec_from_file_location("handed_over_ir", tmp_path / "predict.py")
+    (tmp_path / "predict.py").write_text(script.replace('"onnxruntime"', f'"{runtime}"', 1))
+    spec = importlib.util.spec_from_file_location(f"handed_over_{runtime}", tmp_path / "predict.py")
     predict = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(predict)
-    images = np.random.default_rng(0).integers(0, 256, (5, 3, 12, 12), dtype=np.uint8)
+    images = np.random.default_rng(0).integers(0, 256, (70, 3, 12, 12), dtype=np.uint8)
     with torch.no_grad():
         expected = model(Normalization((0.4,) * 3, (0.1,) * 3)(torch.from_numpy(images)))
     np.testing.assert_allclose(predict.predict(images), expected.numpy(), rtol=1e-4, atol=1e-4)
