@@ -2,25 +2,34 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, replace
 from itertools import islice
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Annotated, Any, Literal
 
 import torch
 from pydantic import Field
-from torch import nn
+from torch import Tensor, nn
 
 from kdpipe.stages.compress.fine_tune import FineTuneContext, FineTuneJob, fine_tune
 from kdpipe.stages.compress.pruning.sparsity import masks_of
+from kdpipe.stages.compress.quantization.fx_trace import UntraceableError
 from kdpipe.stages.compress.quantization.int4 import prepare_int4
+from kdpipe.stages.compress.quantization.onnx_quantizer import OnnxQuantized, calibrate_onnx
 from kdpipe.stages.compress.quantization.qat import calibrate, freeze_observers, prepare_qat
 from kdpipe.stages.compress.resume import TrainedModel
 from kdpipe.stages.compress.targets import Grid
 from kdpipe.stages.config import Count, section
+from kdpipe.stages.evaluation.macs import count_macs
+from kdpipe.stages.export.onnx_check import check_onnx
+from kdpipe.stages.export.onnx_export import export_onnx
 from kdpipe.stages.models.bundle import ModelBundle
 from kdpipe.stages.models.tokens import HEADLESS, is_headless
+from kdpipe.stages.models.weights.state_dict import count_parameters
 from kdpipe.stages.training.finalize import finalize
+from kdpipe.stages.training.job_dir import JobDir
 from kdpipe.stages.training.optim import TrainConfig
 from kdpipe.stages.training.task import TrainingTask
 
@@ -33,6 +42,8 @@ class QuantizeConfig:
         scheme: "int8" rounds weights and activations of everything that onnxruntime computes in integers; "int4"
             only the weights of linear layers, in blocks of block_size.
         exclude: module paths, layers or whole blocks, that stay float; `kdpipe sensitivity` finds candidates.
+        quantizer: "torch" trains the rounded network, which torch.fx must trace; "onnxruntime" only calibrates its ONNX
+            file; "auto" takes torch, and onnxruntime for networks that torch.fx cannot trace. For "int8" alone.
         calibration_batches: batches of training views that set the first ranges of the activations.
         freeze_observers_after_epoch: the share of the epochs after which those ranges are frozen.
     """
@@ -40,8 +51,13 @@ class QuantizeConfig:
     scheme: Literal["int8", "int4"] = "int8"
     block_size: Literal[16, 32, 64, 128] = 32
     exclude: tuple[str, ...] = ()
+    quantizer: Literal["auto", "torch", "onnxruntime"] = "auto"
     calibration_batches: Count = 8
     freeze_observers_after_epoch: Annotated[float, Field(ge=0, le=1)] = 0.67
+
+    def __post_init__(self) -> None:
+        if self.scheme == "int4" and self.quantizer == "onnxruntime":
+            raise ValueError("quantizer = 'onnxruntime' is for scheme = 'int8' alone")
 
 
 def quantize_json(config: QuantizeConfig) -> dict[str, Any]:
@@ -49,30 +65,44 @@ def quantize_json(config: QuantizeConfig) -> dict[str, Any]:
     record = asdict(config)
     if config.scheme != "int4":
         del record["block_size"]
+    if config.quantizer == "auto":
+        del record["quantizer"]
     return record
 
 
 def prepare(
     model: nn.Module, image_shape: tuple[int, int, int], config: QuantizeConfig, grid: Grid = "affine"
 ) -> nn.Module:
-    """Return a copy of a float network that rounds as configured. Raises ModelError if it cannot be quantized."""
+    """Return a copy of a float network that rounds as configured, or an empty OnnxQuantized to calibrate.
+
+    Raises ModelError if it cannot be quantized.
+    """
     prepared: nn.Module
     example = torch.zeros(2, *image_shape)
     if config.scheme == "int4":
         prepared = prepare_int4(model, example, block_size=config.block_size, exclude=config.exclude)
+    elif config.quantizer == "onnxruntime":
+        prepared = OnnxQuantized()
     else:
-        prepared = prepare_qat(model, example, exclude=config.exclude, grid=grid)
+        try:
+            prepared = prepare_qat(model, example, exclude=config.exclude, grid=grid)
+        except UntraceableError as error:
+            if config.quantizer == "torch":
+                raise
+            prepared = OnnxQuantized(error.reason)
     setattr(prepared, HEADLESS, is_headless(model))  # a traced network loses it
     return prepared
 
 
-def quantized_record(config: QuantizeConfig, grid: Grid = "affine") -> dict[str, Any]:
-    """Return the quantization's entries in an architecture record; `config_of` restores it, but for the grid."""
+def quantized_record(config: QuantizeConfig, prepared: nn.Module, grid: Grid = "affine") -> dict[str, Any]:
+    """Return the entries of a prepared network in an architecture record; `config_of` restores it, but for the grid."""
     record: dict[str, Any] = {"quantized": config.scheme}
     if config.exclude:
         record["exclude"] = list(config.exclude)
     if config.scheme == "int4":
         record["block_size"] = config.block_size
+    if isinstance(prepared, OnnxQuantized):
+        record["quantizer"] = "onnxruntime"
     return record | ({} if grid == "affine" else {"grid": grid})
 
 
@@ -84,6 +114,7 @@ def config_of(architecture: Mapping[str, Any]) -> QuantizeConfig | None:
         scheme=architecture["quantized"],
         exclude=tuple(architecture.get("exclude", ())),
         block_size=architecture.get("block_size", 32),
+        quantizer=architecture.get("quantizer", "auto"),
     )
 
 
@@ -113,7 +144,21 @@ def quantize_student(
     network = source.load()
     test = fine_tuning.evaluation(network.normalize)
     prepared = prepare(network.model, test.image_shape, config, grid)
-    quantized = ModelBundle(prepared, {**network.architecture, **quantized_record(config, grid)}, network.normalize)
+    quantized = ModelBundle(
+        prepared, {**network.architecture, **quantized_record(config, prepared, grid)}, network.normalize
+    )
+    if isinstance(prepared, OnnxQuantized):
+        batches = calibration_images(config, train, fine_tuning, network)
+        calibrate_onnx(
+            prepared, network.model, batches, image_shape=test.image_shape, exclude=config.exclude, grid=grid
+        )
+        if prepared.reason and kind == config.scheme:  # once for all networks of a seed
+            fine_tuning.monitor.warn(
+                "compress",
+                f"{name}, seed {fine_tuning.seed}: torch.fx cannot trace {prepared.reason}; calibrated by onnxruntime "
+                "instead, without quantization-aware training.",
+            )
+        return _finish_onnx(quantized, network, folder, fine_tuning)
     freeze_at = round(config.freeze_observers_after_epoch * train.epochs)
 
     def before_epoch(model: nn.Module, epoch: int) -> None:
@@ -122,8 +167,7 @@ def quantize_student(
 
     def warm_up(model: nn.Module, task: TrainingTask) -> None:
         if config.scheme == "int8":
-            batches = task.stream(fine_tuning.seed, train.batch_size, epoch=0, step=0, epochs=1)
-            calibrate(model, (batch.images for batch in islice(batches, config.calibration_batches)))
+            calibrate(model, _images(config, train, fine_tuning, task))
 
     masks = masks_of(prepared) if sparse else {}
     adapters = source.adapters if fine_tuning.spec else {}
@@ -139,6 +183,56 @@ def quantize_student(
         test,
         with_onnx=fine_tuning.exports_onnx,
         more=fine_tuning.examine(quantized),
+        validation=fine_tuning.validation(network.normalize),
+    )
+
+
+def calibration_images(
+    config: QuantizeConfig, train: TrainConfig, fine_tuning: FineTuneContext, network: ModelBundle
+) -> Iterator[Tensor]:
+    """Yield the first batches of the fine-tuning of `network`: normalized images [B, C, H, W]."""
+    network.model.to(fine_tuning.device)
+    return _images(config, train, fine_tuning, fine_tuning.task(network))
+
+
+def _images(
+    config: QuantizeConfig, train: TrainConfig, fine_tuning: FineTuneContext, task: TrainingTask
+) -> Iterator[Tensor]:
+    batches = task.stream(fine_tuning.seed, train.batch_size, epoch=0, step=0, epochs=1)
+    return (batch.images for batch in islice(batches, config.calibration_batches))
+
+
+def _finish_onnx(
+    quantized: ModelBundle, network: ModelBundle, folder: JobDir, fine_tuning: FineTuneContext
+) -> dict[str, Any]:
+    """Evaluate and write a network that onnxruntime quantized from `network`, held against that one.
+
+    Its `onnx_agreement` is the share of the whole test set on which its top-1 is that of the float network.
+    """
+    assert isinstance(quantized.model, OnnxQuantized)
+    test = fine_tuning.evaluation(network.normalize)
+    with TemporaryDirectory() as temporary:
+        path, example = Path(temporary) / "model.onnx", torch.zeros(2, *test.image_shape)
+        export_onnx(quantized.model, example, path, metadata={})
+        found = check_onnx(path, network.model, test.batches(None), test.warn, test.task)
+    against_float = {
+        "onnx_agreement": found.agreement if fine_tuning.exports_onnx else None,
+        "max_logit_difference": found.max_logit_difference,
+    }
+    return finalize(
+        folder,
+        quantized,
+        [],
+        test,
+        with_onnx=fine_tuning.exports_onnx,
+        more={
+            **fine_tuning.examine(quantized),
+            "num_parameters": count_parameters(network.model),
+            "num_macs": count_macs(network.model, test.image_shape),
+            "quantizer": "onnxruntime",
+            **({"untraceable": quantized.model.reason} if quantized.model.reason else {}),
+            **against_float,
+        },
         validation=fine_tuning.validation(network.normalize),
     )
 

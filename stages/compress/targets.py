@@ -10,7 +10,10 @@ Grid = Literal["affine", "symmetric"]
 
 GRIDS: dict[Target, Grid] = {"onnxruntime": "affine", "openvino": "affine", "tensorrt": "symmetric"}
 TARGETS = f"{', '.join(map(repr, GRIDS))}, or a list of several"
-TITLES = {"onnxruntime": "onnxruntime", "openvino": "OpenVINO", "tensorrt": "TensorRT"}
+FLOAT16 = "float16"
+"""The name of a network's FP16 file among those of the targets."""
+
+TITLES = {"onnxruntime": "onnxruntime", "openvino": "OpenVINO", "tensorrt": "TensorRT", FLOAT16: "FP16"}
 
 
 def quantized_grids(scheme: str, targets: Sequence[Target]) -> dict[str, Grid]:
