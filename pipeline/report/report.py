@@ -116,6 +116,13 @@ def _name(recipe: Mapping[str, Any]) -> str:
     return printable(recipe["name"][:MAX_NAME])
 
 
+def _shown_name(entry: NetworkEntry, result: Mapping[str, Any]) -> str:
+    """Return a network's name, with the quantizer where that is not torch's."""
+    if result.get("quantizer") != "onnxruntime":
+        return entry.name
+    return f"{entry.name.removesuffix(', calibrated')}, calibrated by onnxruntime"
+
+
 def _row(
     entry: NetworkEntry,
     results: Mapping[Path, Mapping[str, Any]],
@@ -133,7 +140,7 @@ def _row(
     sizes = {row.kind: row.file_bytes for row in before} | {entry.kind: file_bytes}
     without_file = [4 * row.num_parameters for row in before if row.kind == "teacher"]  # as float32
     return Row(
-        name=entry.name,
+        name=_shown_name(entry, first),
         kind=entry.kind,
         timed_as=entry.timed_as,
         num_seeds=len(results),

@@ -19,6 +19,7 @@ from kdpipe.stages.compress.prune_student import prune_fingerprint, prune_studen
 from kdpipe.stages.compress.pruning.config import PruneConfig
 from kdpipe.stages.compress.pruning.depth import Ranker
 from kdpipe.stages.compress.pruning.prune import prune
+from kdpipe.stages.compress.quantization.onnx_quantizer import OnnxQuantized, calibrate_onnx
 from kdpipe.stages.compress.quantization.qat import calibrate
 from kdpipe.stages.compress.quantization.sensitivity import LayerSensitivity, sensitivity
 from kdpipe.stages.compress.quantize_student import QuantizeConfig, prepare, quantize_student
@@ -60,6 +61,7 @@ class CompressConfig:
         student: a file with the weights of a student trained elsewhere, used in place of the distilled ones.
         target: the runtimes that the files are for, one or several: "onnxruntime", "openvino", "executorch",
             "tensorrt". The first one decides how INT8 rounds; one that rounds otherwise gets a network of its own.
+        float16: whether to write an FP16 ONNX file for GPUs beside that of each float network.
         opset: of the exported ONNX files; by default the exporter's own.
         latency_batch_sizes: batch sizes whose latency is reported.
         niceness: how much this stage, long CPU work, lowers its scheduling priority.
@@ -75,6 +77,7 @@ class CompressConfig:
     prune_train: TrainConfig = Field(default_factory=lambda: TrainConfig(epochs=10, lr=0.01))
     quantize: QuantizeConfig = Field(default_factory=QuantizeConfig)
     quantize_train: TrainConfig = Field(default_factory=lambda: TrainConfig(epochs=5, lr=0.001))
+    float16: bool = False
     opset: Annotated[int, Field(ge=1, le=1000)] | None = None
     latency_batch_sizes: Annotated[
         tuple[Annotated[int, Field(ge=1, le=65536)], ...], Field(min_length=1), AfterValidator(unique)
@@ -93,9 +96,13 @@ class CompressConfig:
     def __post_init__(self) -> None:
         if self.quantizes and self.quantize.scheme == "int4" and self.targets != ("onnxruntime",):
             raise ValueError("quantize.scheme = 'int4' is for target = 'onnxruntime' alone: no other takes its file")
-        if self.quantizes and self.quantize.scheme == "w4a8" and "tensorrt" in self.targets:
+        if (
+            self.quantizes
+            and self.quantize.scheme == "w4a8"
+            and (others := {"tensorrt", "executorch"} & {*self.targets})
+        ):
             raise ValueError(
-                "quantize.scheme = 'w4a8' is not for target = 'tensorrt', whose weights of 4 bits go with float "
+                f"quantize.scheme = 'w4a8' is not for target = {min(others)!r}, whose weights of 4 bits go with float "
                 "activations alone: choose 'int8', or another target"
             )
 
@@ -263,12 +270,28 @@ def dry_run(
     for library in {"openvino", "executorch"} & set(config.targets):
         require_library(library, f"compress.target = {library!r}")
     if config.quantizes:
+        unquantized = model
         model = prepare(model, context.image_shape, config.quantize, config.grid)
-        if config.quantize.scheme != "int4":
-            calibrate(model, [example + 1])
-        try_batches(
-            replace(network, model=model), config.quantize_train, role="quantized student", device=example.device
-        )
+        if isinstance(model, OnnxQuantized):
+            if "executorch" in config.targets:
+                raise ModelError(
+                    "compress.target = 'executorch' needs a network that torch quantizes, and onnxruntime would quantize "
+                    f"this one ({model.reason or 'compress.quantize.quantizer asks for it'}): choose another target."
+                )
+            calibrate_onnx(
+                model,
+                unquantized,
+                [example + 1],
+                image_shape=context.image_shape,
+                exclude=config.quantize.exclude,
+                grid=config.grid,
+            )
+        else:
+            if config.quantize.scheme != "int4":
+                calibrate(model, [example + 1])
+            try_batches(
+                replace(network, model=model), config.quantize_train, role="quantized student", device=example.device
+            )
     if exports and (config.steps or config.opset is not None or "executorch" in config.targets):
         try_export(model, context.image_shape, opset=config.opset, executorch="executorch" in config.targets)
 

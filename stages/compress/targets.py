@@ -17,7 +17,16 @@ GRIDS: dict[Target, Grid] = {
     "tensorrt": "symmetric",
 }
 TARGETS = f"{', '.join(map(repr, GRIDS))}, or a list of several"
-TITLES = {"onnxruntime": "onnxruntime", "openvino": "OpenVINO", "executorch": "ExecuTorch", "tensorrt": "TensorRT"}
+FLOAT16 = "float16"
+"""The name of a network's FP16 file among those of the targets."""
+
+TITLES = {
+    "onnxruntime": "onnxruntime",
+    "openvino": "OpenVINO",
+    "executorch": "ExecuTorch",
+    "tensorrt": "TensorRT",
+    FLOAT16: "FP16",
+}
 
 
 def quantized_grids(scheme: str, targets: Sequence[Target]) -> dict[str, Grid]:

@@ -23,6 +23,15 @@ class Exportable(Protocol):
         ...
 
 
+@runtime_checkable
+class OnnxFile(Protocol):
+    """A model that is an ONNX file, with the inputs and outputs of exported ones."""
+
+    def onnx_file(self) -> bytes:
+        """Return the file."""
+        ...
+
+
 def export_form(model: nn.Module) -> nn.Module:
     """Return a copy of `model`, on the CPU in eval mode, with every `Exportable` part in its export form."""
     if isinstance(model, Exportable):

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from kdpipe.stages.errors import ModelError, cause
-from kdpipe.stages.export.exportable import export_form, quiet
+from kdpipe.stages.export.exportable import OnnxFile, export_form, quiet
 from kdpipe.stages.export.int4_weights import INT4_OPSET, has_int4, store_int4
 from kdpipe.stages.export.onnx_session import INPUT, OUTPUT, PATH_END, session_options
 from kdpipe.stages.export.stem_pass import fold_stem
@@ -41,7 +41,7 @@ def export_onnx(
     two weights per byte. Node names begin with the path of the module whose forward they belong to.
 
     Args:
-        model: A float network, or a prepared INT8 or INT4 one.
+        model: A float network, a prepared INT8 or INT4 one, or one that is an ONNX file already.
         example: Images [B, C, H, W], of which only C, H, W count.
         path: The file; an existing one stays intact if the export fails.
         metadata: Entries of the file's `metadata_props`.
@@ -52,6 +52,21 @@ def export_onnx(
     """
     import onnx
 
+    if isinstance(model, OnnxFile):
+        proto = onnx.load_model_from_string(model.onnx_file())
+    else:
+        proto = _float_or_prepared(model, example, opset)
+    if opset is not None:
+        proto = _with_opset(proto, opset)
+    onnx.helper.set_model_props(proto, dict(sorted(metadata.items())))
+    try:
+        write_with_sum(path, proto.SerializeToString(deterministic=True))
+    except OSError as error:
+        raise ModelError(f"the ONNX file {path} cannot be written: {error.strerror or cause(error)}.") from error
+
+
+def _float_or_prepared(model: nn.Module, example: Tensor, opset: int | None) -> onnx.ModelProto:
+    """Return the file of a network of torch. Raises ModelError if it cannot be exported, or is too large."""
     portable = export_form(model)
     if (num_bytes := _weight_bytes(portable)) > MAX_WEIGHT_BYTES:
         raise ModelError(
@@ -67,13 +82,7 @@ def export_onnx(
     if is_int4:
         store_int4(proto)
     fold_stem(proto)
-    if opset is not None:
-        proto = _with_opset(proto, opset)
-    onnx.helper.set_model_props(proto, dict(sorted(metadata.items())))
-    try:
-        write_with_sum(path, proto.SerializeToString(deterministic=True))
-    except OSError as error:
-        raise ModelError(f"the ONNX file {path} cannot be written: {error.strerror or cause(error)}.") from error
+    return proto
 
 
 def _weight_bytes(model: nn.Module) -> int:
@@ -118,7 +127,7 @@ def _with_opset(proto: onnx.ModelProto, opset: int) -> onnx.ModelProto:
     from onnx import version_converter
 
     try:
-        if opset < EXPORTED_OPSET:
+        if ("", opset) not in {(entry.domain, entry.version) for entry in proto.opset_import}:
             proto = version_converter.convert_version(proto, opset)
         onnxruntime.InferenceSession(proto.SerializeToString(), session_options(), providers=["CPUExecutionProvider"])
         fits = ("", opset) in {(entry.domain, entry.version) for entry in proto.opset_import}

@@ -25,6 +25,7 @@ from kdpipe.stages.cohort.config import CohortConfig
 from kdpipe.stages.cohort.exchange import CohortPlan, build_task
 from kdpipe.stages.cohort.network import build_cohort
 from kdpipe.stages.compress.fine_tune import build_fine_tuning
+from kdpipe.stages.compress.quantization.onnx_quantizer import OnnxQuantized
 from kdpipe.stages.compress.quantization.qat import calibrate
 from kdpipe.stages.compress.quantize_student import prepare
 from kdpipe.stages.context import StageContext
@@ -218,6 +219,8 @@ class Probe:
             model = prepare(
                 network.model, shared.evaluation(network.normalize).image_shape, compress.quantize, compress.grid
             )
+            if isinstance(model, OnnxQuantized):
+                return self._evaluation(network, config.context(self.sample))
             network = replace(network, model=model)
             if compress.quantize.scheme != "int4":
                 batches = shared.task(network).stream(0, 2, epoch=0, step=0, epochs=1)

@@ -44,9 +44,7 @@ def export_student(config: CompressConfig, fine_tuning: FineTuneContext, *, name
     candidates = _candidates(config, fine_tuning)
     test = fine_tuning.evaluation(candidates[0].network.normalize)
     num_rounds = (WARM_UP_ROUNDS + config.latency_rounds) * len(config.latency_batch_sizes)
-    written = {
-        candidate.kind: write_runtime_files(config.targets, fine_tuning, candidate, test) for candidate in candidates
-    }
+    written = {candidate.kind: write_runtime_files(config, fine_tuning, candidate, test) for candidate in candidates}
     steps, job = itertools.count(), export_name(fine_tuning.seed)
 
     def advance() -> None:
@@ -116,7 +114,12 @@ def measure_files(
     present = {
         name: folder.onnx for name, folder in _measured_folders(config, fine_tuning).items() if folder.onnx.is_file()
     }
-    present |= {timed_in(kind, target): file.path for kind, files in written.items() for target, file in files.items()}
+    present |= {
+        timed_in(kind, target): file.path
+        for kind, files in written.items()
+        for target, file in files.items()
+        if file.is_timed
+    }
     for path in present.values():
         require_intact(path)
     measured_on: dict[str, Any] = {
@@ -170,7 +173,7 @@ def _quantized(config: CompressConfig, fine_tuning: FineTuneContext, source: Tra
         network = source.load()
         image_shape = fine_tuning.evaluation(network.normalize).image_shape
         prepared = prepare(network.model, image_shape, config.quantize, grid, int4)
-        architecture = {**network.architecture, **quantized_record(config.quantize, grid, int4)}
+        architecture = {**network.architecture, **quantized_record(config.quantize, prepared, grid, int4)}
         return ModelBundle(prepared, architecture, network.normalize)
 
     if folder.result() is not None:  # was it made from this network?

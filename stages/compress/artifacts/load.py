@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from kdpipe.stages.compress.quantization.onnx_quantizer import OnnxQuantized
 from kdpipe.stages.compress.quantize_student import INT4_LAYERS, config_of, prepare
 from kdpipe.stages.compress.resume import CUTS, as_pruned
 from kdpipe.stages.data.tasks import REGRESSION
@@ -62,6 +63,8 @@ def rebuild(path: Path, *, trust_python: bool = False, given: nn.Module | None =
         if (config := config_of(architecture)) is not None:
             grid, int4 = architecture.get("grid", "affine"), architecture.get(INT4_LAYERS)
             rounding = prepare(network.model, image_shape_of(architecture), config, grid, int4)
+            if isinstance(rounding, OnnxQuantized):
+                rounding.reserve(len(tensors["file"]))
             network = ModelBundle(rounding, architecture, network.normalize)
     except (KeyError, TypeError, ValueError, AttributeError, RuntimeError, MemoryError, OverflowError) as error:
         raise ModelError(f"the record in {path} is damaged: it describes no valid network ({cause(error)}).") from error

@@ -136,6 +136,8 @@ def _origin(card: Mapping[str, Any]) -> Iterator[str]:
         yield f"- Not pruned: {_shortened([f'{path} ({why})' for path, why in excluded.items()])}."
     if int4 := card["architecture"].get("int4_layers"):
         yield f"- Weights of 4 bits: {_shortened(int4)}."
+    if card["architecture"].get("quantizer") == "onnxruntime":
+        yield "- INT8: calibrated by onnxruntime, without training."
     if floats := own["float_nodes"]:
         yield f"- Not in integers: {_shortened(floats)}."
 
@@ -177,8 +179,17 @@ def _times(latency: Mapping[str, Any], name: str) -> list[str]:
     return [_time(times.get(str(size))) for size in latency["batch_sizes"]]
 
 
+PURPOSES = {
+    "predict.py": "Prints what it predicts for image files.",
+    "model_fp16.onnx": "For GPUs: weights and activations in float16; images and logits are float32.",
+}
+"""What a file is for, by its name, where that says it."""
+
+
 def _purpose(name: str, architecture: Mapping[str, Any]) -> str:
     integers = "quantized" in architecture
+    if name in PURPOSES:
+        return PURPOSES[name]
     if name.endswith((".xml", ".bin", ".pte")):
         what = "ExecuTorch's program, for XNNPACK" if name.endswith(".pte") else "OpenVINO's IR, one file of two"
         return f"{what}; {'integers where it has them' if integers else 'float32'}."
@@ -187,8 +198,6 @@ def _purpose(name: str, architecture: Mapping[str, Any]) -> str:
     if name.endswith(".pt2"):
         needs = ", after `import torch.ao.quantization.fx._decomposed`" if integers else ""
         return f"`torch.export.load(path).module()`{needs}."
-    if name.endswith(".py"):
-        return "Prints what it predicts for image files."
     if architecture.get("grid") == "symmetric":
         return "For TensorRT: signed INT8 with zero points of 0. It runs in onnxruntime too, slowly."
     return "For onnxruntime; " + ("integers where they are faster." if integers else "float32.")

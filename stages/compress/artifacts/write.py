@@ -3,6 +3,7 @@
 KIND/model.onnx            for onnxruntime, in float or integers
 KIND/model.safetensors     the weights; the header records what to build
 KIND/model.pt2             torch.export's program
+KIND/model_fp16.onnx       FP16 for GPUs, of float networks with compress.float16
 KIND/model.xml, model.bin  OpenVINO's IR, if compress.target names OpenVINO
 KIND/model.pte             ExecuTorch's program, if it names ExecuTorch
 KIND/predict.py            classifies image files with model.onnx
@@ -27,6 +28,7 @@ from kdpipe.stages.compress.artifacts.ranking import ranked, reason
 from kdpipe.stages.data.tasks import CLASSIFICATION
 from kdpipe.stages.errors import RunError
 from kdpipe.stages.evaluation.evaluate import Evaluation
+from kdpipe.stages.export.exportable import OnnxFile
 from kdpipe.stages.export.onnx_export import export_onnx
 from kdpipe.stages.export.torch_export import export_program
 from kdpipe.stages.models.bundle import ModelBundle
@@ -183,7 +185,8 @@ def _write_network(folder: Path, candidate: Candidate, test: Evaluation, opset: 
         )
     # The exported copy itself must agree with the network.
     require_agreement(onnx, network, test, whole_test=True)
-    export_program(network.model, example, folder / "model.pt2", metadata=metadata)
+    if not isinstance(network.model, OnnxFile):
+        export_program(network.model, example, folder / "model.pt2", metadata=metadata)
     for file in candidate.files:
         require_intact(file)
         write_atomically(folder / file.name, file.read_bytes())

@@ -21,6 +21,21 @@ from kdpipe.stages.models.hooks import model_errors
 Traced = TypeVar("Traced", bound=fx.GraphModule)
 
 
+class UntraceableError(ModelError):
+    """A network that torch.fx cannot trace.
+
+    Attributes:
+        reason: The module, and why.
+    """
+
+    def __init__(self, reason: str) -> None:
+        self.reason = reason
+        super().__init__(
+            f"the model cannot be quantized: torch.fx cannot trace {reason}; write it without Python branches on "
+            "tensor values, or remove quantize from compress.steps."
+        )
+
+
 class Probe(nn.Module):
     """An identity at a container's path, which fires the hooks on that path.
 
@@ -48,7 +63,8 @@ def trace(model: nn.Module, example: Tensor, graph_class: type[Traced]) -> Trace
     afterwards: its modules become part of the graph module.
 
     Raises:
-        ModelError: If the forward cannot be traced (the message names the module) or does not run on `example`.
+        UntraceableError: If the forward cannot be traced; the message names the module.
+        ModelError: If it does not run on `example`.
     """
     model.eval()  # a forward that depends on self.training is traced as in eval mode
     tracer = ContainerTracer()
@@ -61,10 +77,7 @@ def trace(model: nn.Module, example: Tensor, graph_class: type[Traced]) -> Trace
         except Exception as error:
             path, kind = tracer.innermost[-1] if tracer.innermost else ("", type(model).__name__)
             where = f"its module {path!r} ({kind})" if path else f"its forward ({kind})"
-            raise ModelError(
-                f"the model cannot be quantized: torch.fx cannot trace {where}: {cause(error).rstrip('.')}; "
-                "write it without Python branches on tensor values, or remove quantize from compress.steps."
-            ) from plain
+            raise UntraceableError(f"{where}: {cause(error).rstrip('.')}") from plain
     for path in tracer.containers:
         parent, _, name = path.rpartition(".")
         setattr(model.get_submodule(parent), name, Probe(model.get_submodule(path)))

@@ -9,12 +9,14 @@ import pytest
 import torch
 from support.tiny_compression import CONFIG, compressed, copied, exported
 
+from kdpipe.stages.compress.artifacts import runtime_files
 from kdpipe.stages.compress.artifacts.load import image_shape_of, rebuild
 from kdpipe.stages.compress.compress import CompressConfig, fine_tunings
 from kdpipe.stages.compress.names import network_name
 from kdpipe.stages.compress.quantization.fake_quant import QuantConv2d, QuantLinear, quantizers_of
 from kdpipe.stages.compress.quantize_student import QuantizeConfig
-from kdpipe.stages.errors import RecipeError
+from kdpipe.stages.errors import ModelError, RecipeError
+from kdpipe.stages.export.float16 import LargestValue
 from kdpipe.stages.export.tensorrt_check import require_tensorrt
 from kdpipe.stages.training.job_dir import write_json_file
 from kdpipe.store import FingerprintMismatch, make_folders
@@ -22,7 +24,7 @@ from kdpipe.store import FingerprintMismatch, make_folders
 HAS_OPENVINO = find_spec("openvino") is not None
 HAS_EXECUTORCH = find_spec("executorch") is not None
 ALL = ("onnxruntime", *["openvino"] * HAS_OPENVINO, *["executorch"] * HAS_EXECUTORCH, "tensorrt")
-TARGETED = dataclasses.replace(CONFIG, steps=("quantize",), target=ALL)
+TARGETED = dataclasses.replace(CONFIG, steps=("quantize",), target=ALL, float16=True)
 
 
 @pytest.fixture(scope="module")
@@ -148,6 +150,32 @@ def test_damaged_or_missing_program_is_made_again_the_same(run, targeted, tmp_pa
     (paths[1].with_name("figures.json")).unlink()
     exported(folder, run, TARGETED)
     assert [path.read_bytes() for path in paths] == before
+
+
+def test_float_networks_have_fp16_files(targeted):
+    card = json.loads((targeted / "artifacts-seed0" / "card.json").read_text())
+    figures = card["networks"]["student"]["runtimes"]["float16"]
+    assert figures["agreement"] >= 0.95 and 0 <= figures["max_logit_difference"] < 0.1
+    assert 0 < figures["largest_value"] < 65504
+    path = targeted / "artifacts-seed0" / "student" / "model_fp16.onnx"
+    assert path.stat().st_size == figures["bytes"]
+    assert "student in float16" not in card["latency"]["files"]  # a CPU's time says nothing about a GPU's
+    assert "student in FP16" in (targeted / "artifacts-seed0" / "README.md").read_text()
+    assert "float16" not in card["networks"]["int8"].get("runtimes", {})
+
+
+def test_values_too_large_for_fp16_are_refused(run, tmp_path, monkeypatch):
+    folder = copied(run, tmp_path)
+    monkeypatch.setattr(runtime_files, "largest_value", lambda path, batches: LargestValue(1e5, "Conv in stage1.0"))
+    config = dataclasses.replace(CONFIG, steps=(), float16=True)
+    with pytest.raises(ModelError, match=r"up to 1e\+05 \(Conv in stage1\.0\).*65,504.*compress\.float16 = false"):
+        exported(folder, run, config)
+
+
+def test_fp16_file_has_the_wanted_opset(run, tmp_path):
+    folder = copied(run, tmp_path)
+    files = exported(folder, run, dataclasses.replace(CONFIG, steps=(), float16=True, opset=17)) / "student"
+    assert [entry.version for entry in onnx.load(files / "model_fp16.onnx").opset_import if not entry.domain] == [17]
 
 
 def test_repeated_compression_writes_nothing(run, targeted):
