@@ -31,7 +31,7 @@ from kdpipe.stages.data.tasks import EMBEDDING
 from kdpipe.stages.distillation.classifier_reuse import projector_output_path
 from kdpipe.stages.distillation.student_config import StudentConfig
 from kdpipe.stages.distillation.task_builder import build_student
-from kdpipe.stages.errors import ANOTHER_RUN
+from kdpipe.stages.errors import ANOTHER_RUN, ModelError
 from kdpipe.stages.export.trial import try_export
 from kdpipe.stages.faults import with_message
 from kdpipe.stages.losses.base import Loss
@@ -96,11 +96,8 @@ class CompressConfig:
     def __post_init__(self) -> None:
         if self.quantizes and self.quantize.scheme == "int4" and self.targets != ("onnxruntime",):
             raise ValueError("quantize.scheme = 'int4' is for target = 'onnxruntime' alone: no other takes its file")
-        if (
-            self.quantizes
-            and self.quantize.scheme == "w4a8"
-            and (others := {"tensorrt", "executorch"} & {*self.targets})
-        ):
+        others = {"tensorrt", "executorch"} & {*self.targets}
+        if self.quantizes and self.quantize.scheme == "w4a8" and others:
             raise ValueError(
                 f"quantize.scheme = 'w4a8' is not for target = {min(others)!r}, whose weights of 4 bits go with float "
                 "activations alone: choose 'int8', or another target"
@@ -275,8 +272,8 @@ def dry_run(
         if isinstance(model, OnnxQuantized):
             if "executorch" in config.targets:
                 raise ModelError(
-                    "compress.target = 'executorch' needs a network that torch quantizes, and onnxruntime would quantize "
-                    f"this one ({model.reason or 'compress.quantize.quantizer asks for it'}): choose another target."
+                    "compress.target = 'executorch' needs a network that torch quantizes, not onnxruntime "
+                    f"({model.reason or 'which compress.quantize.quantizer chooses'}): choose another target."
                 )
             calibrate_onnx(
                 model,
