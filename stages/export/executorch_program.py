@@ -225,20 +225,21 @@ def _state_sizes(graph_module: fx.GraphModule) -> PassResult:
 
 def _averages_maps(node: fx.Node) -> bool:
     """Return whether a mean is over the sides of maps [B, C, H, W], which it removes."""
-    source, sides, *keeps = node.args
-    assert isinstance(source, fx.Node) and isinstance(sides, Sequence)
-    is_map = len(source.meta["val"].shape) == 4 and sorted(int(side) % 4 for side in sides) == [2, 3]  # type: ignore[call-overload]
+    arguments: Any = node.args
+    source, sides, *keeps = arguments
+    is_map = len(source.meta["val"].shape) == 4 and sorted(side % 4 for side in sides) == [2, 3]
     return is_map and not any(keeps) and not node.kwargs
 
 
 def _slice(graph: fx.Graph, split: fx.Node, slice_copy: Any) -> None:
     """Replace the parts of a split by slices."""
-    source, sizes, *axis = split.args
+    arguments: Any = split.args
+    source, sizes, *axis = arguments
     for part in list(split.users):
-        number = part.args[1]
-        start = sum(sizes[:number])  # type: ignore[index,misc]
+        number: Any = part.args[1]
+        start = sum(sizes[:number])
         with graph.inserting_before(part):
-            cut = graph.call_function(slice_copy, (source, *(axis or [0]), start, start + sizes[number]))  # type: ignore[index]
+            cut = graph.call_function(slice_copy, (source, *(axis or [0]), start, start + sizes[number]))
         cut.meta["val"] = part.meta["val"]
         part.replace_all_uses_with(cut)
         graph.erase_node(part)
@@ -252,13 +253,14 @@ class ExecutorchSession:
 
     live: ClassVar[WeakSet[ExecutorchSession]] = WeakSet()
 
+    program: Any
+    method: Any
+
     def __init__(self, path: Path, num_threads: int | None = None) -> None:
         _require(path.name)
         if not path.is_file():
             raise ModelError(f"there is no ExecuTorch program at {path}.")
         self.path = path
-        self.program: Any = None
-        self.method: Any = None
         with _quiet_runtime():
             _set_threads(num_threads)
         self._load()
@@ -286,8 +288,9 @@ class ExecutorchSession:
         if self.method is None:
             self._load()
         images = torch.from_numpy(feed[INPUT]).contiguous()
-        parts = [self.method.execute([part])[0].clone() for part in images.split(self.max_batch)]
-        return [torch.cat(parts).numpy()]
+        parts = [images[start : start + self.max_batch] for start in range(0, len(images), self.max_batch)]
+        logits = [self.method.execute([part])[0].clone() for part in parts]
+        return [torch.cat(logits).numpy()]
 
 
 def _set_threads(num_threads: int | None) -> None:

@@ -32,7 +32,8 @@ def open_model(folder: Path) -> tuple[Callable[[ArrayLike], ArrayLike], dict[str
         size = program.metadata("forward").input_tensor_meta(0).sizes()[0]  # the most images of one call
 
         def run(images: ArrayLike) -> ArrayLike:
-            parts = torch.from_numpy(np.asarray(images, np.float32)).split(size)
+            whole = torch.from_numpy(np.asarray(images, np.float32))
+            parts = [whole[start : start + size] for start in range(0, len(whole), size)]
             return np.concatenate([np.array(program.load_method("forward").execute([part])[0]) for part in parts])
 
         return run, json.loads(program.load_method("metadata").execute([])[0])

@@ -59,7 +59,7 @@ def test_only_networks_that_cannot_be_traced_go_to_onnxruntime(model):
     assert isinstance(prepare(model.body, IMAGE_SHAPE, QuantizeConfig(quantizer="onnxruntime")), OnnxQuantized)
     with pytest.raises(UntraceableError, match="torch.fx cannot trace its forward"):
         prepare(model, IMAGE_SHAPE, QuantizeConfig(quantizer="torch"))
-    with pytest.raises(RecipeError, match="'int8' alone"):
+    with pytest.raises(RecipeError, match="only calibrates, in scheme = 'int8'"):
         QuantizeConfig(scheme="int4", quantizer="onnxruntime")
     record = quantized_record(QuantizeConfig(), prepared)
     assert record == {"quantized": "int8", "quantizer": "onnxruntime"}
