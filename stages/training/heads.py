@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import nn
 
-from kdpipe.stages.config import section
+from kdpipe.stages.config import PathStr, section
 from kdpipe.stages.errors import ModelError, RecipeError
 from kdpipe.stages.models.hooks import ModelOutput, feature_shapes
 
@@ -26,8 +26,8 @@ class Heads:
         distillation: That of the one that learns the teacher's logits, such as "head_dist".
     """
 
-    labels: str | None = None
-    distillation: str | None = None
+    labels: PathStr | None = None
+    distillation: PathStr | None = None
 
     @property
     def layers(self) -> list[str]:
