@@ -11,7 +11,7 @@ from kdpipe.stages.distillation.classifier_reuse import add_projector
 from kdpipe.stages.distillation.compatibility import check_image_size, check_labels, require_no_logits
 from kdpipe.stages.distillation.embedding_student import check_output
 from kdpipe.stages.distillation.student_config import StudentConfig
-from kdpipe.stages.distillation.task_builder import build_student, student_shapes
+from kdpipe.stages.distillation.task_builder import build_student
 from kdpipe.stages.errors import ModelError, RecipeError
 from kdpipe.stages.losses.base import Loss
 from kdpipe.stages.losses.distillation import student_layers
@@ -53,8 +53,9 @@ def dry_run_losses(
     check_labels(losses, student.teachers, context.train_set, where)
     if num_stores == 1 and losses:
         check_output(student, losses, context, of_embeddings=is_headless(teacher))
-    if losses:
-        student_shapes(student, (), context)  # its heads
+    if losses and student.heads.layers:
+        own, num_classes = build_student(student, student.seeds[0], context).model, context.train_set.num_classes
+        student.heads.check(own, context.resized(student.image_size).image_shape, num_classes)
     model: nn.Module | None = None
     for number, loss in enumerate(losses):
         entry = f"{where}.{number} ({loss.loss})"

@@ -1,8 +1,8 @@
 """Structured and unstructured pruning.
 
-Structured pruning removes whole channels, together with everything that reads or writes them (`channel_groups`), and
-whole blocks (`depth`), or factors layers (`low_rank`); pruning of single weights zeroes them and keeps the shape
-(`sparsity`).
+Structured pruning removes whole channels, together with everything that reads or writes them (`channel_groups`), or
+whole blocks (`depth`), or factors layers (`ranks`, `low_rank`); pruning of single weights zeroes them and keeps the
+shape (`sparsity`).
 """
 
 from __future__ import annotations
@@ -30,7 +30,8 @@ from kdpipe.stages.compress.pruning.depth import Depth, Ranker, prune_blocks
 from kdpipe.stages.compress.pruning.hard_coded import require_it_runs
 from kdpipe.stages.compress.pruning.heads import projections
 from kdpipe.stages.compress.pruning.importance import attach_gradients, detach_gradients, measure_of
-from kdpipe.stages.compress.pruning.low_rank import RankStep, lower_ranks, ranks_of
+from kdpipe.stages.compress.pruning.low_rank import ranks_of
+from kdpipe.stages.compress.pruning.ranks import RankStep, lower_ranks
 from kdpipe.stages.compress.pruning.sparsity import (
     masks_of,
     prunable_layers,

@@ -11,8 +11,9 @@ from torch.nn import functional as F
 
 from kdpipe.stages.compress.pruning.config import PruneConfig
 from kdpipe.stages.compress.pruning.depth import Ranker
-from kdpipe.stages.compress.pruning.low_rank import Factorable, LowRank, dense, rank_steps, ranks_of, set_ranks
+from kdpipe.stages.compress.pruning.low_rank import LowRank, dense, ranks_of, set_ranks
 from kdpipe.stages.compress.pruning.prune import prune
+from kdpipe.stages.compress.pruning.ranks import Factorable, rank_steps
 from kdpipe.stages.compress.pruning.widths import apply_widths, record_widths
 from kdpipe.stages.errors import ModelError, RecipeError
 from kdpipe.stages.evaluation.macs import count_macs
@@ -79,7 +80,7 @@ def test_without_outputs_it_is_the_truncated_svd(name):
 
 @each_layer()
 @torch.no_grad()
-def test_the_squared_error_of_observed_outputs_is_the_least_of_the_rank(name):
+def test_no_other_layers_of_the_rank_are_nearer_to_the_outputs(name):
     layer, inputs = layer_of(name)
     found, outputs = factorable(layer), layer(inputs)
     for part in inputs.split(2):
