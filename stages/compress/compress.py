@@ -96,11 +96,11 @@ class CompressConfig:
     def __post_init__(self) -> None:
         if self.quantizes and self.quantize.scheme == "int4" and self.targets != ("onnxruntime",):
             raise ValueError("quantize.scheme = 'int4' is for target = 'onnxruntime' alone: no other takes its file")
-        others = {"tensorrt", "executorch"} & {*self.targets}
+        others = {*self.targets} - {"onnxruntime", "openvino"}
         if self.quantizes and self.quantize.scheme == "w4a8" and others:
             raise ValueError(
-                f"quantize.scheme = 'w4a8' is not for target = {min(others)!r}, whose weights of 4 bits go with float "
-                "activations alone: choose 'int8', or another target"
+                f"quantize.scheme = 'w4a8' is for 'onnxruntime' and 'openvino', not for target = {min(others)!r}: "
+                "choose scheme = 'int8', or another target"
             )
 
     @property

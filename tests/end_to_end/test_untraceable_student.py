@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from importlib.util import find_spec
 
 import onnx
 import torch
@@ -100,3 +101,13 @@ def test_student_is_calibrated_by_onnxruntime(tmp_path, monkeypatch):
     assert {name: after[name] for name in after if name.endswith(kept)} == {
         name: before[name] for name in before if name.endswith(kept)
     }
+
+
+def test_executorch_does_not_take_it(tmp_path, monkeypatch):
+    (tmp_path / "untraceable_nets.py").write_text(MODULE)
+    (tmp_path / "untraceable.toml").write_text(RECIPE)
+    monkeypatch.chdir(tmp_path)
+    ended = kdpipe_here("recipe", "check", "untraceable.toml", "--set", "compress.target=executorch")
+    assert ended.exit_code == 2
+    wanted = "needs a network that torch quantizes, not onnxruntime" if find_spec("executorch") else "executorch"
+    assert wanted in " ".join(ended.stdout.split())

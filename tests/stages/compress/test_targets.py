@@ -53,8 +53,11 @@ def test_wrong_targets_are_refused():
         CompressConfig(target=("openvino", "openvino"))
     with pytest.raises(RecipeError, match="int4"):
         CompressConfig(target="tensorrt", quantize=QuantizeConfig(scheme="int4"))
-    with pytest.raises(RecipeError, match="w4a8"):
-        CompressConfig(target=("onnxruntime", "tensorrt"), quantize=QuantizeConfig(scheme="w4a8"))
+    for other in ("tensorrt", "executorch"):
+        with pytest.raises(
+            RecipeError, match=f"'w4a8' is for 'onnxruntime' and 'openvino', not for target = '{other}'"
+        ):
+            CompressConfig(target=("onnxruntime", other), quantize=QuantizeConfig(scheme="w4a8"))
 
 
 def test_each_grid_has_its_own_network_and_file(targeted):
