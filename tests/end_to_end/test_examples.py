@@ -1,9 +1,11 @@
 """The examples, run as their users run them."""
 
+import importlib
 import json
 from pathlib import Path
 
 import pytest
+import torch
 from support.kdpipe_process import environment
 from support.warm_process import WarmProcess
 
@@ -41,3 +43,15 @@ def test_code_of_the_notebook_runs(tmp_path, monkeypatch):
     _, errors = process.communicate(timeout=300)
     assert process.wait() == 0, errors
     assert Path("student.onnx").exists()
+
+
+def test_upsampled_network_is_timms_on_larger_images(monkeypatch):
+    timm = pytest.importorskip("timm")
+    monkeypatch.syspath_prepend(str(EXAMPLES))
+    create = importlib.import_module("upsampled").create
+    small = create(name="tf_efficientnet_lite0", size=64, num_classes=3, in_channels=3).eval()
+    large = timm.create_model("tf_efficientnet_lite0", num_classes=3).eval()
+    large.load_state_dict(small.state_dict())
+    images = torch.rand(2, 3, 32, 32)
+    enlarged = torch.nn.functional.interpolate(images, size=(64, 64), mode="bicubic", align_corners=False)
+    assert torch.equal(small(images), large(enlarged))
